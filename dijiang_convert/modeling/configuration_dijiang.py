@@ -1,0 +1,125 @@
+"""Configuration of converted models: the source's own config with one more section, ``dijiang``.
+
+`DiJiang<Name>Config` exists for every `<Name>Config` of transformers: the class is built when it is asked for.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from packaging.version import Version
+from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:  # makes dynamic loading treat this file and the modeling file as one: they are hashed together
+    from .modeling_dijiang import DiJiangMixin  # noqa: F401
+
+REQUIRES_TRANSFORMERS = "5.23.0"
+
+if Version(transformers.__version__) < Version(REQUIRES_TRANSFORMERS):
+    raise ImportError(
+        f"this DiJiang checkpoint needs transformers >= {REQUIRES_TRANSFORMERS}, found {transformers.__version__}: "
+        f"pip install -U 'transformers>={REQUIRES_TRANSFORMERS}'"
+    )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What replaces softmax in every converted layer. Raises ValueError for a combination that means nothing.
+
+    window: how many of the last keys, the token's own included, keep their exact softmax weight; 0 for none.
+    far: False deletes everything beyond the window (a baseline, not a model to use).
+    signed: features of y and −y (2·head_dim of them) instead of y alone.
+    frequency: start of the learned diagonal T, or "quasi-random" for the paper's fixed one.
+    projection: adds the learned W to T C.
+    learned_features: D, a, c and b are learned too; False leaves softmax(T C x̂) with no log-scale.
+    rotary: "keep" computes far features after rotary embedding, "remove" undoes it for them.
+    decay: "learned" a key/value head, "retnet" fixed a query head, or "none".
+    normalize: False drops the denominator.
+    gate: group norm a head and an output gate SiLU(x W_G).
+    """
+
+    window: int = 64
+    far: bool = True
+    signed: bool = True
+    frequency: float | str = 1.0
+    projection: bool = True
+    learned_features: bool = True
+    rotary: str = "remove"
+    decay: str = "learned"
+    normalize: bool = True
+    gate: bool = False
+    chunk_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "float | str" or field.name == "frequency":
+                good = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+                if not (good or value == "quasi-random"):
+                    raise ValueError(f"kernel.frequency is {value!r}: give a positive number or quasi-random")
+            elif type(value) is not type(field.default):
+                raise ValueError(f"kernel.{field.name} is {value!r}: give a {type(field.default).__name__}")
+        if self.window < 0 or self.chunk_size < 1:
+            raise ValueError("kernel.window must be at least 0 and kernel.chunk_size at least 1")
+        if self.rotary not in ("keep", "remove"):
+            raise ValueError(f"kernel.rotary is {self.rotary!r}: give keep or remove")
+        if self.decay not in ("learned", "retnet", "none"):
+            raise ValueError(f"kernel.decay is {self.decay!r}: give learned, retnet or none")
+        if not self.far and self.window == 0:
+            raise ValueError("kernel.far is false and kernel.window is 0: nothing is left to attend to")
+        if not self.normalize and self.window > 0:
+            raise ValueError("kernel.normalize is false: the window needs the denominator, set kernel.window to 0")
+        if self.frequency == "quasi-random" and self.learned_features:
+            raise ValueError("kernel.frequency quasi-random is the paper's fixed T: set kernel.learned_features false")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which layers are converted, and the shape of their attention.
+
+    attention_class: the source's attention module; those whose layer_idx is in `layers` get the kernel.
+    """
+
+    attention_class: str
+    layers: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    hidden_size: int
+
+
+def read_section(config: PreTrainedConfig) -> tuple[Kernel, Layers]:
+    """The kernel and the layers recorded in a converted model's config."""
+    section: dict[str, Any] = config.dijiang  # type: ignore[attr-defined]
+    values = {field.name: section[field.name] for field in fields(Layers)}
+    return Kernel(**section["kernel"]), Layers(**{**values, "layers": tuple(values["layers"])})
+
+
+class DiJiangConfigMixin:
+    """Adds the section ``dijiang`` and makes the DiJiang attention the default of models with this config."""
+
+    dijiang: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.get("attn_implementation") is None:
+            kwargs["attn_implementation"] = "dijiang"
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+
+def __getattr__(name: str) -> type:
+    base = getattr(transformers, name.removeprefix("DiJiang"), None) if name.startswith("DiJiang") else None
+    if not (isinstance(base, type) and issubclass(base, PreTrainedConfig)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    namespace = {
+        "__module__": __name__,
+        "__annotations__": {"dijiang": dict[str, Any] | None},
+        "dijiang": None,
+        "model_type": f"dijiang_{base.model_type}",
+    }
+    globals()[name] = type(name, (DiJiangConfigMixin, base), namespace)
+    return globals()[name]

@@ -1,0 +1,79 @@
+"""The DiJiang feature map: positive features in the frequency domain (arXiv 2403.19928, section 3, generalised).
+
+    x̂ = √s · x                                s the attention's scaling, so that q̂·k̂ = s·q·k
+    y = T C x̂ + W x̂                           C the DCT-II, T = diag(t), W learned from zero
+    φ(x) = softmax([y, −y] + D)               2·head_dim features that sum to 1
+    g(x) = lse([y, −y] + D) − log 2d − a‖x̂‖²  the log-scale that the softmax took away
+
+Shape legend: B batch, H heads, N tokens, D head_dim, F features (2·D, or D if not signed).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_dijiang import Kernel
+
+
+def dct_matrix(dim: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
+    """The orthonormal DCT-II: C[k, n] = α_k cos(π (n + ½) k / d), α_0 = √(1/d), α_k = √(2/d). Shape [D, D]."""
+    n = torch.arange(dim, dtype=torch.float64, device=device)
+    matrix = torch.cos(math.pi * (n[None, :] + 0.5) * n[:, None] / dim) * math.sqrt(2 / dim)
+    matrix[0] *= math.sqrt(0.5)
+    return matrix.to(dtype)
+
+
+def quasi_random_normal(heads: int, dim: int, seed: int) -> Tensor:
+    """t = Φ⁻¹(u), u a scrambled Sobol sequence, one of its dimensions a head (the paper's T). Shape [H, D]."""
+    points = torch.quasirandom.SobolEngine(heads, scramble=True, seed=seed).draw(dim).T
+    return torch.special.ndtri(points.double().clamp(1e-6, 1 - 1e-6)).float()
+
+
+class FeatureMap(nn.Module):
+    """Maps queries or keys [B, H, N, D] to features [B, H, N, F] and their log-scale [B, H, N], in float32."""
+
+    def __init__(self, heads: int, head_dim: int, kernel: Kernel) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.kernel = heads, head_dim, kernel
+        self.features = head_dim * (2 if kernel.signed else 1)
+        if kernel.frequency == "quasi-random":  # drawn once, not learned
+            self.register_buffer("frequency", torch.empty(heads, head_dim, dtype=torch.float32))
+        else:
+            self.frequency = nn.Parameter(torch.empty(heads, head_dim, dtype=torch.float32))
+        self.register_buffer("dct", torch.empty(head_dim, head_dim, dtype=torch.float32), persistent=False)
+        if kernel.projection:
+            self.projection = nn.Parameter(torch.empty(heads, head_dim, head_dim, dtype=torch.float32))
+        if kernel.learned_features:
+            self.bias = nn.Parameter(torch.empty(heads, self.features, dtype=torch.float32))
+            self.norm_weight = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """Starts from one consistent pair: a = t² / 2d makes e^{g(q)+g(k)} φ(q)·φ(k) estimate e^{(t²/d) q̂·k̂}."""
+        kernel = self.kernel
+        init.copy_(self.dct, dct_matrix(self.head_dim))
+        if isinstance(kernel.frequency, str):
+            init.copy_(self.frequency, quasi_random_normal(self.heads, self.head_dim, kernel.seed))
+        else:
+            init.constant_(self.frequency, kernel.frequency)
+        if kernel.projection:
+            init.zeros_(self.projection)
+        if kernel.learned_features:
+            init.zeros_(self.bias)
+            init.constant_(self.norm_weight, float(kernel.frequency) ** 2 / (2 * self.head_dim))
+
+    def forward(self, x: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        x = x.float() * math.sqrt(scaling)
+        matrix = self.frequency.float()[..., None] * self.dct.float()  # T C, [H, D, D]
+        if self.kernel.projection:
+            matrix = matrix + self.projection.float()
+        y = x @ matrix.mT
+        if self.kernel.signed:
+            y = torch.cat([y, -y], -1)
+        if not self.kernel.learned_features:
+            return y.softmax(-1), y.new_zeros(y.shape[:-1])
+        y = y + self.bias.float()[:, None]
+        lse = y.logsumexp(-1)
+        norm = x.square().sum(-1) * self.norm_weight.float()[:, None]
+        return (y - lse[..., None]).exp(), lse - math.log(self.features) - norm

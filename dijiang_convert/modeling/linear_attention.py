@@ -1,0 +1,442 @@
+"""Linear attention with an exact window, in three forms: naive, chunked, recurrent.
+
+For query i the last ``window`` keys weigh exp(s·q·k) exactly (near), all earlier ones weigh
+exp(g(q) + g(k)) φ(q)·φ(k) times γ for every key absorbed since (far), under one denominator:
+
+    o_i = (Σ_near e^{s q_i·k_j} v_j + Σ_far φ(q_i)·φ(k_j) e^{g(q_i) + g(k_j)} γ^{n_ij} v_j) / (the same sums without v)
+
+The far sum needs only a state of fixed size. Features φ, log-scales g and log γ come from outside: this file knows
+nothing of how they are made. Keys may outnumber queries: the last key belongs to the last query, and keys before the
+first query are the recent past that a cache carried over. ``state`` summarises everything before the first key.
+
+Shape legend: B batch, H query heads, G key/value heads, R = H / G, N queries, K keys (K ≥ N), D head_dim, V value
+head_dim, F features, C chunk. All sums are accumulated in float32 (float64 if the inputs are).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Stands for −∞ where a difference of two of them must be 0, not NaN.
+FLOOR = -1e30
+
+
+class FarState(NamedTuple):
+    """What the far part remembers of all absorbed keys.
+
+    s: [B, G, F, V + 1], Σ_j e^{g(k_j) − m} φ(k_j) [v_j, 1]ᵀ: the last column is the denominator's sum (z).
+    m: [B, G], a running maximum of g (less the decay) that only guards the numbers: results don't depend on it.
+    """
+
+    s: Tensor
+    m: Tensor
+
+    @classmethod
+    def empty(cls, batch: int, kv_heads: int, features: int, value_dim: int, like: Tensor) -> "FarState":
+        """A state that has seen no key, on the device of ``like`` and in its accumulation dtype."""
+        dtype = accumulation_dtype(like)
+        s = torch.zeros(batch, kv_heads, features, value_dim + 1, dtype=dtype, device=like.device)
+        return cls(s, torch.full((batch, kv_heads), FLOOR, dtype=dtype, device=like.device))
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------- naive (reference)
+
+
+def naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fq: Tensor,
+    gq: Tensor,
+    fk: Tensor,
+    gk: Tensor,
+    *,
+    scaling: float,
+    window: int,
+    log_decay: Tensor | None = None,
+    mask: Tensor | None = None,
+    state: FarState | None = None,
+    causal: bool = True,
+    normalize: bool = True,
+) -> Tensor:
+    """The definition, N × K, for tests to compare with. Shapes as in `chunked`; returns [B, H, N, V]."""
+    groups, queries, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    dtype = accumulation_dtype(fq)
+    k, v, fk = (x.to(dtype).repeat_interleave(groups, 1) for x in (k, v, fk))
+    gk = gk.to(dtype).repeat_interleave(groups, 1)
+    valid = torch.ones(q.shape[0], keys, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
+    i = torch.arange(keys - queries, keys, device=q.device)[:, None]
+    j = torch.arange(keys, device=q.device)[None, :]
+    distance = i - j if causal else (i - j).abs()
+    near = (distance >= 0) & (distance < window)
+    far = distance >= window
+    lam = torch.zeros(k.shape[1], dtype=dtype, device=q.device)
+    if log_decay is not None:
+        lam = log_decay.to(dtype).repeat_interleave(groups)
+
+    # Keys absorbed up to and including index t; a key decays once for each key absorbed after it.
+    absorbed = F.pad(valid.cumsum(-1), (1, 0))  # [B, K + 1]: absorbed[t] counts keys before index t
+    passed = absorbed[:, (i - window + 1).clamp(min=0)[:, 0]]  # [B, N]
+    steps = passed[:, :, None] - absorbed[:, None, 1:]
+    if not causal:
+        first = (i + max(window, 1)).clamp(max=keys)[:, 0]
+        behind = absorbed[:, None, :-1] - absorbed[:, first][:, :, None]
+        steps = torch.where(j > i, behind, steps)
+    log_far = (fq.to(dtype) @ fk.mT).log() + gk[:, :, None] + steps[:, None].clamp(min=0) * lam[:, None, None]
+    log_far = log_far.masked_fill(~(far & valid[:, None])[:, None], -torch.inf)
+    if not normalize:
+        return log_far.exp() @ v
+    log_far = log_far + gq.to(dtype)[..., None]
+    log_near = (q.to(dtype) @ k.mT) * scaling
+    log_near = log_near.masked_fill(~(near & valid[:, None])[:, None], -torch.inf)
+    logits, values = torch.cat([log_far, log_near], -1), torch.cat([v, v], -2)
+    if state is not None:
+        s, m = state.s.to(dtype).repeat_interleave(groups, 1), state.m.to(dtype).repeat_interleave(groups, 1)
+        read = fq.to(dtype) @ s  # [B, H, N, V + 1]
+        log_state = read[..., -1:].log() + (gq + m[..., None] + passed[:, None] * lam[:, None])[..., None]
+        logits = torch.cat([logits, log_state], -1)
+        weights = logits.softmax(-1)
+        return weights[..., :-1] @ values + weights[..., -1:] * (read[..., :-1] / read[..., -1:])
+    return logits.softmax(-1) @ values
+
+
+# --------------------------------------------------------------------------------------------------- chunked (linear)
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fq: Tensor | None,
+    gq: Tensor | None,
+    fk: Tensor | None,
+    gk: Tensor | None,
+    *,
+    scaling: float,
+    window: int,
+    log_decay: Tensor | None = None,
+    mask: Tensor | None = None,
+    state: FarState | None = None,
+    causal: bool = True,
+    normalize: bool = True,
+    chunk_size: int = 64,
+) -> tuple[Tensor, FarState | None]:
+    """For training and prefill: time and memory linear in length, a few large matrix products a chunk.
+
+    Args:
+        q, k, v: [B, H, N, D], [B, G, K, D], [B, G, K, V], for the exact window (rotary embedding applied).
+        fq, fk: positive features [B, H, N, F], [B, G, K, F], for the far part. None deletes the far part.
+        gq, gk: log-scales [B, H, N], [B, G, K].
+        scaling: s, the factor of q·k.
+        window: how many of the last keys, the token's own included, are exact; 0 for none.
+        log_decay: [G], log γ ≤ 0. None is γ = 1.
+        mask: [B, K], True for real keys; others contribute nothing and don't decay the state.
+        state: the far state before the first key (causal only).
+        causal: False lets each query see both sides: |i − j| < window near, all else far.
+        normalize: False drops the denominator (the published formulation); needs window = 0.
+
+    Returns:
+        The output [B, H, N, V] (accumulation dtype) and the far state after all keys but the last ``window``.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    valid = torch.ones(q.shape[0], keys, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
+    past = keys - queries
+    near = None
+    if window > 0:
+        near = near_attention(q, k, v, scaling=scaling, window=window, valid=valid, causal=causal)
+    if fq is None or gq is None or fk is None or gk is None:
+        if near is None:
+            raise ValueError("without a far part the window must be at least 1")
+        return near[0], None
+
+    if state is None:
+        state = FarState.empty(q.shape[0], k.shape[1], fk.shape[-1], v.shape[-1], v)
+    # Query n reads the state once key past + n − window is in: delay the keys by the window, then it is plain
+    # causal attention. What lies before the first delayed key is absorbed at once.
+    first = past - window
+    if first > 0:
+        before = slice(0, first)
+        state = absorb(state, fk[:, :, before], gk[:, :, before], v[:, :, before], log_decay, valid[:, before])
+    delayed = _shift_keys(fk, gk, v, valid, first, queries)
+    read, log_m, state = _far_chunks(fq, *delayed, log_decay, state, chunk_size)
+    if not causal:
+        # The other side: the same from right to left; without a window the token itself was counted already.
+        first = keys - queries + max(window, 1)
+        late = _shift_keys(fk, gk, v, valid, first, queries)
+        mirrored = [x.flip(1 if x.dim() == 2 else 2) for x in (fq, *late)]
+        empty = FarState.empty(q.shape[0], k.shape[1], fk.shape[-1], v.shape[-1], v)
+        back, log_back, _ = _far_chunks(*mirrored, log_decay, empty, chunk_size)
+        read, log_m = _add_reads((read, log_m), (back.flip(2), log_back.flip(2)))
+    if not normalize:
+        return read[..., :-1] * log_m[..., None].exp(), state
+    return merge((read, gq + log_m), near), state
+
+
+def near_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int, valid: Tensor, causal: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Exact attention over the last ``window`` keys (both sides if not causal), block by block.
+
+    Returns the output [B, H, N, V] and the log-sum-exp [B, H, N] that merging needs.
+    """
+    batch, heads, queries, _ = q.shape
+    kv_heads, past = k.shape[1], k.shape[2] - queries
+    size = min(max(window, 16), 128, max(queries, 1))
+    blocks = -(-queries // size)
+    before, after = window - 1, 0 if causal else window - 1
+    length = before + size + after  # of the keys that a block of queries may see
+    end = past + blocks * size + after
+    k, v = _slice_keys(k, past - before, end), _slice_keys(v, past - before, end)
+    seen = _slice_keys(valid[:, None, :, None], past - before, end)[:, 0, :, 0]
+    k_blocks, v_blocks = k.unfold(2, length, size), v.unfold(2, length, size)  # [B, G, blocks, D, length]
+    allowed = seen.unfold(1, length, size)[:, None, :, None, None, :]
+    reach = torch.arange(length, device=q.device) - torch.arange(size, device=q.device)[:, None]
+    allowed = allowed & (reach >= 0) & (reach <= before + after)
+
+    q_blocks = _to_chunks(q, kv_heads, size)  # [B, G, blocks, R, size, D]
+    scores = (q_blocks.flatten(3, 4) @ k_blocks).unflatten(3, (-1, size))
+    scores = scores.to(accumulation_dtype(scores)) * scaling
+    scores = scores.masked_fill(~allowed, FLOOR)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().to(v.dtype)
+    out = (weights.flatten(3, 4) @ v_blocks.mT).unflatten(3, (-1, size))
+    return _from_chunks(out.to(lse.dtype), queries), _from_chunks(lse[..., None], queries)[..., 0]
+
+
+def absorb(
+    state: FarState, fk: Tensor, gk: Tensor, v: Tensor, log_decay: Tensor | None = None, valid: Tensor | None = None
+) -> FarState:
+    """The state after some more keys. fk [B, G, K, F], gk [B, G, K], v [B, G, K, V], valid [B, K] or None for all."""
+    v1 = _with_ones(v)
+    gk = gk.to(v1.dtype)
+    total: Tensor | float = 0.0
+    if log_decay is not None:  # a key decays once for every key after it
+        n = torch.arange(1, gk.shape[-1] + 1, device=gk.device) if valid is None else valid.cumsum(-1)[:, None]
+        total = n[..., -1] * -log_decay
+        gk = gk + (n[..., -1:] - n) * log_decay[:, None]
+    if valid is not None:
+        gk = gk.masked_fill(~valid[:, None], FLOOR)
+    m = torch.maximum(state.m - total, gk.amax(-1)).detach()
+    # (m' − m) first: it is exact, so that the rounding of m' − λn ends up in the gate and is not lost.
+    gate, weight = (state.m - m - total).exp(), (gk - m[..., None]).exp()
+    if valid is not None:
+        weight = weight * valid[:, None]
+    return FarState(state.s * gate[..., None, None] + (fk.to(v1.dtype) * weight[..., None]).mT @ v1, m)
+
+
+def _far_chunks(
+    fq: Tensor,
+    fk: Tensor,
+    gk: Tensor,
+    v: Tensor,
+    valid: Tensor,
+    log_decay: Tensor | None,
+    state: FarState,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, FarState]:
+    """Σ_{j ≤ i} of the far part in chunks: inside a chunk C × C, between chunks through the state.
+
+    All exponents are differences from a running maximum (H below), so none is positive, whatever the span of g.
+    Returns [B, H, N, V + 1] (numerator, denominator), its log-scale [B, H, N], and the state after all keys.
+    """
+    kv_heads, queries = fk.shape[1], fq.shape[2]
+    size = min(chunk_size, queries)
+    v1 = _with_ones(v)
+    q = _to_chunks(fq.to(v1.dtype), kv_heads, size)  # [B, G, n, R, C, F]
+    k = _to_chunks(fk.to(v1.dtype), kv_heads, size)[:, :, :, 0]  # [B, G, n, C, F]
+    v = _to_chunks(v1, kv_heads, size)[:, :, :, 0]
+    g = _to_chunks(gk[..., None], kv_heads, size)[:, :, :, 0, :, 0]  # [B, G, n, C]
+    live = _to_chunks(valid[:, None, :, None], 1, size)[:, :, :, 0, :, 0]  # [B, 1, n, C]
+
+    h, lam_n = _decayed_scales(g, live, log_decay)
+    total = lam_n[..., -1]  # what a whole chunk decays, [B, G, n]
+    with torch.no_grad():  # H guards the numbers; its own value cancels
+        cumulative = total.cumsum(-1)
+        peaks = torch.cat([state.m[..., None], h.amax(-1) + cumulative - total], -1).cummax(-1).values
+        m_before = peaks[..., :-1] - (cumulative - total)
+        top = torch.maximum(m_before[..., None], h.cummax(-1).values)  # H, [B, G, n, C]
+    # m before a chunk is last_top − last_total. They stay apart until subtracted from a number of their own size:
+    # rounding m itself would add up over the chunks to a wrong decay.
+    last_top = torch.cat([state.m[..., None], top[..., :-1, -1]], -1)
+    last_total = F.pad(total[..., :-1], (1, 0))
+
+    # Between chunks: what each adds to the state, and the state that each starts from.
+    weight = torch.where(live, (h - top[..., -1:]).exp(), 0.0)
+    added = (k * weight[..., None]).mT @ v  # [B, G, n, F, V + 1]
+    gate = (last_top - top[..., -1] - last_total).exp()[..., None, None]
+    s, starts = state.s, []
+    for n in range(added.shape[2]):
+        starts.append(s)
+        s = s * gate[:, :, n] + added[:, :, n]
+    start = torch.stack(starts, 2)
+
+    # Inside a chunk.
+    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    inside = (h[..., None, :] - top[..., :, None]).masked_fill(~(causal & live[..., None, :]), -torch.inf).exp()
+    scores = (q.flatten(3, 4) @ k.mT).unflatten(3, (-1, size)) * inside[:, :, :, None]
+    read = (scores.flatten(3, 4) @ v).unflatten(3, (-1, size))
+    carried = (q.flatten(3, 4) @ start).unflatten(3, (-1, size))
+    carry = (last_top[..., None] - top - last_total[..., None]).exp()
+    read = read + carried * carry[:, :, :, None, :, None]
+    log_m = (top - lam_n)[:, :, :, None, :, None].expand(*read.shape[:-1], 1)
+    state = _rescaled(s, top[..., -1, -1], total[..., -1])
+    return _from_chunks(read, queries), _from_chunks(log_m, queries)[..., 0], state
+
+
+# --------------------------------------------------------------------------------------------- recurrent (one token)
+
+
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fq: Tensor,
+    gq: Tensor,
+    fk: Tensor,
+    gk: Tensor,
+    *,
+    scaling: float,
+    window: int,
+    log_decay: Tensor | None = None,
+    mask: Tensor | None = None,
+    state: FarState | None = None,
+    normalize: bool = True,
+) -> tuple[Tensor, FarState]:
+    """Token by token, as decoding does it with `absorb` and `attend_one`. Arguments as in `chunked`, causal."""
+    batch, _, queries, _ = q.shape
+    past = k.shape[2] - queries
+    valid = torch.ones(batch, k.shape[2], dtype=torch.bool, device=q.device) if mask is None else mask.bool()
+    if state is None:
+        state = FarState.empty(batch, k.shape[1], fk.shape[-1], v.shape[-1], v)
+    outputs, absorbed = [], 0
+    for i in range(past, past + queries):
+        while absorbed <= i - window:
+            t = slice(absorbed, absorbed + 1)
+            state = absorb(state, fk[:, :, t], gk[:, :, t], v[:, :, t], log_decay, valid[:, t])
+            absorbed += 1
+        recent = slice(max(i - window + 1, 0), i + 1)
+        n = slice(i - past, i - past + 1)
+        outputs.append(
+            attend_one(
+                q[:, :, n], k[:, :, recent], v[:, :, recent], fq[:, :, n], gq[:, :, n], state,
+                scaling=scaling, valid=valid[:, recent], normalize=normalize,
+            )  # fmt: skip
+        )
+    return torch.cat(outputs, 2), state
+
+
+def attend_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fq: Tensor,
+    gq: Tensor,
+    state: FarState,
+    *,
+    scaling: float,
+    valid: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """One query against the window's keys [B, G, W, D] (in any order) and the state. Returns [B, H, 1, V]."""
+    batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
+    read = (fq.reshape(batch, kv_heads, -1, fq.shape[-1]) @ state.s).reshape(batch, heads, 1, -1)
+    log_m = state.m.repeat_interleave(heads // kv_heads, 1)[..., None]
+    if not normalize:
+        return read[..., :-1] * log_m.exp()[..., None]
+    near = attend_window(q, k, v, scaling=scaling, valid=valid) if k.shape[2] else None
+    return merge((read, gq + log_m), near)
+
+
+def attend_window(
+    q: Tensor, k: Tensor, v: Tensor, *, scaling: float, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One query [B, H, 1, D] over all W given keys: the output [B, H, 1, V] and the log-sum-exp [B, H, 1]."""
+    batch, heads, _, dim = q.shape
+    scores = q.reshape(batch, k.shape[1], -1, dim) @ k.mT
+    scores = scores.to(accumulation_dtype(scores)) * scaling  # [B, G, R, W]
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None, None], FLOOR)
+    lse = scores.logsumexp(-1)
+    out = (scores - lse[..., None]).exp().to(v.dtype) @ v
+    return out.to(lse.dtype).reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def merge(far: tuple[Tensor, Tensor], near: tuple[Tensor, Tensor] | None) -> Tensor:
+    """One softmax over far and near parts from their pieces, like two blocks of flash attention.
+
+    far: numerator and denominator [B, H, N, V + 1], and their log-scale [B, H, N]. near: output and log-sum-exp.
+    """
+    read, log_scale = far
+    total = read[..., -1].clamp_min(torch.finfo(read.dtype).tiny)
+    out = read[..., :-1] / total[..., None]
+    if near is None:
+        return out
+    share = torch.sigmoid(log_scale + total.log() - near[1])[..., None]
+    return share * out + (1 - share) * near[0]
+
+
+def _with_ones(v: Tensor) -> Tensor:
+    """v in the accumulation dtype with a last column of ones, which sums the denominator."""
+    return F.pad(v.to(accumulation_dtype(v)), (0, 1), value=1.0)
+
+
+def _rescaled(s: Tensor, top: Tensor, total: Tensor) -> FarState:
+    """The state s e^{top − total} with its maximum in one number; what that rounds away goes into s."""
+    m = (top - total).detach()
+    return FarState(s * (top - m - total).exp()[..., None, None], m)
+
+
+def _add_reads(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The sum of two (read, log-scale) pairs, at the scale of the larger one."""
+    top = torch.maximum(a[1], b[1]).detach()
+    return a[0] * (a[1] - top).exp()[..., None] + b[0] * (b[1] - top).exp()[..., None], top
+
+
+def _decayed_scales(gk: Tensor, valid: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(h, λn) with h_j = g_j + λ n_j, where n counts valid keys so far and λ = −log γ: then the weight of key j at i
+    is e^{h_j − λ n_i}. gk [B, G, …, C], valid broadcastable to it as [B, 1, …, C] or [B, C]."""
+    if valid.dim() < gk.dim():
+        valid = valid[:, None]
+    if log_decay is None:
+        return gk.masked_fill(~valid, FLOOR), torch.zeros_like(gk)
+    lam_n = valid.cumsum(-1) * -log_decay.view(-1, *[1] * (gk.dim() - 2))
+    return (gk + lam_n).masked_fill(~valid, FLOOR), lam_n
+
+
+def _shift_keys(
+    fk: Tensor, gk: Tensor, v: Tensor, valid: Tensor, start: int, length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All per-key tensors from index ``start`` on; what lies outside is an invalid key."""
+    end = start + length
+    gk, valid = gk[..., None], valid[:, None, :, None]
+    fk, gk, v, valid = (_slice_keys(x, start, end) for x in (fk, gk, v, valid))
+    return fk, gk[..., 0], v, valid[:, 0, :, 0]
+
+
+def _slice_keys(x: Tensor, start: int, end: int) -> Tensor:
+    """x[:, :, start:end] of [B, G, K, …], where indices outside [0, K) give zeros (False, an invalid key)."""
+    inside = x[:, :, max(start, 0) : max(end, 0)]
+    left = min(max(-start, 0), end - start)
+    return F.pad(inside, (0, 0, left, end - start - left - inside.shape[2]))
+
+
+def _to_chunks(x: Tensor, kv_heads: int, size: int) -> Tensor:
+    """[B, H, N, D] → [B, G, n, R, C, D], padded with zeros to whole chunks."""
+    batch, heads, length, dim = x.shape
+    chunks = -(-length // size)
+    x = F.pad(x, (0, 0, 0, chunks * size - length))
+    return x.view(batch, kv_heads, heads // kv_heads, chunks, size, dim).transpose(2, 3)
+
+
+def _from_chunks(x: Tensor, length: int) -> Tensor:
+    """[B, G, n, R, C, D] → [B, H, N, D], the inverse of `_to_chunks`."""
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :length]

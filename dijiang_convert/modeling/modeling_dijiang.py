@@ -1,0 +1,464 @@
+"""Models with DiJiang attention: any decoder of transformers whose attention goes through `AttentionInterface`.
+
+The source's own model class does all it did; only the attention function between q, k, v and the output changes.
+Each converted attention module gets one child, ``dijiang``, with the kernel's parameters. `DiJiang<Name>` exists for
+every model class `<Name>` of transformers: the class is built when it is asked for.
+
+Shape legend: B batch, H query heads, G key/value heads, N new tokens, D head_dim, V value head_dim.
+"""
+
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+from transformers.modeling_utils import AttentionInterface
+
+from .cache import DiJiangCacheLayer, cache_layer
+from .configuration_dijiang import Kernel, Layers, read_section
+from .feature_map import FeatureMap
+from .linear_attention import FarState, absorb, attend_one, attend_window, chunked
+
+# Arguments of attention functions that change the result and that the kernel does not follow.
+UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask", "cu_seq_lens_q")
+
+
+class Call(NamedTuple):
+    """What the attention module's caller knows and the attention function needs: see `_hand_over`."""
+
+    cache: DiJiangCacheLayer | None
+    hidden_states: Tensor | None
+    cos_sin: tuple[Tensor, Tensor] | None
+
+
+class DiJiangAttention(nn.Module):
+    """The child of a converted attention module: kernel parameters, and attention with them.
+
+    The far state has kv_heads heads; with a fixed decay a query head (``decay: retnet``) it has as many as queries.
+    """
+
+    def __init__(self, kernel: Kernel, layers: Layers, apply_rotary: Callable[..., Any] | None) -> None:
+        super().__init__()
+        self.kernel, self.layers = kernel, layers
+        self.apply_rotary = apply_rotary if kernel.rotary == "remove" else None
+        heads, kv_heads = layers.heads, layers.kv_heads
+        if kernel.far:
+            self.q_features = FeatureMap(heads, layers.head_dim, kernel)
+            self.k_features = FeatureMap(kv_heads, layers.head_dim, kernel)
+            if kernel.learned_features:
+                self.q_offset = nn.Parameter(torch.empty(heads, dtype=torch.float32))  # c
+                self.k_strength = nn.Parameter(torch.empty(kv_heads, dtype=torch.float32))  # b
+            if kernel.decay == "learned":
+                self.decay = nn.Parameter(torch.empty(kv_heads, dtype=torch.float32))  # log(−log γ)
+            elif kernel.decay == "retnet":
+                self.register_buffer("log_decay", torch.empty(heads, dtype=torch.float32))
+        if kernel.gate:
+            width = heads * layers.value_dim
+            self.gate = nn.Parameter(torch.empty(width, layers.hidden_size, dtype=torch.float32))  # W_G
+            self.norm_weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
+            self.norm_bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """Sets what no checkpoint has set. Only `transformers.initialization` knows which that is."""
+        kernel = self.kernel
+        if kernel.far:
+            self.q_features.reset_parameters()
+            self.k_features.reset_parameters()
+            if kernel.learned_features:
+                init.zeros_(self.q_offset)
+                init.zeros_(self.k_strength)
+            if kernel.decay == "learned":
+                init.constant_(self.decay, math.log(1 / 256))
+            elif kernel.decay == "retnet":
+                spread = torch.linspace(math.log(1 / 32), math.log(1 / 512), self.layers.heads).exp()
+                init.copy_(self.log_decay, torch.log1p(-spread))
+        if kernel.gate:
+            init.normal_(self.gate, std=self.layers.hidden_size**-0.5)
+            init.ones_(self.norm_weight)
+            init.zeros_(self.norm_bias)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool, call: Call
+    ) -> Tensor:
+        """q [B, H, N, D], k [B, G, N, D], v [B, G, N, V], mask [B, N] or None if no token is padding → [B, H, N, V]."""
+        far_q, far_k = self._without_rotation(q, call.cos_sin), self._without_rotation(k, call.cos_sin)
+        cache = call.cache
+        if cache is not None and q.shape[2] == 1 and mask is None and cache.is_full and not torch.is_grad_enabled():
+            out = self._decode(cache, q, k, v, far_q, far_k, scaling)
+        else:
+            out = self._prefill(cache, q, k, v, far_q, far_k, mask, scaling, causal)
+        if self.kernel.gate:
+            out = self._gated(out, call.hidden_states)
+        return out.to(v.dtype)
+
+    def _prefill(
+        self,
+        cache: DiJiangCacheLayer | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        far_q: Tensor,
+        far_k: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        causal: bool,
+    ) -> Tensor:
+        """Any number of tokens, chunked. What the cache kept comes before them."""
+        window, queries = self.kernel.window, q.shape[2]
+        past = DiJiangCacheLayer(window) if cache is None else cache
+        if past.kept > window + past.pending:  # confirmed by `crop`, and behind the window: part of the state now
+            old = past.split_oldest(past.kept - window - past.pending)
+            if self.kernel.far:
+                past.state = self._absorb(past.state, *old, scaling)
+        valid = torch.ones(k.shape[0], queries, dtype=torch.bool, device=k.device) if mask is None else mask.bool()
+        past.append(k, v, far_k if self._keeps_far_keys else None, valid)
+
+        order = _padding_first(past.valid) if mask is not None and causal else None
+        if order is not None:  # the window counts real tokens: padding moves out of their way, and back below
+            past.reorder_tokens(order)
+            shift = order.shape[1] - queries
+            rows = (order[:, shift:] - shift).clamp(min=0)[:, None, :, None]
+            q, far_q = q.gather(2, rows.expand_as(q)), far_q.gather(2, rows.expand_as(far_q))
+        out, state = self._chunked(past, q, far_q, scaling, causal)
+        if order is not None:
+            rows = (order.argsort(1)[:, shift:] - shift).clamp(min=0)[:, None, :, None]
+            out = out.gather(2, rows.expand_as(out))
+
+        if past.record_past:
+            past.pending += queries
+        elif cache is not None:
+            cache.state = state
+            cache.split_oldest(cache.kept - window)
+        return out
+
+    def _chunked(
+        self, past: DiJiangCacheLayer, q: Tensor, far_q: Tensor, scaling: float, causal: bool
+    ) -> tuple[Tensor, FarState | None]:
+        k, v, far_k, valid = past.tokens()
+        features: tuple[Tensor | None, ...] = (None,) * 4
+        if self.kernel.far:
+            features = (*self._query_features(far_q, scaling), *self._key_features(far_k, scaling))
+        return chunked(
+            q, self._per_state_head(k), self._per_state_head(v), *features,
+            scaling=scaling, window=self.kernel.window, log_decay=self._log_decay(), mask=valid, state=past.state,
+            causal=causal, normalize=self.kernel.normalize, chunk_size=self.kernel.chunk_size,
+        )  # fmt: skip
+
+    def _decode(
+        self, cache: DiJiangCacheLayer, q: Tensor, k: Tensor, v: Tensor, far_q: Tensor, far_k: Tensor, scaling: float
+    ) -> Tensor:
+        """One token, in place: the oldest one leaves the window for the state, the new one takes its slot."""
+        kernel = self.kernel
+        old = cache.replace_oldest(k, v, far_k if self._keeps_far_keys else None)
+        keys, values, _, valid = cache.tokens(ordered=False)
+        if not kernel.far:
+            return attend_window(q, keys, values, scaling=scaling, valid=valid)[0]
+        cache.state = self._absorb(cache.state, *old, scaling)
+        return attend_one(
+            q, self._per_state_head(keys), self._per_state_head(values), *self._query_features(far_q, scaling),
+            cache.state, scaling=scaling, valid=valid, normalize=kernel.normalize,
+        )  # fmt: skip
+
+    def _absorb(
+        self, state: FarState | None, k: Tensor, v: Tensor, far_k: Tensor, valid: Tensor, scaling: float
+    ) -> FarState:
+        fk, gk = self._key_features(far_k, scaling)
+        v = self._per_state_head(v)
+        if state is None:
+            state = FarState.empty(v.shape[0], v.shape[1], fk.shape[-1], v.shape[-1], v)
+        return absorb(state, fk, gk, v, self._log_decay(), valid)
+
+    # ------------------------------------------------------------------------------------------------------ features
+
+    @property
+    def _keeps_far_keys(self) -> bool:
+        return self.kernel.far and self.apply_rotary is not None
+
+    def _query_features(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        features, scale = self.q_features(q, scaling)
+        return features, scale + self.q_offset[:, None] if self.kernel.learned_features else scale
+
+    def _key_features(self, k: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        features, scale = self.k_features(k, scaling)
+        if self.kernel.learned_features:
+            scale = scale * self.k_strength[:, None]
+        return self._per_state_head(features), self._per_state_head(scale)
+
+    def _per_state_head(self, x: Tensor) -> Tensor:
+        """Repeats key/value heads where every query head has a state of its own (a fixed decay a query head)."""
+        repeats = self.layers.heads // self.layers.kv_heads if self.kernel.decay == "retnet" else 1
+        return x if repeats == 1 else x.repeat_interleave(repeats, 1)
+
+    def _log_decay(self) -> Tensor | None:
+        if not self.kernel.far or self.kernel.decay == "none":
+            return None
+        return -self.decay.float().exp() if self.kernel.decay == "learned" else self.log_decay.float()
+
+    def _without_rotation(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Undoes rotary embedding by rotating back: the model's own function with −sin, over the squared length that
+        scaled variants (YaRN) give cos and sin."""
+        if not self._keeps_far_keys or self.apply_rotary is None or cos_sin is None:
+            return x
+        cos, sin = cos_sin
+        dim = cos.shape[-1]  # less than head_dim with partial rotary embedding
+        turned, _ = self.apply_rotary(x[..., :dim], x[..., :dim], cos, -sin)
+        length = (cos[..., :1].float().square() + sin[..., :1].float().square()).unsqueeze(1).to(x.dtype)
+        return torch.cat([turned / length, x[..., dim:]], -1)
+
+    def _gated(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
+        """Group norm a head and the output gate SiLU(x W_G) of the published formulation."""
+        assert hidden_states is not None
+        out = nn.functional.layer_norm(out, out.shape[-1:])
+        shape = (self.layers.heads, 1, self.layers.value_dim)
+        out = out * self.norm_weight.view(shape) + self.norm_bias.view(shape)
+        gate = nn.functional.silu(hidden_states.float() @ self.gate.float().mT)
+        return out * gate.unflatten(-1, (self.layers.heads, -1)).transpose(1, 2)
+
+
+def _padding_first(valid: Tensor) -> Tensor | None:
+    """The order [B, K] that puts padding before the real tokens of each row, or None if it is there already."""
+    if not (valid[:, :-1] & ~valid[:, 1:]).any():
+        return None
+    return valid.to(torch.int8).argsort(dim=1, stable=True)
+
+
+# ---------------------------------------------------------------------------------------- the attention function
+
+
+def dijiang_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dijiang: Call | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as `AttentionInterface` calls it: a thin dispatcher to the module's child, so that checkpoints of
+    several versions can share the name. Layers that were not converted get softmax attention."""
+    if not hasattr(module, "dijiang"):
+        return softmax_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if dijiang is None:
+        raise RuntimeError(f"{type(module).__name__} lost the forward hook that hands over the cache: reload the model")
+    refuse_unsupported(kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
+    if mask is not None and mask.all():
+        mask = None
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    out = module.dijiang(query, key, value, mask, scaling, causal, dijiang)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def refuse_unsupported(kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError for attention arguments that the kernel would have to ignore."""
+    for name in UNSUPPORTED_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"DiJiang attention does not support {name}")
+
+
+def softmax_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The source's attention from the 2-D padding mask that DiJiang models pass around: PyTorch's SDPA with the mask
+    (causal, sliding window, padding) made here."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    window = kwargs.pop("sliding_window", None) or _sliding_window(module)
+    queries, keys = query.shape[2], key.shape[2]
+    if causal:
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -keys:].bool()
+        attention_mask = sdpa_mask(
+            batch_size=query.shape[0], q_length=queries, kv_length=keys, q_offset=keys - queries, kv_offset=0,
+            mask_function=sliding_window_causal_mask_function(window) if window else causal_mask_function,
+            attention_mask=attention_mask, local_size=window, device=query.device,
+        )  # fmt: skip
+    elif attention_mask is not None:
+        attention_mask = attention_mask[:, None, None, -keys:].bool().expand(-1, 1, queries, -1)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, is_causal=causal, **kwargs
+    )
+
+
+def _sliding_window(module: nn.Module) -> int | None:
+    """The window of a sliding layer whose module does not say it in its call."""
+    config: Any = getattr(module, "config", None)
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[module.layer_idx] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def dijiang_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask as DiJiang attention wants it: [B, keys], True for real tokens, or None if all are. The keys are the
+    new ones; where softmax layers are left, all so far."""
+    if attention_mask is None:
+        return None
+    section = getattr(kwargs.get("config"), "dijiang", None)
+    if section is not None and len(section["layers"]) == kwargs["config"].num_hidden_layers:
+        attention_mask = attention_mask[:, -q_length:]
+    return None if attention_mask.all() else attention_mask
+
+
+AttentionInterface.register("dijiang", dijiang_attention)
+AttentionMaskInterface.register("dijiang", dijiang_mask)
+
+
+# ------------------------------------------------------------------------------------------------ model classes
+
+
+def attach(model: nn.Module, kernel: Kernel, layers: Layers) -> list[str]:
+    """Gives every converted attention module of ``model`` its child and its hook; returns their names."""
+    converted = []
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == layers.attention_class and getattr(module, "layer_idx", None) in layers.layers:
+            apply_rotary = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+            module.dijiang = DiJiangAttention(kernel, layers, apply_rotary)
+            module.register_forward_pre_hook(_hand_over, with_kwargs=True)
+            converted.append(name)
+    if len(converted) != len(layers.layers):
+        raise ValueError(
+            f"the config names {len(layers.layers)} converted layers of {layers.attention_class}, "
+            f"the model has {len(converted)}: the checkpoint was made for another version of its source's code"
+        )
+    return converted
+
+
+def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of converted attention modules: adds what the attention function does not see to its keyword
+    arguments. (Arguments survive gradient checkpointing and threads; attributes of the module would not.)"""
+    given = {**dict(zip(_parameter_names(type(module)), args, strict=False)), **kwargs}
+    cache = next((value for value in given.values() if isinstance(value, Cache)), None)
+    layer = None
+    if cache is not None:
+        window = module.dijiang.kernel.window  # type: ignore[union-attr]
+        if module.config._attn_implementation.startswith("dijiang"):  # type: ignore[union-attr]
+            layer = cache_layer(cache, module.layer_idx, window)  # type: ignore[arg-type]
+        elif any(isinstance(each, DiJiangCacheLayer) for each in cache.layers):
+            raise ValueError("a DiJiang cache can't serve softmax attention: start from an empty cache")
+    if not module.config._attn_implementation.startswith("dijiang"):  # type: ignore[union-attr]
+        return args, kwargs
+    return args, {**kwargs, "dijiang": Call(layer, given.get("hidden_states"), given.get("position_embeddings"))}
+
+
+@functools.cache
+def _parameter_names(cls: type[nn.Module]) -> list[str]:
+    return list(inspect.signature(cls.forward).parameters)[1:]
+
+
+class DiJiangMixin:
+    """What a converted model adds to its source's class: the children, their initialisation, and the checks."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        kernel, layers = read_section(config)
+        attach(self, kernel, layers)  # type: ignore[arg-type]
+        self._initialize_kernels()
+        # The kernel's parameters and its state stay float32 whatever the model's dtype.
+        self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or []) | {"dijiang"}
+
+    def _initialize_kernels(self) -> None:
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, DiJiangAttention):
+                module.reset_parameters()
+                for each in module.modules():  # the source's own initialisation must not touch them
+                    each._is_hf_initialized = True
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        self._initialize_kernels()
+        super().initialize_weights()  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, Cache) and self.config._attn_implementation == "dijiang":  # type: ignore[attr-defined]
+            kernel, layers = read_section(self.config)  # type: ignore[attr-defined]
+            for layer_idx in layers.layers:
+                cache_layer(cache, layer_idx, kernel.window)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+
+
+def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` with the source's signature (Trainer and generate() read it), after looking at its arguments."""
+    names = list(inspect.signature(forward).parameters)
+
+    @functools.wraps(forward)
+    def checked_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names[1:], args, strict=False)), **kwargs}
+        if self.config._attn_implementation.startswith("dijiang"):
+            if given.get("output_attentions") or getattr(self.config, "output_attentions", False):
+                raise ValueError("output_attentions: linear attention has no attention matrix to return")
+            kwargs.update(_position_ids(given, "position_ids" in names))
+        return forward(self, *args, **kwargs)
+
+    return checked_forward
+
+
+def _position_ids(given: dict[str, Any], accepted: bool) -> dict[str, Tensor]:
+    """Positions from the padding mask where none are given: features of rotated keys depend on them. Raises ValueError
+    for masks that linear attention can't follow, and for packed sequences."""
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    if isinstance(mask, Tensor) and mask.dim() != 2:
+        raise ValueError(f"attention_mask has {mask.dim()} dimensions: DiJiang attention takes a [batch, length] mask")
+    if positions is not None:
+        if mask is None and positions.shape[-1] > 1 and (positions.diff(dim=-1) != 1).any():
+            raise ValueError("position_ids restart inside a row: packed sequences are not supported, use a batch")
+        return {}
+    if mask is None or not accepted or mask.bool().all():
+        return {}
+    tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {"position_ids": positions[:, -tokens.shape[1] :]}
+
+
+def __getattr__(name: str) -> type:
+    base = getattr(transformers, name.removeprefix("DiJiang"), None) if name.startswith("DiJiang") else None
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    config_class = getattr(sys.modules[read_section.__module__], f"DiJiang{base.config_class.__name__}")
+    namespace = {"__module__": __name__, "config_class": config_class, "forward": _checked(base.forward)}
+    globals()[name] = type(name, (DiJiangMixin, base), namespace)
+    _adopt_key_mapping(name, base, config_class.model_type)
+    return globals()[name]
+
+
+def _adopt_key_mapping(name: str, base: type[PreTrainedModel], model_type: str) -> None:
+    """transformers renames checkpoint keys by class name or model type: ours are new to it, and follow the source's."""
+    for own, source in ((name, base.__name__), (model_type, base.config_class.model_type)):
+        mapping = get_checkpoint_conversion_mapping(source)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(own, mapping, overwrite=True)

@@ -1,0 +1,54 @@
+"""One loopback Hub for the whole run, at work before anything imports huggingface_hub.
+
+The client reads its endpoint and its cache folder from the environment once, at import. So the server starts
+here, when pytest loads this file, and no test can reach the real Hub or the user's own cache and token.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `pytest` alone does not put the root there
+from tests.hub import Hub
+
+if "huggingface_hub" in sys.modules:
+    raise RuntimeError(
+        "huggingface_hub was imported before the loopback Hub was up: tests would go to the real one"
+    )
+
+_HUB = Hub().start()
+_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
+
+for name in (
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "HF_HUB_CACHE",
+    "HUGGINGFACE_HUB_CACHE",
+    "HF_TOKEN_PATH",
+):
+    os.environ.pop(name, None)
+os.environ |= {
+    "HF_ENDPOINT": _HUB.url,
+    "HF_HOME": _HOME.name,
+    "HF_TOKEN": _HUB.token,
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_XET": "1",  # the loopback Hub stores by LFS alone
+    "NO_PROXY": "127.0.0.1",
+    "no_proxy": "127.0.0.1",
+}
+
+
+@pytest.fixture(scope="session")
+def hub() -> Hub:
+    """The Hub that every client in this run talks to; tests share it, so each has repositories of its own."""
+    return _HUB
+
+
+def pytest_unconfigure() -> None:
+    _HUB.stop()
+    _HOME.cleanup()
