@@ -111,14 +111,11 @@ def train(model: GPTNeoXForCausalLM, stream: Tensor, held_out: Tensor, args: arg
 
 def save(model: GPTNeoXForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes beside ``folder`` first, so that it holds the old model or the new one, never half of each."""
-    fast_tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=CONTEXT,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
-    )
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    fast_tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT, **special)
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for part in (model, fast_tokenizer):
-        part.save_pretrained(new)
+    model.save_pretrained(new)
+    fast_tokenizer.save_pretrained(new)
     (new / "model.safetensors").chmod(0o644)  # as it is written, only its owner can read it
     if folder.exists():
         folder.rename(old)

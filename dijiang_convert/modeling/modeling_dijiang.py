@@ -97,6 +97,12 @@ class DiJiangAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool, call: Call
     ) -> Tensor:
         """q [B, H, N, D], k [B, G, N, D], v [B, G, N, V], mask [B, N] or None if no token is padding → [B, H, N, V]."""
+        with torch.autocast(q.device.type, enabled=False):  # which would make the state's products half precision
+            return self._forward(q, k, v, mask, scaling, causal, call)
+
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool, call: Call
+    ) -> Tensor:
         far_q, far_k = self._without_rotation(q, call.cos_sin), self._without_rotation(k, call.cos_sin)
         cache = call.cache
         if cache is not None and q.shape[2] == 1 and mask is None and cache.is_full and not torch.is_grad_enabled():
@@ -400,6 +406,18 @@ class DiJiangMixin:
     def initialize_weights(self) -> None:
         self._initialize_kernels()
         super().initialize_weights()  # type: ignore[misc]
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """A tensor that is missing would silently be random: loading such a checkpoint is an error."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
+        missing, unexpected = set(loading_info.missing_keys), set(loading_info.unexpected_keys)
+        missing -= set(self.all_tied_weights_keys)  # type: ignore[attr-defined]
+        if type(self).__name__ not in (self.config.architectures or []):  # type: ignore[attr-defined]
+            # Another head on the same body may lack its own weights, and leave some of the checkpoint's.
+            missing, unexpected = ({k for k in keys if ".dijiang." in k} for keys in (missing, unexpected))
+        for kind, keys in (("lacks", missing), ("has unknown", unexpected)):
+            if keys:
+                raise ValueError(f"the checkpoint {kind} {len(keys)} tensors, {min(keys)} first: it is damaged")
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]

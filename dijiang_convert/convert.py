@@ -1,0 +1,181 @@
+"""`dijiang convert`: a softmax model in, a checkpoint with DiJiang attention out.
+
+Conversion moves bytes and loads no model: base weights are copied as they are, one small shard of kernel parameters is
+added, and the code that runs them. It takes about as long as copying the folder.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+from . import __version__
+from .architecture import Architecture, check_rotary, examine
+from .card import write_card
+from .checkpoint import free_space, new_folder, read_shard, weight_files, write_json, write_shards
+from .errors import DijiangError
+from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS
+from .progress import bytes_bar
+from .push import push as push_checkpoint
+from .recipe import Recipe, load_recipe
+from .sources import Source, download, read_config, resolve
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MODELING_FILES = (
+    "configuration_dijiang.py",
+    "modeling_dijiang.py",
+    "feature_map.py",
+    "linear_attention.py",
+    "cache.py",
+)
+# Of a source's files these don't come along: weights are laid out anew, and the card tells of the new model.
+LEFT_BEHIND = (".safetensors", ".bin", ".index.json", ".py", ".md", ".h5", ".msgpack", ".pt", ".pth", ".onnx", ".gguf")
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What `convert` did, or with ``dry_run`` would do. ``seconds`` is wall-clock time."""
+
+    out: str
+    source: str
+    source_revision: str | None
+    recipe: str
+    layers_converted: int
+    new_parameters: int
+    total_parameters: int
+    seconds: float
+    dry_run: bool = False
+    pushed: str | None = None
+
+
+def convert(
+    source: str,
+    out: str | Path | None = None,
+    *,
+    recipe: str = "default",
+    revision: str | None = None,
+    dtype: str | None = None,
+    layers: str = "all",
+    settings: Sequence[str] = (),
+    push: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> ConvertResult:
+    """Swaps the attention of a pretrained decoder for a DiJiang kernel.
+
+    Args:
+        source: an alias (pythia-410m), a Hub id, or a folder.
+        out: the new checkpoint's folder, by default ./NAME-dijiang.
+        recipe: a recipe's name or YAML file; its stages are recorded for `finetune`.
+        revision: branch, tag or commit of a Hub source.
+        dtype: rewrites the weights as float32, float16 or bfloat16; by default they are copied byte for byte.
+        layers: which layers: all, 0,3,8-23, every:N or not-last:N. The rest keep softmax.
+        settings: ``key=value`` for the recipe's kernel, as ``window=16``.
+        push: a Hub repository to push the result to.
+        force: replace ``out`` if it exists.
+        dry_run: check everything that can be without downloading weights, and write nothing.
+
+    Raises:
+        DijiangError: with one line that says what is wrong and what to do. Nothing half-written is left behind.
+    """
+    import time
+
+    start = time.perf_counter()
+    if dtype is not None and dtype not in DTYPES:
+        raise DijiangError(f"no dtype {dtype!r}: give one of {', '.join(DTYPES)}")
+    chosen = load_recipe(recipe, settings)
+    found = resolve(source, revision)
+    config = read_config(found)
+    architecture = examine(config, layers)
+    check_rotary(chosen.kernel, architecture)
+    target = Path(out) if out is not None else Path(f"{found.name}-dijiang")
+    new = architecture.new_tensors(chosen.kernel)
+    result = ConvertResult(
+        out=str(target),
+        source=str(found),
+        source_revision=found.revision,
+        recipe=chosen.name,
+        layers_converted=len(architecture.layers.layers),
+        new_parameters=sum(t.numel() for t in new.values()),
+        total_parameters=architecture.parameters + sum(t.numel() for t in new.values()),
+        seconds=0.0,
+        dry_run=dry_run,
+    )
+    if not dry_run:
+        found = download(found)
+        assert found.folder is not None
+        _check_tokenizer(found.folder)
+        shards = weight_files(found.folder)
+        for shard in shards:
+            read_shard(shard)  # a truncated file is found before anything is written
+        size = sum(shard.stat().st_size for shard in shards)
+        if free_space(target) < size:
+            raise DijiangError(f"no space left for {size / 1e9:.1f} GB on the disk of {target}: choose another --out")
+        with new_folder(target, force) as folder:
+            with bytes_bar("converting", size) as advance:
+                write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance)
+            _copy_companions(found.folder, folder)
+            write_json(folder / "config.json", converted_config(config, architecture, chosen, found, dtype))
+            write_code(folder)
+            write_card(folder)
+    pushed = push_checkpoint(target, push).url if push and not dry_run else None
+    return dataclasses.replace(result, seconds=time.perf_counter() - start, pushed=pushed)
+
+
+def converted_config(
+    config: dict[str, Any], architecture: Architecture, recipe: Recipe, source: Source, dtype: str | None
+) -> dict[str, Any]:
+    """The source's config.json, with the classes that run the checkpoint and the section ``dijiang``."""
+    model, base, kind = architecture.model_class.__name__, architecture.base_class.__name__, config["model_type"]
+    result = {**config, "architectures": [f"DiJiang{model}"], "model_type": f"dijiang_{kind}"}
+    result["auto_map"] = {
+        "AutoConfig": f"configuration_dijiang.DiJiang{type(architecture.config).__name__}",
+        "AutoModel": f"modeling_dijiang.DiJiang{base}",
+        "AutoModelForCausalLM": f"modeling_dijiang.DiJiang{model}",
+    }
+    if dtype is not None:
+        result.pop("torch_dtype", None)
+        result["dtype"] = dtype
+    tokenizer = TOKENIZER_MAPPING_NAMES.get(kind)  # AutoTokenizer asks by model type, and ours is new to it
+    if "tokenizer_class" not in config and isinstance(tokenizer, str):
+        result["tokenizer_class"] = tokenizer
+    details = recipe.to_dict()
+    result["dijiang"] = {
+        "version": __version__,
+        "requires_transformers": REQUIRES_TRANSFORMERS,
+        "source": source.repo_id or source.name,
+        "source_revision": source.revision,
+        "license": source.license,
+        "recipe": recipe.name,
+        "kernel": details["kernel"],
+        "stages": details["stages"],
+        "data": details["data"],
+        **dataclasses.asdict(architecture.layers),
+        "history": [],
+    }
+    return result
+
+
+def write_code(folder: Path) -> None:
+    """Puts the modeling files beside the weights, as transformers' trust_remote_code wants them."""
+    for name in MODELING_FILES:
+        shutil.copyfile(Path(__file__).parent / "modeling" / name, folder / name)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if not any((folder / name).is_file() for name in names):
+        raise DijiangError(f"no tokenizer in {folder}: it needs tokenizer.json or the files of a slow tokenizer")
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    """Tokenizer, generation config, chat template, license: whatever lies beside the weights."""
+    for path in sorted(source.iterdir()):
+        wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND)
+        if wanted and path.name != "config.json":
+            shutil.copyfile(path, target / path.name)

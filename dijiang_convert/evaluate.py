@@ -1,0 +1,130 @@
+"""`dijiang eval`: perplexity on held-out text, and against the original its ratio, KL divergence and agreement."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .distill.data import token_blocks
+from .errors import DijiangError
+from .models import load_any, load_tokenizer, silence
+from .progress import count_bar
+
+DEFAULT_DATA = "HuggingFaceFW/fineweb-edu"
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Perplexity a token; the other figures need a baseline.
+
+    kl_divergence: KL(baseline ‖ model) in nats a token; top1_agreement: share of tokens where both would choose the
+    same. perplexity_by_position: over 8 equal parts of a row.
+    """
+
+    perplexity: float
+    tokens: int
+    seq_len: int
+    perplexity_by_position: list[float]
+    baseline_perplexity: float | None = None
+    perplexity_ratio: float | None = None
+    kl_divergence: float | None = None
+    top1_agreement: float | None = None
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    baseline: str | None = None,
+    data: str | Sequence[str] | None = None,
+    seq_len: int | None = None,
+    max_tokens: int = 100_000,
+    tasks: Sequence[str] = (),
+) -> EvalResult:
+    """Measures a checkpoint on text (a file, a folder's held-out files, a Hub data set, or documents).
+
+    Args:
+        checkpoint: converted, or any causal language model.
+        baseline: the original model, to compare with.
+        seq_len: tokens a row; by default the model's context, at most 2,048.
+        tasks: names of lm-eval tasks; needs ``pip install lm-eval``.
+
+    Raises:
+        DijiangError: no such model or data, or less text than one row.
+    """
+    silence()
+    model = load_any(str(checkpoint)).eval()
+    other = load_any(baseline, model.device).eval() if baseline else None
+    tokenizer = load_tokenizer(checkpoint)
+    length = seq_len or min(getattr(model.config.get_text_config(), "max_position_embeddings", 2048), 2048)
+    blocks = token_blocks(
+        data if data is not None else DEFAULT_DATA, tokenizer,
+        seq_len=length, tokens=max_tokens, held_out=True, shuffle_seed=None,
+    )  # fmt: skip
+    totals = measure(model, blocks, other)
+    loss = totals["loss"].sum() / totals["count"].sum()
+    result: dict[str, Any] = {
+        "perplexity": math.exp(loss),
+        "tokens": blocks.numel(),
+        "seq_len": length,
+        "perplexity_by_position": [math.exp(x) for x in _by_position(totals["loss"] / totals["count"])],
+    }
+    if other is not None:
+        count = totals["count"].sum()
+        base = float(totals["baseline_loss"].sum() / count)
+        result |= {
+            "baseline_perplexity": math.exp(base),
+            "perplexity_ratio": math.exp(loss - base),
+            "kl_divergence": float(totals["kl"].sum() / count),
+            "top1_agreement": float(totals["agreement"].sum() / count),
+        }
+    return EvalResult(**result, tasks=_lm_eval(model, tokenizer, tasks) if tasks else {})
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, blocks: Tensor, other: PreTrainedModel | None) -> dict[str, Tensor]:
+    """Sums over rows of blocks [n, seq_len], by position: each value is [seq_len − 1]."""
+    length = blocks.shape[1] - 1
+    names = ("loss", "count", "baseline_loss", "kl", "agreement")
+    totals = {name: torch.zeros(length, dtype=torch.float64) for name in names}
+    rows = max(BATCH_TOKENS // blocks.shape[1], 1)
+    with count_bar("evaluating (rows)", len(blocks)) as advance:
+        for batch in blocks.split(rows):
+            ids = batch.to(model.device)
+            log_p = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            target = ids[:, 1:, None]
+            totals["loss"] -= log_p.gather(-1, target)[..., 0].double().sum(0).cpu()
+            totals["count"] += len(ids)
+            if other is not None:
+                log_q = other(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+                if log_q.shape != log_p.shape:
+                    raise DijiangError("the baseline has another vocabulary: give the model it was converted from")
+                totals["baseline_loss"] -= log_q.gather(-1, target)[..., 0].double().sum(0).cpu()
+                totals["kl"] += (log_q.exp() * (log_q - log_p)).sum(-1).double().sum(0).cpu()
+                totals["agreement"] += (log_p.argmax(-1) == log_q.argmax(-1)).double().sum(0).cpu()
+            advance(len(ids))
+    return totals
+
+
+def _by_position(loss: Tensor, parts: int = 8) -> list[float]:
+    return [float(part.mean()) for part in loss.tensor_split(min(parts, len(loss)))]
+
+
+def _lm_eval(model: PreTrainedModel, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Any]:
+    try:
+        from lm_eval import simple_evaluate  # type: ignore[import-not-found]
+        from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
+    except ImportError:
+        raise DijiangError("--tasks needs lm-eval: pip install 'dijiang-convert[eval]'") from None
+    try:
+        results = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks))
+    except (ValueError, KeyError) as error:
+        raise DijiangError(f"lm-eval can't run {', '.join(tasks)}: {' '.join(str(error).split())[:200]}") from error
+    return json.loads(json.dumps(results["results"], default=str))

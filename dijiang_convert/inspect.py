@@ -1,0 +1,94 @@
+"""`dijiang inspect`: what a conversion would do to a model. Reads only its config."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .architecture import check_rotary, examine
+from .errors import Unsupported
+from .modeling.configuration_dijiang import Kernel, Layers
+from .recipe import load_recipe
+from .sources import read_config, resolve
+
+LENGTHS = (1024, 8192, 65536)
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """``reason`` says why a model is not supported. Sizes are in bytes, for one sequence.
+
+    state_bytes: what converted layers keep, constant in length; kv_cache_bytes_at: what they kept as softmax, by length.
+    finetune_bytes: weights, gradients and optimizer for the recipe, without activations.
+    """
+
+    source: str
+    architecture: str
+    supported: bool
+    reason: str | None = None
+    layers: int = 0
+    layers_converted: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    parameters: int = 0
+    new_parameters: int = 0
+    state_bytes: int = 0
+    kv_cache_bytes_at: dict[int, int] | None = None
+    finetune_bytes: int = 0
+
+
+def inspect(
+    source: str,
+    *,
+    recipe: str = "default",
+    revision: str | None = None,
+    layers: str = "all",
+    settings: Sequence[str] = (),
+) -> InspectResult:
+    """Looks at a model through its config alone. Arguments as in `convert`.
+
+    Raises DijiangError where there is no such model or recipe; an unsupported one is a result, not an error.
+    """
+    chosen = load_recipe(recipe, settings)
+    found = resolve(source, revision)
+    config = read_config(found)
+    kind = str((config.get("architectures") or [config.get("model_type")])[0])
+    try:
+        architecture = examine(config, layers)
+        check_rotary(chosen.kernel, architecture)
+    except Unsupported as error:
+        return InspectResult(str(found), kind, False, str(error))
+    shape = architecture.layers
+    new = sum(t.numel() for t in architecture.new_tensors(chosen.kernel).values())
+    width = 2 if str(config.get("dtype", config.get("torch_dtype"))) in ("float16", "bfloat16") else 4
+    full = any(stage.train == "full" for stage in chosen.stages)
+    trained = new + (architecture.parameters if full else architecture.parameters // 100)
+    return InspectResult(
+        source=str(found),
+        architecture=kind,
+        supported=True,
+        layers=architecture.config.get_text_config().num_hidden_layers,
+        layers_converted=len(shape.layers),
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        parameters=architecture.parameters,
+        new_parameters=new,
+        state_bytes=state_bytes(chosen.kernel, shape, width),
+        kv_cache_bytes_at={
+            n: len(shape.layers) * shape.kv_heads * (shape.head_dim + shape.value_dim) * n * width for n in LENGTHS
+        },
+        finetune_bytes=architecture.parameters * width * (2 if full else 1) + trained * 16,
+    )
+
+
+def state_bytes(kernel: Kernel, layers: Layers, width: int) -> int:
+    """What the cache of all converted layers holds for one sequence: float32 states, and the window's keys and values
+    at ``width`` bytes a number."""
+    state = 0
+    if kernel.far:
+        heads = layers.heads if kernel.decay == "retnet" else layers.kv_heads
+        features = layers.head_dim * (2 if kernel.signed else 1)
+        state = heads * (features * (layers.value_dim + 1) + 1) * 4
+    keys = layers.head_dim * (2 if kernel.far and kernel.rotary == "remove" else 1)
+    window = kernel.window * (layers.kv_heads * (keys + layers.value_dim) * width + 1)
+    return len(layers.layers) * (state + window)

@@ -1,0 +1,73 @@
+"""Loading models for the verbs: converted checkpoints with this package's own code, originals with transformers'."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .architecture import quiet
+from .checkpoint import read_checkpoint
+from .errors import DijiangError
+from .modeling import configuration_dijiang, modeling_dijiang
+from .sources import download, resolve
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_converted(folder: str | Path, attention: str = "dijiang", device: torch.device | None = None) -> PreTrainedModel:
+    """A converted checkpoint, run by this package's code and never by the folder's.
+
+    attention: "dijiang", or "sdpa" for the softmax model that the base weights are.
+    Raises DijiangError where the folder is no converted checkpoint or its weights don't fit.
+    """
+    section = read_checkpoint(folder)
+    name = section["architectures"][0]
+    try:
+        config_class = getattr(configuration_dijiang, section["auto_map"]["AutoConfig"].rpartition(".")[2])
+        config = config_class.from_pretrained(str(folder), attn_implementation=attention)
+        with quiet():
+            model = getattr(modeling_dijiang, name).from_pretrained(str(folder), config=config)
+    except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
+        raise DijiangError(f"can't load {folder}: {' '.join(str(error).split())[:300]}") from error
+    return model.to(device or default_device())
+
+
+def load_any(source: str, device: torch.device | None = None) -> PreTrainedModel:
+    """A converted checkpoint, or any causal language model that transformers has (alias, Hub id or folder)."""
+    folder = Path(source).expanduser()
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    if "dijiang" in config:
+        return load_converted(folder, device=device)
+    found = download(resolve(source))
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(str(found.folder))
+    except (ValueError, OSError, KeyError) as error:
+        raise DijiangError(f"can't load {source}: {' '.join(str(error).split())[:300]}") from error
+    return model.to(device or default_device())
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    folder = Path(source).expanduser()
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(str(folder if folder.is_dir() else resolve(str(source)).repo_id))
+    except (ValueError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DijiangError(f"can't load the tokenizer of {source}: {reason}") from error
+
+
+def silence() -> None:
+    """transformers' own bars and notes go; ours tell what a user needs."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    config: Any = model.config.get_text_config()
+    return config.hidden_size

@@ -1,0 +1,189 @@
+"""Recipes: what kernel to swap in, and how to train it. YAML files in recipes/, checked when they are read.
+
+A recipe names the kernel (see `modeling.configuration_dijiang.Kernel`), a default corpus, and a list of stages.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import DijiangError
+from .modeling.configuration_dijiang import Kernel
+
+OBJECTIVES = ("attention_transfer", "distillation", "cross_entropy")
+TRAIN = ("kernel", "lora", "full")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage.
+
+    objective: attention_transfer (each layer learns its softmax output; only the kernel trains), distillation (KL to
+        the softmax model's logits) or cross_entropy (next token).
+    train: "kernel" alone, kernel and "lora" adapters on the projections, or the "full" model.
+    tokens: how many tokens it sees; seq_len and batch_tokens: a row's and an optimizer step's.
+    learning_rate: for LoRA or the full model; kernel_learning_rate: for the kernel's parameters.
+    cross_entropy_weight: share of the next-token loss mixed into distillation.
+    """
+
+    name: str
+    objective: str
+    tokens: int
+    train: str = "kernel"
+    seq_len: int = 2048
+    batch_tokens: int = 16384
+    learning_rate: float = 2e-4
+    kernel_learning_rate: float = 1e-2
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_targets: str = "attention"
+    cross_entropy_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_types(self, f"stage {self.name}")
+        if self.objective not in OBJECTIVES:
+            raise DijiangError(f"stage {self.name}: no objective {self.objective!r}{_nearest(self.objective, OBJECTIVES)}")
+        if self.train not in TRAIN:
+            raise DijiangError(f"stage {self.name}: no training set {self.train!r}{_nearest(self.train, TRAIN)}")
+        if self.lora_targets not in ("attention", "all"):
+            raise DijiangError(f"stage {self.name}: lora_targets is {self.lora_targets!r}: give attention or all")
+        if self.objective == "attention_transfer" and self.train != "kernel":
+            raise DijiangError(f"stage {self.name}: attention_transfer trains the kernel alone: set train: kernel")
+        for key in ("tokens", "seq_len", "batch_tokens", "lora_rank"):
+            if getattr(self, key) < 1:
+                raise DijiangError(f"stage {self.name}: {key} is {getattr(self, key)}: give at least 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A kernel and how to train it. ``data`` is the corpus used where the user names none (a Hub data set's id)."""
+
+    name: str
+    kernel: Kernel
+    stages: tuple[Stage, ...]
+    description: str = ""
+    data: str = "HuggingFaceFW/fineweb-edu"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "stages": [asdict(stage) for stage in self.stages]}
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
+    """Reads a recipe by name or from a file, with ``key=value`` settings of the kernel applied.
+
+    Raises DijiangError: no such recipe, an unknown key (the nearest valid one is named), a bad value.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = _folder() / f"{name}.yaml"
+        if not path.is_file():
+            raise DijiangError(f"no recipe {name!r}{_nearest(name, recipe_names())}; or give a .yaml file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DijiangError(f"no such recipe file: {name}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DijiangError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, Mapping):
+        raise DijiangError(f"recipe {path} is not a mapping: start it with 'kernel:' and 'stages:'")
+    values = {**content.get("kernel", {}), **parse_settings(settings)}
+    return parse_recipe({"name": path.stem, **content, "kernel": values})
+
+
+def parse_recipe(content: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain data, as YAML files and a checkpoint's config hold it. Raises DijiangError."""
+    known = [field.name for field in fields(Recipe)]
+    _check_keys(content, known, "recipe")
+    stages = tuple(_build(Stage, stage, f"stage {stage.get('name', '?')}") for stage in content.get("stages", ()))
+    kernel = _build(Kernel, content.get("kernel", {}), "kernel")
+    return _build(Recipe, {**content, "kernel": kernel, "stages": stages}, "recipe")
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """``["window=16", "rotary=keep"]`` → {"window": 16, "rotary": "keep"}, values read as YAML."""
+    values = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not (key and equals and value):
+            raise DijiangError(f"--set {setting!r} is not of the form key=value")
+        values[key.strip()] = _number(yaml.safe_load(value))
+    return values
+
+
+def adjust_stages(stages: Iterable[Stage], settings: Iterable[str]) -> tuple[Stage, ...]:
+    """Applies ``key=value`` to every stage, or ``stage.key=value`` to the stage of that name. Raises DijiangError."""
+    stages = list(stages)
+    for key, value in parse_settings(settings).items():
+        stage_name, _, field = key.rpartition(".")
+        if stage_name and stage_name not in [stage.name for stage in stages]:
+            raise DijiangError(f"no stage {stage_name!r}{_nearest(stage_name, [stage.name for stage in stages])}")
+        _check_keys({field: value}, [f.name for f in fields(Stage)], "stage")
+        stages = [replace(s, **{field: value}) if stage_name in ("", s.name) else s for s in stages]
+    return tuple(stages)
+
+
+def scale_tokens(stages: Iterable[Stage], tokens: int) -> tuple[Stage, ...]:
+    """The stages shortened or stretched in proportion to ``tokens`` in all, each at least one row long."""
+    stages = tuple(stages)
+    total = sum(stage.tokens for stage in stages)
+    return tuple(replace(s, tokens=max(round(s.tokens * tokens / total), s.seq_len)) for s in stages)
+
+
+def _folder() -> Path:
+    """recipes/ lies inside the installed package; in a source checkout beside it."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise DijiangError(f"{where} must be a mapping of keys to values, not {values!r}")
+    _check_keys(values, [field.name for field in fields(cls)], where)
+    missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
+    if missing:
+        raise DijiangError(f"{where} lacks {', '.join(missing)}")
+    try:
+        return cls(**{key: _number(value) for key, value in values.items()})
+    except ValueError as error:  # the kernel's own words
+        raise DijiangError(str(error)) from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise DijiangError(f"{where} has no key {key!r}{_nearest(str(key), known)}")
+
+
+def _check_types(record: Any, where: str) -> None:
+    for field in fields(record):
+        value, kind = getattr(record, field.name), field.type
+        good = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)  # type: ignore[arg-type]
+        if not good or isinstance(value, bool):
+            raise DijiangError(f"{where}: {field.name} is {value!r}, not {kind.__name__}")  # type: ignore[union-attr]
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    """`: did you mean …?`, or all that is valid."""
+    words = list(words)
+    close = difflib.get_close_matches(word, words, 1, cutoff=0.5)
+    return f": did you mean {close[0]}?" if close else f": valid are {', '.join(words)}"
