@@ -15,12 +15,12 @@ import transformers
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from .errors import DijiangError, Unsupported
 from .modeling.configuration_dijiang import Kernel, Layers
-from .modeling.modeling_dijiang import UNSUPPORTED_ARGUMENTS, DiJiangAttention, _parameter_names, attach
+from .modeling.modeling_dijiang import UNSUPPORTED_ARGUMENTS, DiJiangAttention, attach, parameter_names
 
 FOLLOWERS = "gpt_neox, llama, opt, qwen2, qwen3, mistral, phi, gpt2, olmo2 and many more do"
 
@@ -71,15 +71,13 @@ def examine(config: dict[str, Any], layers: str = "all") -> Architecture:
     """
     model_class, base_class, parsed = _classes(config)
     if not model_class._can_set_attn_implementation():
-        raise Unsupported(
-            f"{parsed.model_type} does not route its attention through transformers' AttentionInterface: {FOLLOWERS}"
-        )
+        raise Unsupported(f"{parsed.model_type} does not route its attention through AttentionInterface: {FOLLOWERS}")
     parsed._attn_implementation = "eager"
     try:
         model = skeleton(model_class, parsed)
     except Exception as error:
         raise Unsupported(f"{parsed.model_type} can't be built from this config ({_first_line(error)})") from error
-    seen = _Notes(model.to(torch.bfloat16))  # grouped expert kernels take no other type on the meta device
+    seen = _Notes(model.bfloat16())  # grouped expert kernels take no other type on the meta device
     try:
         seen.run()
     except Unsupported:
@@ -93,8 +91,8 @@ def examine(config: dict[str, Any], layers: str = "all") -> Architecture:
 
 
 def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], type[PreTrainedModel], PreTrainedConfig]:
-    kind = config.get("model_type")
-    if "dijiang" in config or str(kind).startswith("dijiang_"):
+    kind = str(config.get("model_type"))
+    if "dijiang" in config or kind.startswith("dijiang_"):
         raise DijiangError("the model is converted already: go on with dijiang finetune")
     if config.get("is_encoder_decoder"):
         raise Unsupported(f"{kind} is an encoder-decoder: only decoder-only language models are converted")
@@ -125,7 +123,7 @@ def _as_tuple(names: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Seen:
-    module: nn.Module
+    module: Any
     heads: tuple[int, int, int, int]  # query heads, key/value heads, head_dim, value_dim
     arguments: dict[str, Any]
 
@@ -153,7 +151,7 @@ class _Notes:
                 hook.remove()
 
     def _note_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(_parameter_names(type(module)), args, strict=False)), **kwargs}
+        given = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
         if any(isinstance(value, DynamicCache) for value in given.values()):
             self.arguments[module] = given
 
@@ -167,18 +165,18 @@ class _Notes:
     def layers(self, spec: str) -> Layers:
         kind = self.model.config.model_type
         if not self.calls:
-            raise Unsupported(f"{kind} has no attention that goes through transformers' AttentionInterface: {FOLLOWERS}")
+            raise Unsupported(f"{kind} has no attention that goes through AttentionInterface: {FOLLOWERS}")
         for seen in self.calls:
             self._check(seen, kind)
         full = {seen.module.layer_idx: seen for seen in self.calls if not self._is_sliding(seen)}
         if not full:
             raise Unsupported(f"every layer of {kind} has a sliding window: its attention is linear already")
-        chosen = select_layers(spec, self.model.config.num_hidden_layers, sorted(full))  # type: ignore[type-var]
+        chosen = select_layers(spec, self.model.config.num_hidden_layers, sorted(full))
         picked = [full[index] for index in chosen]
         classes = {type(seen.module).__name__ for seen in picked}
         shapes = {seen.heads for seen in picked}
         if len(classes) > 1 or len(shapes) > 1:
-            raise Unsupported(f"the chosen layers of {kind} differ in head shape {sorted(shapes)}: choose with --layers")
+            raise Unsupported(f"the layers of {kind} differ in head shape {sorted(shapes)}: choose with --layers")
         heads, kv_heads, head_dim, value_dim = picked[0].heads
         hidden = self.model.config.get_text_config().hidden_size
         return Layers(classes.pop(), tuple(chosen), heads, kv_heads, head_dim, value_dim, hidden)
@@ -206,7 +204,7 @@ class _Notes:
     def _is_sliding(self, seen: _Seen) -> bool:
         types = getattr(self.model.config, "layer_types", None)
         if types is not None:
-            return types[seen.module.layer_idx] != "full_attention"  # type: ignore[index]
+            return types[seen.module.layer_idx] != "full_attention"
         return seen.arguments.get("sliding_window") is not None
 
 

@@ -45,9 +45,7 @@ def write_card(folder: Path) -> None:
     auto_class = _auto_class(config)
     source = str(record.get("source") or "")
     # The Hub links a card to its base model; a folder's name means nothing there.
-    base: dict[str, Any] = (
-        {"base_model": source, "base_model_relation": "finetune"} if is_hub_id(source) else {}
-    )
+    base: dict[str, Any] = {"base_model": source, "base_model_relation": "finetune"} if is_hub_id(source) else {}
     licence = record.get("license")
     data = ModelCardData(
         library_name="transformers",

@@ -191,7 +191,11 @@ def in_memory(state: dict[str, torch.Tensor]) -> list[Tensor]:
 
 
 def write_shards(
-    folder: Path, shards: list[Path], new: dict[str, torch.Tensor], dtype: torch.dtype | None, progress: Callable[[int], None]
+    folder: Path,
+    shards: list[Path],
+    new: dict[str, torch.Tensor],
+    dtype: torch.dtype | None,
+    progress: Callable[[int], None],
 ) -> int:
     """Lays out a checkpoint: the source's shards, byte for byte unless ``dtype`` or their format asks for a rewrite,
     one small shard of ``new`` tensors, and the index. Returns how many numbers it holds in all.

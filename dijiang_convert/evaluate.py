@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .distill.data import token_blocks
+from .distill.data import Rows, token_rows
 from .errors import DijiangError
 from .models import load_any, load_tokenizer, silence
 from .progress import count_bar
@@ -64,17 +64,17 @@ def evaluate(
     other = load_any(baseline, model.device).eval() if baseline else None
     tokenizer = load_tokenizer(checkpoint)
     length = seq_len or min(getattr(model.config.get_text_config(), "max_position_embeddings", 2048), 2048)
-    blocks = token_blocks(
+    rows = token_rows(
         data if data is not None else DEFAULT_DATA, tokenizer,
         seq_len=length, tokens=max_tokens, held_out=True, shuffle_seed=None,
     )  # fmt: skip
-    totals = measure(model, blocks, other)
+    totals = measure(model, rows, other)
     loss = totals["loss"].sum() / totals["count"].sum()
     result: dict[str, Any] = {
         "perplexity": math.exp(loss),
-        "tokens": blocks.numel(),
+        "tokens": rows.tokens,
         "seq_len": length,
-        "perplexity_by_position": [math.exp(x) for x in _by_position(totals["loss"] / totals["count"])],
+        "perplexity_by_position": _by_position(totals),
     }
     if other is not None:
         count = totals["count"].sum()
@@ -89,32 +89,35 @@ def evaluate(
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, blocks: Tensor, other: PreTrainedModel | None) -> dict[str, Tensor]:
-    """Sums over rows of blocks [n, seq_len], by position: each value is [seq_len − 1]."""
-    length = blocks.shape[1] - 1
+def measure(model: PreTrainedModel, rows: Rows, other: PreTrainedModel | None) -> dict[str, Tensor]:
+    """Sums over rows, by position: each value is [seq_len − 1]. Padding, on the right, does not count."""
+    length = rows.ids.shape[1]
     names = ("loss", "count", "baseline_loss", "kl", "agreement")
-    totals = {name: torch.zeros(length, dtype=torch.float64) for name in names}
-    rows = max(BATCH_TOKENS // blocks.shape[1], 1)
-    with count_bar("evaluating (rows)", len(blocks)) as advance:
-        for batch in blocks.split(rows):
-            ids = batch.to(model.device)
+    totals = {name: torch.zeros(length - 1, dtype=torch.float64) for name in names}
+    size = max(BATCH_TOKENS // length, 1)
+    with count_bar("evaluating (rows)", len(rows)) as advance:
+        for ids, mask in zip(rows.ids.split(size), rows.mask.split(size), strict=True):
+            ids, real = ids.to(model.device), mask[:, 1:].to(model.device)
             log_p = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-            target = ids[:, 1:, None]
-            totals["loss"] -= log_p.gather(-1, target)[..., 0].double().sum(0).cpu()
-            totals["count"] += len(ids)
+            found = {"loss": -log_p.gather(-1, ids[:, 1:, None])[..., 0], "count": torch.ones_like(log_p[..., 0])}
             if other is not None:
                 log_q = other(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
                 if log_q.shape != log_p.shape:
                     raise DijiangError("the baseline has another vocabulary: give the model it was converted from")
-                totals["baseline_loss"] -= log_q.gather(-1, target)[..., 0].double().sum(0).cpu()
-                totals["kl"] += (log_q.exp() * (log_q - log_p)).sum(-1).double().sum(0).cpu()
-                totals["agreement"] += (log_p.argmax(-1) == log_q.argmax(-1)).double().sum(0).cpu()
+                found["baseline_loss"] = -log_q.gather(-1, ids[:, 1:, None])[..., 0]
+                found["kl"] = (log_q.exp() * (log_q - log_p)).sum(-1)
+                found["agreement"] = (log_p.argmax(-1) == log_q.argmax(-1)).float()
+            for name, value in found.items():
+                totals[name] += (value * real).double().sum(0).cpu()
             advance(len(ids))
     return totals
 
 
-def _by_position(loss: Tensor, parts: int = 8) -> list[float]:
-    return [float(part.mean()) for part in loss.tensor_split(min(parts, len(loss)))]
+def _by_position(totals: dict[str, Tensor], parts: int = 8) -> list[float]:
+    """Perplexity over equal parts of a row; the last ones may hold no token of short documents."""
+    parts = min(parts, len(totals["loss"]))
+    pairs = zip(totals["loss"].tensor_split(parts), totals["count"].tensor_split(parts), strict=True)
+    return [math.exp(loss.sum() / count.sum()) for loss, count in pairs if count.sum() > 0]
 
 
 def _lm_eval(model: PreTrainedModel, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Any]:

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import write_card
 from .checkpoint import new_folder, read_checkpoint, write_json
 from .convert import LEFT_BEHIND, write_code
-from .distill.data import token_blocks
+from .distill.data import Rows, token_rows
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
 from .models import load_any, load_converted, load_tokenizer, silence
@@ -83,7 +82,7 @@ def finetune(
     silence()
     run = _Run(target, plan, resume)
     tokenizer = load_tokenizer(folder)
-    blocks = _gather(data if data is not None else recipe.data, tokenizer, plan, seed)
+    rows = _gather(data if data is not None else recipe.data, tokenizer, plan, seed)
     model = load_converted(run.latest or folder)
     results = list(run.results)
     for i, stage in enumerate(plan):
@@ -91,7 +90,7 @@ def finetune(
             continue
         guide = _teacher(stage, model, folder, config["dijiang"], [*config["dijiang"]["history"], *plan[:i]], teacher)
         model, result = run_stage(
-            model, stage, blocks[stage.seq_len], teacher=guide, folder=run.stage(i), resume=resume, seed=seed
+            model, stage, rows[stage.seq_len], teacher=guide, folder=run.stage(i), resume=resume, seed=seed
         )
         results.append(result)
         if i + 1 < len(plan):
@@ -151,17 +150,16 @@ def _plan(
 
 def _gather(
     data: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, plan: Sequence[Stage], seed: int
-) -> dict[int, torch.Tensor]:
-    """The blocks of every row length in the plan. All stages draw from the same text."""
-    blocks = {}
+) -> dict[int, Rows]:
+    """Rows of every length in the plan. All stages draw from the same text."""
+    rows = {}
     for seq_len in {stage.seq_len for stage in plan}:
-        tokens = max(stage.tokens for stage in plan if stage.seq_len == seq_len)
         total = sum(stage.tokens for stage in plan if stage.seq_len == seq_len)
-        with count_bar("reading text (tokens)", max(total, tokens)) as advance:
-            blocks[seq_len] = token_blocks(
+        with count_bar("reading text (tokens)", total) as advance:
+            rows[seq_len] = token_rows(
                 data, tokenizer, seq_len=seq_len, tokens=total, shuffle_seed=seed, progress=advance
             )
-    return blocks
+    return rows
 
 
 def _teacher(
@@ -204,7 +202,7 @@ class _Run:
             if not (self.folder / "plan.json").is_file():
                 raise DijiangError(f"nothing to resume: no {self.folder}; run without --resume")
             if json.loads((self.folder / "plan.json").read_text()) != self.plan:
-                raise DijiangError(f"{self.folder} is from a run with other stages: repeat its options, or drop --resume")
+                raise DijiangError(f"{self.folder} is from another run: repeat its options, or drop --resume")
             for i in range(len(plan)):
                 done = self.folder / f"after-{i}"
                 if done.is_dir():

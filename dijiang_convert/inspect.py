@@ -16,7 +16,7 @@ LENGTHS = (1024, 8192, 65536)
 class InspectResult:
     """``reason`` says why a model is not supported. Sizes are in bytes, for one sequence.
 
-    state_bytes: what converted layers keep, constant in length; kv_cache_bytes_at: what they kept as softmax, by length.
+    state_bytes: what converted layers keep at any length; kv_cache_bytes_at: what they kept as softmax, by length.
     finetune_bytes: weights, gradients and optimizer for the recipe, without activations.
     """
 

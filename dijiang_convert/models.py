@@ -1,6 +1,5 @@
 """Loading models for the verbs: converted checkpoints with this package's own code, originals with transformers'."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,26 @@ from .architecture import quiet
 from .checkpoint import read_checkpoint
 from .errors import DijiangError
 from .modeling import configuration_dijiang, modeling_dijiang
-from .sources import download, resolve
+from .sources import download, read_json, resolve
 
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_converted(folder: str | Path, attention: str = "dijiang", device: torch.device | None = None) -> PreTrainedModel:
+def load_converted(
+    folder: str | Path, attention: str = "dijiang", device: torch.device | None = None
+) -> PreTrainedModel:
     """A converted checkpoint, run by this package's code and never by the folder's.
 
     attention: "dijiang", or "sdpa" for the softmax model that the base weights are.
     Raises DijiangError where the folder is no converted checkpoint or its weights don't fit.
     """
-    section = read_checkpoint(folder)
-    name = section["architectures"][0]
+    name = read_checkpoint(folder)["architectures"][0]
     try:
-        config_class = getattr(configuration_dijiang, section["auto_map"]["AutoConfig"].rpartition(".")[2])
-        config = config_class.from_pretrained(str(folder), attn_implementation=attention)
+        config = _converted_config(folder, attn_implementation=attention)
         with quiet():
-            model = getattr(modeling_dijiang, name).from_pretrained(str(folder), config=config)
+            model: Any = getattr(modeling_dijiang, name).from_pretrained(str(folder), config=config)
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
         raise DijiangError(f"can't load {folder}: {' '.join(str(error).split())[:300]}") from error
     return model.to(device or default_device())
@@ -40,26 +39,37 @@ def load_converted(folder: str | Path, attention: str = "dijiang", device: torch
 def load_any(source: str, device: torch.device | None = None) -> PreTrainedModel:
     """A converted checkpoint, or any causal language model that transformers has (alias, Hub id or folder)."""
     folder = Path(source).expanduser()
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    if "dijiang" in config:
+    if (folder / "config.json").is_file() and "dijiang" in read_json(folder / "config.json"):
         return load_converted(folder, device=device)
     found = download(resolve(source))
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(str(found.folder))
+            model: Any = AutoModelForCausalLM.from_pretrained(str(found.folder))
     except (ValueError, OSError, KeyError) as error:
         raise DijiangError(f"can't load {source}: {' '.join(str(error).split())[:300]}") from error
     return model.to(device or default_device())
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a converted checkpoint or of any model. Raises DijiangError."""
     folder = Path(source).expanduser()
+    options: dict[str, Any] = {}
+    if not folder.is_dir():
+        found = download(resolve(str(source)))
+        folder = found.folder or folder
+    elif "dijiang" in read_json(folder / "config.json"):
+        options["config"] = _converted_config(folder)  # else AutoTokenizer would ask to run the folder's code
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(str(folder if folder.is_dir() else resolve(str(source)).repo_id))
+            return AutoTokenizer.from_pretrained(str(folder), **options)
     except (ValueError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DijiangError(f"can't load the tokenizer of {source}: {reason}") from error
+
+
+def _converted_config(folder: str | Path, **options: Any) -> Any:
+    name = read_checkpoint(folder)["auto_map"]["AutoConfig"].rpartition(".")[2]
+    return getattr(configuration_dijiang, name).from_pretrained(str(folder), **options)
 
 
 def silence() -> None:

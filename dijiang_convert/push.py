@@ -44,9 +44,7 @@ class PushResult:
     url: str
 
 
-def push(
-    checkpoint: str | Path, repo: str, *, private: bool = False, revision: str | None = None
-) -> PushResult:
+def push(checkpoint: str | Path, repo: str, *, private: bool = False, revision: str | None = None) -> PushResult:
     """Upload the checkpoint in `checkpoint` to `repo` (owner/name), which is created if it does not exist.
 
     `revision` names a branch, created from main if it does not exist. A checkpoint without a README.md gets

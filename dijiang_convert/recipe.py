@@ -48,9 +48,10 @@ class Stage:
     def __post_init__(self) -> None:
         _check_types(self, f"stage {self.name}")
         if self.objective not in OBJECTIVES:
-            raise DijiangError(f"stage {self.name}: no objective {self.objective!r}{_nearest(self.objective, OBJECTIVES)}")
+            near = _nearest(self.objective, OBJECTIVES)
+            raise DijiangError(f"stage {self.name}: no objective {self.objective!r}{near}")
         if self.train not in TRAIN:
-            raise DijiangError(f"stage {self.name}: no training set {self.train!r}{_nearest(self.train, TRAIN)}")
+            raise DijiangError(f"stage {self.name}: train is {self.train!r}{_nearest(self.train, TRAIN)}")
         if self.lora_targets not in ("attention", "all"):
             raise DijiangError(f"stage {self.name}: lora_targets is {self.lora_targets!r}: give attention or all")
         if self.objective == "attention_transfer" and self.train != "kernel":

@@ -244,9 +244,7 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
     while cause is not None:  # the client wraps what happened, at times twice
         match cause:
             case errors.GatedRepoError():  # before RepositoryNotFoundError, its base
-                return (
-                    f"{repo_id} is gated: ask for access at {page}, then run `hf auth login` or set HF_TOKEN"
-                )
+                return f"{repo_id} is gated: ask for access at {page}, then run `hf auth login` or set HF_TOKEN"
             case errors.RepositoryNotFoundError():
                 return (
                     f"{repo_id} is not on the Hub, or is private: check the name,"

@@ -17,9 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `pytest` alone d
 from tests.hub import Hub
 
 if "huggingface_hub" in sys.modules:
-    raise RuntimeError(
-        "huggingface_hub was imported before the loopback Hub was up: tests would go to the real one"
-    )
+    raise RuntimeError("huggingface_hub was imported before the loopback Hub was up: tests would go to the real one")
 
 _HUB = Hub().start()
 _HOME = tempfile.TemporaryDirectory(prefix="hf-home-")

@@ -125,9 +125,7 @@ class Hub:
         self.token = token
         self.user = user
         self.repos: dict[str, Repo] = {}
-        self.objects: dict[
-            str, bytes
-        ] = {}  # LFS contents by sha256, shared by all repositories as on the Hub
+        self.objects: dict[str, bytes] = {}  # LFS contents by sha256, shared by all repositories as on the Hub
         self.requests: list[Request] = []
         self.bytes_received = 0
         self.lock = threading.RLock()
@@ -137,9 +135,7 @@ class Hub:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def start(self) -> Hub:
-        threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-        ).start()
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
     def stop(self) -> None:
@@ -152,9 +148,7 @@ class Hub:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def add_repo(
-        self, repo_id: str, files: Path | Mapping[str, bytes | str], *, private: bool = False
-    ) -> str:
+    def add_repo(self, repo_id: str, files: Path | Mapping[str, bytes | str], *, private: bool = False) -> str:
         """Put a repository there with the files of a folder, or with those given; return its commit's sha."""
         if isinstance(files, Path):
             files = {
@@ -233,9 +227,7 @@ class Handler(BaseHTTPRequestHandler):
             method = "GET" if self.command == "HEAD" else self.command
             for wanted, pattern, endpoint in ROUTES:
                 if wanted == method and (match := pattern.fullmatch(url.path)):
-                    parts = {
-                        name: unquote(part) for name, part in match.groupdict().items() if part is not None
-                    }
+                    parts = {name: unquote(part) for name, part in match.groupdict().items() if part is not None}
                     with self.hub.lock:
                         endpoint(self, **parts)
                     return
@@ -265,9 +257,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def answer_json(self, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        self.answer(
-            json.dumps(content).encode(), status, {"Content-Type": "application/json", **(headers or {})}
-        )
+        self.answer(json.dumps(content).encode(), status, {"Content-Type": "application/json", **(headers or {})})
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing on stderr: tests read what the client writes there."""
@@ -312,9 +302,7 @@ class Handler(BaseHTTPRequestHandler):
                 "private": found.private,
                 "gated": "manual" if found.gated else False,
                 "tags": [],
-                "cardData": _front_matter(commit.files["README.md"].data)
-                if "README.md" in commit.files
-                else None,
+                "cardData": _front_matter(commit.files["README.md"].data) if "README.md" in commit.files else None,
                 "siblings": [{"rfilename": path} for path in sorted(commit.files)],
             }
         )
@@ -387,9 +375,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer_json({"error": "You already created this model repo", "url": url}, 409)
             return
         repo = self.hub.repos[repo_id] = Repo(repo_id, private=wish.get("visibility") == "private")
-        repo.commit(
-            "main", "initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", lfs=False)}
-        )
+        repo.commit("main", "initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", lfs=False)})
         self.answer_json({"url": url})
 
     @route("POST", rf"/api/models/{REPO}/branch/(?P<branch>[^/]+)")

@@ -33,9 +33,7 @@ RECORD: dict[str, Any] = {
 
 
 def card(folder: Path, record: Any = RECORD, **config: Any) -> ModelCard:
-    (folder / "config.json").write_text(
-        json.dumps({"model_type": "dijiang_gpt_neox", "dijiang": record} | config)
-    )
+    (folder / "config.json").write_text(json.dumps({"model_type": "dijiang_gpt_neox", "dijiang": record} | config))
     write_card(folder)
     made: ModelCard = ModelCard.load(folder / "README.md")
     return made
@@ -112,24 +110,18 @@ def test_task_follows_auto_map(auto_map: dict[str, str], auto_class: str, task: 
 
 @pytest.mark.parametrize("missing", [*RECORD, "everything"])
 def test_missing_keys_never_crash(missing: str, tmp_path: Path) -> None:
-    record = (
-        {} if missing == "everything" else {name: value for name, value in RECORD.items() if name != missing}
-    )
+    record = {} if missing == "everything" else {name: value for name, value in RECORD.items() if name != missing}
     made = card(tmp_path, record)
     assert made.data.to_dict()["library_name"] == "transformers"
     assert "## Limits" in made.text and "None" not in made.text
 
 
-@pytest.mark.parametrize(
-    "record", [None, {"kernel": None, "layers": None, "history": None}, {"history": [{}]}]
-)
+@pytest.mark.parametrize("record", [None, {"kernel": None, "layers": None, "history": None}, {"history": [{}]}])
 def test_null_values_never_crash(record: Any, tmp_path: Path) -> None:
     assert "None" not in card(tmp_path, record).text
 
 
-@pytest.mark.parametrize(
-    ("layers", "told"), [([3], "1 (3)"), ([0, 1, 2], "3 (0 to 2)"), ([0, 2, 5], "3 (0, 2, 5)")]
-)
+@pytest.mark.parametrize(("layers", "told"), [([3], "1 (3)"), ([0, 1, 2], "3 (0 to 2)"), ([0, 2, 5], "3 (0, 2, 5)")])
 def test_layers(layers: list[int], told: str, tmp_path: Path) -> None:
     assert f"| layers converted | {told} |" in card(tmp_path, RECORD | {"layers": layers}).text
 

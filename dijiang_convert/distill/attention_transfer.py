@@ -31,14 +31,18 @@ def transfer_attention(
     losses = _LOSSES.get()
     if losses is not None and hasattr(module, "dijiang"):
         output, _ = dijiang_attention(module, query, key, value, attention_mask, dijiang=call, **kwargs)
-        losses.append(normalized_error(output, target))
+        losses.append(normalized_error(output, target, attention_mask))
     return target, None
 
 
-def normalized_error(output: Tensor, target: Tensor) -> Tensor:
-    """‖o − ô‖² / ‖ô‖² a head, averaged over heads. Shapes [B, N, H, V]."""
-    error = (output.float() - target.float()).square().sum((0, 1, 3))
-    return (error / target.float().square().sum((0, 1, 3)).clamp_min(1e-12)).mean()
+def normalized_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """‖o − ô‖² / ‖ô‖² a head over all real tokens, averaged over heads. Shapes [B, N, H, V], mask [B, N]."""
+    output, target = output.float(), target.float()
+    if mask is not None:
+        real = mask[:, -output.shape[1] :, None, None]
+        output, target = output * real, target * real
+    error = (output - target).square().sum((0, 1, 3))
+    return (error / target.square().sum((0, 1, 3)).clamp_min(1e-12)).mean()
 
 
 def attention_transfer_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:

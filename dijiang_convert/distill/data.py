@@ -1,10 +1,11 @@
-"""Text in, blocks of tokens out: files, folders or a Hub data set, streamed, shuffled, packed.
+"""Text in, rows of tokens out: files, folders or a Hub data set, streamed, shuffled, packed.
 
-Documents are cut into pieces of a few blocks before shuffling, so that a run of few tokens sees all of a corpus of long
-books, and packed end to end with the tokenizer's end-of-text between documents.
+For training, documents are cut into pieces of a few rows before shuffling, so that a run of few tokens sees all of a
+corpus of long books, and packed end to end. For evaluation every document starts a row of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,30 @@ SHUFFLE_BUFFER = 10_000  # pieces
 CHARS_PER_TOKEN = 4  # roughly; only sizes the pieces
 
 
-def token_blocks(
+@dataclass(frozen=True)
+class Rows:
+    """Rows of tokens [n, seq_len], the first ``lengths`` [n] of each real and the rest padding."""
+
+    ids: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "attention_mask": self.mask[index]}
+
+    @property
+    def mask(self) -> Tensor:
+        """[n, seq_len], 1 for real tokens."""
+        return (torch.arange(self.ids.shape[1]) < self.lengths[:, None]).long()
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+
+def token_rows(
     data: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -31,34 +55,47 @@ def token_blocks(
     held_out: bool = False,
     shuffle_seed: int | None = 0,
     progress: Callable[[int], None] = lambda count: None,
-) -> Tensor:
-    """The first ``tokens`` tokens of a corpus as blocks [n, seq_len], int64.
+) -> Rows:
+    """About the first ``tokens`` tokens of a corpus as rows of seq_len.
 
     Args:
         data: a file, a folder, a Hub data set's id, or the documents themselves.
         held_out: take the files (or the split) set aside for evaluation, where there are any.
-        shuffle_seed: None keeps the corpus' order.
+        shuffle_seed: None keeps the corpus' order and gives every document rows of its own, for evaluation.
         progress: called with every number of tokens gathered.
 
     Raises:
-        DijiangError: no such data, no text in it, or less than one block.
+        DijiangError: no such data, no text in it, or less than one row.
     """
-    wanted = max(tokens // seq_len, 1) * seq_len
-    gathered: list[int] = []
+    rows: list[list[int]] = [[]]
+    count = 0
+    pieces = _pieces(_documents(data, tokenizer, held_out), seq_len, shuffle_seed)
+    # A document that would only get a scrap of a row starts the next one.
+    scrap = seq_len if shuffle_seed is None else seq_len // 8
     try:
-        for piece in _tokenized(_pieces(_documents(data, tokenizer, held_out), seq_len, shuffle_seed), tokenizer):
-            gathered += piece
-            progress(len(piece))
-            if len(gathered) >= wanted:
+        for ids, first in _tokenized(pieces, tokenizer):
+            if rows[-1] and first and seq_len - len(rows[-1]) < scrap:
+                rows.append([])
+            while ids:
+                if len(rows[-1]) == seq_len:
+                    rows.append([])
+                taken = ids[: seq_len - len(rows[-1])]
+                rows[-1] += taken
+                ids = ids[len(taken) :]
+                count += len(taken)
+                progress(len(taken))
+            if count >= tokens + seq_len:
                 break
     except (OSError, ValueError, UnicodeDecodeError) as error:
         raise DijiangError(f"can't read {_name(data)}: {' '.join(str(error).split())[:200]}") from error
-    if len(gathered) < seq_len:
+    if count < seq_len:
         raise DijiangError(
-            f"{_name(data)} has {len(gathered)} tokens, less than one block of {seq_len}: give more text or --seq-len"
+            f"{_name(data)} has {count} tokens, less than one row of {seq_len}: give more text or a smaller --seq-len"
         )
-    count = min(len(gathered), wanted) // seq_len
-    return torch.tensor(gathered[: count * seq_len]).view(count, seq_len)
+    rows = [row for row in rows if len(row) > 1][: max(-(-tokens // seq_len), 1)]
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    lengths = torch.tensor([len(row) for row in rows])
+    return Rows(torch.tensor([row + [padding] * (seq_len - len(row)) for row in rows]), lengths)
 
 
 def _documents(data: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Iterator[str]:
@@ -73,7 +110,7 @@ def _documents(data: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, he
             elif row.get("messages") is not None:
                 if not tokenizer.chat_template:
                     raise DijiangError(f"{data} holds chats, and the tokenizer has no chat template: give plain text")
-                yield tokenizer.apply_chat_template(row["messages"], tokenize=False)
+                yield str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
             else:
                 raise DijiangError(f"{data} has no column 'text' or 'messages', only {', '.join(map(str, row))}")
 
@@ -142,13 +179,15 @@ def _random_index(length: int, generator: torch.Generator) -> int:
     return int(torch.randint(length, (1,), generator=generator))
 
 
-def _tokenized(pieces: Iterable[tuple[str, bool, bool]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def _tokenized(
+    pieces: Iterable[tuple[str, bool, bool]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], bool]]:
+    """(ids, starts a document). One token parts documents: the one that the tokenizer starts them with, or its end."""
+    starts_with = tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
+    end = [] if starts_with or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text, first, last in pieces:
         ids = tokenizer(text, add_special_tokens=first, verbose=False)["input_ids"]
-        if last and (not ids or ids[-1:] != end):
-            ids = ids + end
-        yield ids
+        yield ids + end if last else ids, first
 
 
 def _name(data: str | Sequence[str]) -> str:

@@ -7,25 +7,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) a token, averaged. Logits [B, N, vocabulary]."""
-    student, teacher = student.float().flatten(0, 1), teacher.float().flatten(0, 1)
-    loss = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
-    return loss / student.shape[0]
+def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """KL(teacher ‖ student) a token, averaged over those that ``mask`` [B, N] marks. Logits [B, N, vocabulary]."""
+    real = mask.bool()
+    log_p, log_q = student[real].float().log_softmax(-1), teacher[real].float().log_softmax(-1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
-def cross_entropy(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Next-token loss, averaged. Logits [B, N, vocabulary], input_ids [B, N]."""
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten())
+def cross_entropy(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Next-token loss, averaged over real tokens. Logits [B, N, vocabulary], input_ids and mask [B, N]."""
+    real = mask[:, 1:].bool()
+    return F.cross_entropy(logits[:, :-1][real].float(), input_ids[:, 1:][real])
 
 
 def distillation_loss(student: Any, teacher: Any, inputs: dict[str, Any], cross_entropy_weight: float) -> Tensor:
-    """KL to the teacher's logits, with a share of next-token loss mixed in. ``teacher(input_ids)`` gives logits."""
-    input_ids = inputs["input_ids"]
+    """KL to the teacher's logits, with a share of next-token loss mixed in. ``teacher(input_ids)`` gives logits.
+
+    Padding is on the right: causal models need no mask for it, only the loss does.
+    """
+    input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with torch.no_grad():
         target = teacher(input_ids)
     logits = student(input_ids=input_ids, use_cache=False).logits
-    loss = kl_divergence(logits, target)
+    loss = kl_divergence(logits, target, mask)
     if cross_entropy_weight:
-        loss = (1 - cross_entropy_weight) * loss + cross_entropy_weight * cross_entropy(logits, input_ids)
+        loss = (1 - cross_entropy_weight) * loss + cross_entropy_weight * cross_entropy(logits, input_ids, mask)
     return loss
+
+
+def cross_entropy_loss(student: Any, inputs: dict[str, Any]) -> Tensor:
+    """Plain language modelling."""
+    logits = student(input_ids=inputs["input_ids"], use_cache=False).logits
+    return cross_entropy(logits, inputs["input_ids"], inputs["attention_mask"])

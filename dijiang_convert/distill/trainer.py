@@ -5,7 +5,7 @@ import importlib.util
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DijiangError
-from ..modeling.modeling_dijiang import DiJiangAttention
 from ..models import hidden_size
 from ..progress import console
 from ..recipe import Stage
 from .attention_transfer import attention, attention_transfer_loss, transferring
-from .logits import cross_entropy, distillation_loss
+from .data import Rows
+from .logits import cross_entropy_loss, distillation_loss
 
 REFERENCE_WIDTH = 1024  # hidden_size that a recipe's learning_rate is given for; Adam wants it ∝ 1 / width
 LEAST_STEPS = 150  # short runs take smaller batches rather than fewer steps
@@ -50,31 +50,32 @@ class StageResult:
 def run_stage(
     model: PreTrainedModel,
     stage: Stage,
-    blocks: Tensor,
+    rows: Rows,
     *,
     teacher: PreTrainedModel | None,
     folder: Path,
     resume: bool = False,
     seed: int = 0,
 ) -> tuple[PreTrainedModel, StageResult]:
-    """Trains ``model`` on blocks [n, seq_len] and returns it, adapters merged, with what happened.
+    """Trains ``model`` on rows of text and returns it, adapters merged, with what happened.
 
     teacher: a frozen softmax model for distillation; None lets the model be its own, with adapters and kernels off.
     folder: where the Trainer keeps its checkpoints, for ``resume``.
     """
     start = time.perf_counter()
     trained: Any = _prepare(model, stage)
-    rows = max(stage.batch_tokens // stage.seq_len, 1)
-    rows = max(min(rows, stage.tokens // stage.seq_len // LEAST_STEPS), 1)
-    steps = max(stage.tokens // (rows * stage.seq_len), 1)
-    micro = max(min(rows, MICRO_BATCH_TOKENS // stage.seq_len), 1)
-    progress = _ProgressCallback(stage, steps, rows * stage.seq_len)
+    batch = max(min(stage.batch_tokens // stage.seq_len, stage.tokens // stage.seq_len // LEAST_STEPS), 1)
+    micro = max(min(batch, MICRO_BATCH_TOKENS // stage.seq_len), 1)
+    accumulation = batch // micro
+    step_tokens = micro * accumulation * stage.seq_len
+    steps = max(stage.tokens // step_tokens, 1)
+    progress = _ProgressCallback(stage, steps, step_tokens)
     trainer = _StageTrainer(
         stage=stage,
         loss=_loss(stage, model, teacher),
         model=trained,
-        args=_arguments(stage, folder, steps, micro, rows // micro, seed),
-        train_dataset=_Blocks(blocks),
+        args=_arguments(stage, folder, steps, micro, accumulation, seed),
+        train_dataset=rows,
         callbacks=[progress],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -89,14 +90,14 @@ def run_stage(
     for parameter in model.parameters():
         parameter.requires_grad_(True)
         parameter.grad = None
-    seconds, seen = time.perf_counter() - start, steps * rows * stage.seq_len
+    seconds, seen = time.perf_counter() - start, steps * step_tokens
     return model, StageResult(
         name=stage.name,
         tokens=seen,
         first_loss=losses[0][1],
         last_loss=losses[-1][1],
         seconds=seconds,
-        tokens_per_second=(seen - progress.first_step * rows * stage.seq_len) / seconds,
+        tokens_per_second=(seen - progress.first_step * step_tokens) / seconds,
         peak_memory_bytes=peak_memory(),
         losses=losses,
     )
@@ -123,10 +124,10 @@ def _prepare(model: PreTrainedModel, stage: Stage) -> PreTrainedModel | PeftMode
 
 def lora_targets(model: nn.Module, which: str) -> list[str]:
     """Names of the linear layers that get adapters: of converted attention modules, or "all" but the output head."""
-    attentions = [name for name, module in model.named_modules() if isinstance(getattr(module, "dijiang", None), nn.Module)]
+    attentions = [name.removesuffix("dijiang") for name, _ in model.named_modules() if name.endswith(".dijiang")]
     linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     if which == "attention":
-        return [name for name in linear if name.startswith(tuple(f"{a}." for a in attentions))]
+        return [name for name in linear if name.startswith(tuple(attentions))]
     return [name for name in linear if "." in name]  # the head is at the top level
 
 
@@ -134,9 +135,7 @@ def _loss(stage: Stage, model: PreTrainedModel, teacher: PreTrainedModel | None)
     if stage.objective == "attention_transfer":
         return attention_transfer_loss
     if stage.objective == "cross_entropy":
-        return lambda student, inputs: cross_entropy(
-            student(input_ids=inputs["input_ids"], use_cache=False).logits, inputs["input_ids"]
-        )
+        return cross_entropy_loss
 
     def teach(student: Any) -> Callable[[Tensor], Tensor]:
         if teacher is not None:
@@ -167,11 +166,12 @@ class _StageTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            wrapped: Any = self.model
+            trainable = [(name, p) for name, p in wrapped.named_parameters() if p.requires_grad]
             kernel = [p for name, p in trainable if ".dijiang." in name]
             rest = [p for name, p in trainable if ".dijiang." not in name]
-            unwrapped = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            scale = REFERENCE_WIDTH / hidden_size(unwrapped)
+            model = wrapped.get_base_model() if isinstance(wrapped, PeftModel) else wrapped
+            scale = REFERENCE_WIDTH / hidden_size(model)
             groups = [
                 {"params": kernel, "lr": self.stage.kernel_learning_rate, "weight_decay": 0.0},
                 {"params": rest, "lr": self.stage.learning_rate * scale, "weight_decay": self.stage.weight_decay},
@@ -180,9 +180,7 @@ class _StageTrainer(Trainer):
         return self.optimizer
 
 
-def _arguments(
-    stage: Stage, folder: Path, steps: int, micro: int, accumulation: int, seed: int
-) -> TrainingArguments:
+def _arguments(stage: Stage, folder: Path, steps: int, micro: int, accumulation: int, seed: int) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(folder),
@@ -195,8 +193,8 @@ def _arguments(
         warmup_steps=round(stage.warmup * steps),
         max_grad_norm=1.0,
         bf16=cuda and torch.cuda.is_bf16_supported(),
-        gradient_checkpointing=cuda and stage.objective != "attention_transfer",
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=cuda and stage.objective != "attention_transfer",
+        activation_checkpointing_kwargs={"use_reentrant": False} if cuda else None,
         logging_steps=max(steps // 100, 1),
         logging_first_step=True,
         save_steps=max(min(steps // 4, 500), 1),
@@ -208,17 +206,6 @@ def _arguments(
         seed=seed,
         data_seed=seed,
     )
-
-
-class _Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
-    def __init__(self, blocks: Tensor) -> None:
-        self.blocks = blocks
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.blocks[index]}
 
 
 class _ProgressCallback(TrainerCallback):
@@ -234,8 +221,8 @@ class _ProgressCallback(TrainerCallback):
         self.losses = [
             (e["step"] * self.step_tokens, e["loss"]) for e in state.log_history if "loss" in e and "step" in e
         ]
-        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn()
-        self.bar = Progress(*columns, console=console, transient=not console.is_terminal)
+        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}")
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=not console.is_terminal)
         self.task = self.bar.add_task(self.stage.name, total=self.steps, completed=self.first_step, note="")
         self.bar.start()
 
@@ -261,7 +248,3 @@ def peak_memory() -> int:
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
-
-
-def kernels(model: nn.Module) -> Iterator[DiJiangAttention]:
-    return (module for module in model.modules() if isinstance(module, DiJiangAttention))

@@ -5,6 +5,7 @@ D head_dim, V value head_dim.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Counts the new tokens and returns them alone: the past is in the state."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -177,7 +178,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
         self.pending = 0
 
     def offload(self) -> None:
-        raise NotImplementedError("a DiJiang cache is small and is not offloaded: drop cache_implementation='offloaded'")
+        raise NotImplementedError("a DiJiang cache is small and stays: drop cache_implementation='offloaded'")
 
 
 def cache_layer(cache: Cache, layer_idx: int, window: int) -> DiJiangCacheLayer:

@@ -34,6 +34,9 @@ def quasi_random_normal(heads: int, dim: int, seed: int) -> Tensor:
 class FeatureMap(nn.Module):
     """Maps queries or keys [B, H, N, D] to features [B, H, N, F] and their log-scale [B, H, N], in float32."""
 
+    frequency: Tensor
+    dct: Tensor
+
     def __init__(self, heads: int, head_dim: int, kernel: Kernel) -> None:
         super().__init__()
         self.heads, self.head_dim, self.kernel = heads, head_dim, kernel

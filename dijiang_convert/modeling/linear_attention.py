@@ -169,9 +169,9 @@ def chunked(
         # The other side: the same from right to left; without a window the token itself was counted already.
         first = keys - queries + max(window, 1)
         late = _shift_keys(fk, gk, v, valid, first, queries)
-        mirrored = [x.flip(1 if x.dim() == 2 else 2) for x in (fq, *late)]
+        fk_m, gk_m, v_m, valid_m = (x.flip(1 if x.dim() == 2 else 2) for x in late)
         empty = FarState.empty(q.shape[0], k.shape[1], fk.shape[-1], v.shape[-1], v)
-        back, log_back, _ = _far_chunks(*mirrored, log_decay, empty, chunk_size)
+        back, log_back, _ = _far_chunks(fq.flip(2), fk_m, gk_m, v_m, valid_m, log_decay, empty, chunk_size)
         read, log_m = _add_reads((read, log_m), (back.flip(2), log_back.flip(2)))
     if not normalize:
         return read[..., :-1] * log_m[..., None].exp(), state
@@ -324,8 +324,15 @@ def recurrent(
         n = slice(i - past, i - past + 1)
         outputs.append(
             attend_one(
-                q[:, :, n], k[:, :, recent], v[:, :, recent], fq[:, :, n], gq[:, :, n], state,
-                scaling=scaling, valid=valid[:, recent], normalize=normalize,
+                q[:, :, n],
+                k[:, :, recent],
+                v[:, :, recent],
+                fq[:, :, n],
+                gq[:, :, n],
+                state,
+                scaling=scaling,
+                valid=valid[:, recent],
+                normalize=normalize,
             )  # fmt: skip
         )
     return torch.cat(outputs, 2), state

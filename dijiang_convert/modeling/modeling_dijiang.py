@@ -53,6 +53,8 @@ class DiJiangAttention(nn.Module):
     The far state has kv_heads heads; with a fixed decay a query head (``decay: retnet``) it has as many as queries.
     """
 
+    log_decay: Tensor
+
     def __init__(self, kernel: Kernel, layers: Layers, apply_rotary: Callable[..., Any] | None) -> None:
         super().__init__()
         self.kernel, self.layers = kernel, layers
@@ -135,7 +137,7 @@ class DiJiangAttention(nn.Module):
         valid = torch.ones(k.shape[0], queries, dtype=torch.bool, device=k.device) if mask is None else mask.bool()
         past.append(k, v, far_k if self._keeps_far_keys else None, valid)
 
-        order = _padding_first(past.valid) if mask is not None and causal else None
+        order = _padding_first(past.tokens()[3]) if mask is not None and causal else None
         if order is not None:  # the window counts real tokens: padding moves out of their way, and back below
             past.reorder_tokens(order)
             shift = order.shape[1] - queries
@@ -270,7 +272,7 @@ def dijiang_attention(
         mask = None
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    out = module.dijiang(query, key, value, mask, scaling, causal, dijiang)
+    out = module.dijiang(query, key, value, mask, scaling, causal, dijiang)  # type: ignore[operator]
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -362,33 +364,35 @@ def attach(model: nn.Module, kernel: Kernel, layers: Layers) -> list[str]:
     return converted
 
 
-def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of converted attention modules: adds what the attention function does not see to its keyword
     arguments. (Arguments survive gradient checkpointing and threads; attributes of the module would not.)"""
-    given = {**dict(zip(_parameter_names(type(module)), args, strict=False)), **kwargs}
+    given = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
     cache = next((value for value in given.values() if isinstance(value, Cache)), None)
     layer = None
     if cache is not None:
-        window = module.dijiang.kernel.window  # type: ignore[union-attr]
-        if module.config._attn_implementation.startswith("dijiang"):  # type: ignore[union-attr]
-            layer = cache_layer(cache, module.layer_idx, window)  # type: ignore[arg-type]
+        if module.config._attn_implementation.startswith("dijiang"):
+            layer = cache_layer(cache, module.layer_idx, module.dijiang.kernel.window)
         elif any(isinstance(each, DiJiangCacheLayer) for each in cache.layers):
             raise ValueError("a DiJiang cache can't serve softmax attention: start from an empty cache")
-    if not module.config._attn_implementation.startswith("dijiang"):  # type: ignore[union-attr]
+    if not module.config._attn_implementation.startswith("dijiang"):
         return args, kwargs
     return args, {**kwargs, "dijiang": Call(layer, given.get("hidden_states"), given.get("position_embeddings"))}
 
 
 @functools.cache
-def _parameter_names(cls: type[nn.Module]) -> list[str]:
-    return list(inspect.signature(cls.forward).parameters)[1:]
+def parameter_names(forward: Callable[..., Any]) -> list[str]:
+    """What a method takes, without self."""
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 class DiJiangMixin:
     """What a converted model adds to its source's class: the children, their initialisation, and the checks."""
 
+    _keep_in_fp32_modules_strict: Any
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         kernel, layers = read_section(config)
         attach(self, kernel, layers)  # type: ignore[arg-type]
         self._initialize_kernels()
@@ -400,7 +404,7 @@ class DiJiangMixin:
             if isinstance(module, DiJiangAttention):
                 module.reset_parameters()
                 for each in module.modules():  # the source's own initialisation must not touch them
-                    each._is_hf_initialized = True
+                    each._is_hf_initialized = True  # type: ignore[assignment]
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -467,16 +471,13 @@ def __getattr__(name: str) -> type:
     base = getattr(transformers, name.removeprefix("DiJiang"), None) if name.startswith("DiJiang") else None
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    config_class = getattr(sys.modules[read_section.__module__], f"DiJiang{base.config_class.__name__}")
+    source_config: Any = base.config_class
+    config_class = getattr(sys.modules[read_section.__module__], f"DiJiang{source_config.__name__}")
     namespace = {"__module__": __name__, "config_class": config_class, "forward": _checked(base.forward)}
     globals()[name] = type(name, (DiJiangMixin, base), namespace)
-    _adopt_key_mapping(name, base, config_class.model_type)
-    return globals()[name]
-
-
-def _adopt_key_mapping(name: str, base: type[PreTrainedModel], model_type: str) -> None:
-    """transformers renames checkpoint keys by class name or model type: ours are new to it, and follow the source's."""
-    for own, source in ((name, base.__name__), (model_type, base.config_class.model_type)):
+    # transformers renames checkpoint keys by class name or model type: ours are new to it, and follow the source's.
+    for own, source in ((name, base.__name__), (config_class.model_type, source_config.model_type)):
         mapping = get_checkpoint_conversion_mapping(source)
         if mapping is not None:
             register_checkpoint_conversion_mapping(own, mapping, overwrite=True)
+    return globals()[name]

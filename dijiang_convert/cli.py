@@ -1,0 +1,352 @@
+"""The command line: a thin skin over the package's functions. Results go to stdout, progress and errors to stderr."""
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import DijiangError
+
+app = typer.Typer(
+    help="Convert any pretrained Transformer to DiJiang attention: O(1) per generated token.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output folder.")]
+Recipe = Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Layers = Annotated[str, typer.Option(help="all, 0,3,8-23, every:N or not-last:N.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")]
+Push = Annotated[str | None, typer.Option(metavar="REPO", help="Push the result to this Hub repository.")]
+Data = Annotated[str | None, typer.Option(help="A file, a folder, or a Hub data set.")]
+SeqLen = Annotated[int | None, typer.Option(min=2, help="Tokens a row.")]
+Baseline = Annotated[str | None, typer.Option(metavar="SOURCE", help="The original model, to compare with.")]
+Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens of all stages together.")]
+
+
+def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Registers a command whose function returns (result, how to show it to a person)."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., None]:
+        @app.command(name)
+        @functools.wraps(function)
+        def run(*args: Any, json_output: bool = False, debug: bool = False, **kwargs: Any) -> None:
+            try:
+                result, show = function(*args, json_output=json_output, debug=debug, **kwargs)
+            except KeyboardInterrupt:
+                _fail("stopped; nothing half-written was left behind" + _resume_hint(name), debug)
+            except DijiangError as error:
+                _fail(str(error), debug)
+            except Exception as error:
+                reason = " ".join(str(error).split())[:300]
+                _fail(f"unexpected {type(error).__name__}: {reason}: --debug shows where", debug)
+            if json_output:
+                print(json.dumps(dataclasses.asdict(result)))
+            else:
+                show(result)
+
+        return run
+
+    return register
+
+
+def _fail(message: str, debug: bool) -> None:
+    if debug:
+        raise  # the one being handled
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(1) from None
+
+
+def _resume_hint(name: str) -> str:
+    return "; go on with --resume" if name == "finetune" else ""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Convert any pretrained Transformer to DiJiang attention: O(1) per generated token."""
+
+
+@command("convert")
+def convert(
+    source: Annotated[str, typer.Argument(help="Alias (pythia-410m), Hub id, or folder.")],
+    out: Annotated[Path | None, typer.Option(help="Output folder. [default: ./NAME-dijiang]")] = None,
+    recipe: Recipe = "default",
+    revision: Revision = None,
+    dtype: Annotated[str | None, typer.Option(help="Rewrite weights as float32, float16 or bfloat16.")] = None,
+    layers: Layers = "all",
+    settings: Settings = None,
+    push: Push = None,
+    force: Force = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and write nothing.")] = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> Any:
+    """Swap softmax attention for a DiJiang kernel."""
+    from .convert import convert
+
+    result = convert(
+        source, out, recipe=recipe, revision=revision, dtype=dtype, layers=layers, settings=settings or (),
+        push=push, force=force, dry_run=dry_run,
+    )  # fmt: skip
+
+    def show(r: Any) -> None:
+        verb = "would write" if r.dry_run else "wrote"
+        print(
+            f"{verb} {r.out}: {r.layers_converted} layers converted by recipe {r.recipe}, "
+            f"{r.new_parameters:,} new parameters of {r.total_parameters:,}, {r.seconds:.1f} s"
+        )
+        _show_pushed(r)
+        if not r.dry_run:
+            print(f"next: dijiang finetune {r.out}")
+
+    return result, show
+
+
+@command("finetune")
+def finetune(
+    checkpoint: Annotated[Path | None, typer.Argument(help="[default: the converted one in this folder]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder. [default: CHECKPOINT-finetuned]")] = None,
+    data: Data = None,
+    tokens: Tokens = None,
+    stage: Annotated[list[str] | None, typer.Option(help="Run only this stage; repeatable.")] = None,
+    full: Annotated[bool | None, typer.Option("--full/--lora", help="Train all weights, or adapters.")] = None,
+    seq_len: SeqLen = None,
+    settings: Settings = None,
+    teacher: Annotated[str | None, typer.Option(metavar="SOURCE", help="The original, where it can't be told.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the last run stopped.")] = False,
+    push: Push = None,
+    force: Force = False,
+    seed: Annotated[int, typer.Option(help="Of the data's order and the adapters.")] = 0,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> Any:
+    """Distil the original's behaviour into a converted checkpoint."""
+    from .finetune import finetune
+
+    result = finetune(
+        checkpoint, out, data=data, tokens=tokens, stages=stage or (), seq_len=seq_len, settings=settings or (),
+        train=None if full is None else "full" if full else "lora", teacher=teacher, resume=resume, push=push,
+        force=force, seed=seed,
+    )  # fmt: skip
+
+    def show(r: Any) -> None:
+        for s in r.stages:
+            print(
+                f"{s.name}: {s.tokens:,} tokens, loss {s.first_loss:.4f} to {s.last_loss:.4f}, "
+                f"{s.tokens_per_second:,.0f} tokens/s, peak memory {s.peak_memory_bytes / 1e9:.1f} GB"
+            )
+        print(f"wrote {r.out} in {r.seconds:.0f} s")
+        _show_pushed(r)
+
+    return result, show
+
+
+@command("eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or any causal language model.")],
+    baseline: Baseline = None,
+    data: Data = None,
+    seq_len: SeqLen = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to evaluate on.")] = 100_000,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks: a,b.")] = "",
+    json_output: Json = False,
+    debug: Debug = False,
+) -> Any:
+    """Measure perplexity on held-out text, and how close the original is."""
+    from .evaluate import evaluate
+
+    names = [task for task in tasks.split(",") if task]
+    result = evaluate(checkpoint, baseline=baseline, data=data, seq_len=seq_len, max_tokens=max_tokens, tasks=names)
+    return result, _show_eval
+
+
+@command("generate")
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or any causal language model.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> Any:
+    """Stream text."""
+    from .generate import generate
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    if not json_output:
+        write(prompt)
+    result = generate(
+        checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        write=None if json_output else write,
+    )  # fmt: skip
+
+    def show(r: Any) -> None:
+        print()
+        print(f"{r.tokens} tokens, {r.tokens_per_second:.1f} a second", file=sys.stderr)
+
+    return result, show
+
+
+@command("bench")
+def bench(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or any causal language model.")],
+    baseline: Baseline = None,
+    lengths: Annotated[str, typer.Option(help="Tokens in the prompt.")] = "1024,4096",
+    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw decode speed against length.")] = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> Any:
+    """Time prefill and decoding by length."""
+    if not all(part.strip().isdigit() for part in lengths.split(",")):
+        raise typer.BadParameter(f"--lengths {lengths!r}: give numbers with commas between")
+    from .benchmark import benchmark
+
+    numbers = [int(part) for part in lengths.split(",")]
+    return benchmark(checkpoint, baseline=baseline, lengths=numbers, batch_size=batch_size, plot=plot), _show_bench
+
+
+@command("inspect")
+def inspect(
+    source: Annotated[str, typer.Argument(help="Alias (pythia-410m), Hub id, or folder.")],
+    recipe: Recipe = "default",
+    revision: Revision = None,
+    layers: Layers = "all",
+    settings: Settings = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> Any:
+    """Tell what a conversion would do, from the config alone."""
+    from .inspect import inspect
+
+    result = inspect(source, recipe=recipe, revision=revision, layers=layers, settings=settings or ())
+
+    def show(r: Any) -> None:
+        if not r.supported:
+            print(f"{r.source} ({r.architecture}) is not supported: {r.reason}")
+            return
+        caches = ", ".join(f"{_size(n)} at {length:,}" for length, n in r.kv_cache_bytes_at.items())
+        _table("", "", [
+            ["model", f"{r.source} ({r.architecture})"],
+            ["layers", f"{r.layers_converted} of {r.layers}: {r.heads} heads of {r.head_dim}, {r.kv_heads} for keys"],
+            ["new parameters", f"{r.new_parameters:,} beside {r.parameters:,}"],
+            ["state", f"{_size(r.state_bytes)} at any length"],
+            ["softmax's cache", caches],
+            ["memory to finetune", f"{_size(r.finetune_bytes)} and activations"],
+        ])  # fmt: skip
+
+    return result, show
+
+
+@command("push")
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="A converted checkpoint.")],
+    repo: Annotated[str, typer.Argument(help="owner/name")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> Any:
+    """Upload a checkpoint to the Hub, with its model card."""
+    from .push import push
+
+    result = push(checkpoint, repo, private=private, revision=revision)
+    return result, lambda r: print(f"{r.url}: {_size(r.bytes_uploaded)} in commit {r.commit[:12]}")
+
+
+@command("demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("dijiang-demo"),
+    recipe: Recipe = "default",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to finetune on.")] = 300_000,
+    force: Force = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> Any:
+    """Run the whole job on an embedded small model."""
+    from .demo import demo
+
+    result = demo(out, recipe=recipe, tokens=tokens, force=force)
+
+    def show(r: Any) -> None:
+        for name, text in r.generate.items():
+            print(f"--- {name} ---\n{text.prompt}{text.text}\n")
+        _table("step", "figures", [
+            ["convert", f"{r.convert.layers_converted} layers, {r.convert.seconds:.1f} s"],
+            ["before finetune", f"perplexity {r.untrained.perplexity:.2f}, ratio {r.untrained.perplexity_ratio:.3f}"],
+            ["finetune", f"{sum(s.tokens for s in r.finetune.stages):,} tokens, {r.finetune.seconds:.0f} s"],
+            ["after finetune", f"perplexity {r.eval.perplexity:.2f}, ratio {r.eval.perplexity_ratio:.3f}, "
+             f"same choice as the original {r.eval.top1_agreement:.1%}"],
+            ["original", f"perplexity {r.eval.baseline_perplexity:.2f}"],
+        ])  # fmt: skip
+        _show_bench(r.bench)
+        print(f"loss and speed: {r.plot}")
+
+    return result, show
+
+
+def _show_eval(r: Any) -> None:
+    rows = [["perplexity", f"{r.perplexity:.3f}"], ["tokens", f"{r.tokens:,} in rows of {r.seq_len}"]]
+    if r.baseline_perplexity is not None:
+        rows += [
+            ["original's perplexity", f"{r.baseline_perplexity:.3f}"],
+            ["ratio", f"{r.perplexity_ratio:.4f}"],
+            ["KL divergence", f"{r.kl_divergence:.4f} nats a token"],
+            ["same choice", f"{r.top1_agreement:.1%}"],
+        ]
+    rows.append(["by position", "  ".join(f"{p:.2f}" for p in r.perplexity_by_position)])
+    rows += [[task, json.dumps(scores)] for task, scores in r.tasks.items()]
+    _table("", "", rows)
+
+
+def _show_bench(r: Any) -> None:
+    rows = []
+    for x in r.rows:
+        speeds = [f"{x.prefill_tokens_per_second:,.0f}", f"{x.decode_tokens_per_second:,.1f}"]
+        rows.append([x.model, f"{x.length:,}", *speeds, _size(x.cache_bytes)])
+    _table("model", "length", rows, "prefill tokens/s", "decode tokens/s", "cache")
+
+
+def _show_pushed(r: Any) -> None:
+    if r.pushed:
+        print(f"pushed to {r.pushed}")
+
+
+def _table(first: str, second: str, rows: list[list[str]], *more: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(first, second, *more, show_header=bool(first))
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _size(count: int) -> str:
+    size, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
