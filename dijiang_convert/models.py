@@ -1,5 +1,6 @@
 """Loading models for the verbs: converted checkpoints with this package's own code, originals with transformers'."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def _converted_config(folder: str | Path, **options: Any) -> Any:
 
 
 def silence() -> None:
-    """transformers' own bars and notes go; ours tell what a user needs."""
+    """The libraries' own bars and notes go; ours tell what a user needs."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\b")
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
 
