@@ -6,7 +6,7 @@ function is what the kernel would get, so what can't be served is refused here, 
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ class Architecture:
 
     model_class: its causal language model; base_class: the same without the head.
     layers: what a kernel would replace; parameters: how many numbers the model has.
-    rotary_removable: whether there is no rotary embedding, or one that the kernel can undo.
+    rotary_removable: whether there is no rotary embedding, or one that the kernel can undo in all these layers.
+    rotates: whether there is any.
     """
 
     model_class: type[PreTrainedModel]
@@ -40,6 +41,7 @@ class Architecture:
     layers: Layers
     parameters: int
     rotary_removable: bool
+    rotates: bool
 
     def new_tensors(self, kernel: Kernel) -> dict[str, torch.Tensor]:
         """Every tensor that a conversion adds, initialised, under the name the checkpoint gives it."""
@@ -61,7 +63,9 @@ class Architecture:
 def skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device."""
     with torch.device("meta"), init.no_init_weights(), quiet():
-        return model_class(config)
+        model = model_class(config)
+        model.tie_weights()
+    return model
 
 
 def examine(config: dict[str, Any], layers: str = "all") -> Architecture:
@@ -87,7 +91,8 @@ def examine(config: dict[str, Any], layers: str = "all") -> Architecture:
     found = seen.layers(layers)
     parsed._attn_implementation = "eager"
     parameters = sum(p.numel() for p in model.parameters())
-    return Architecture(model_class, base_class, parsed, found, parameters, seen.rotary_removable(found))
+    removable, rotates = seen.rotary_removable(found), _rotary_source(seen.of(found)[0].module) is not None
+    return Architecture(model_class, base_class, parsed, found, parameters, removable, rotates)
 
 
 def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], type[PreTrainedModel], PreTrainedConfig]:
@@ -126,6 +131,7 @@ class _Seen:
     module: Any
     heads: tuple[int, int, int, int]  # query heads, key/value heads, head_dim, value_dim
     arguments: dict[str, Any]
+    rotated: bool
 
 
 class _Notes:
@@ -134,11 +140,16 @@ class _Notes:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.calls = model, list[_Seen]()
         self.arguments: dict[nn.Module, dict[str, Any]] = {}  # of the modules that are handed a cache
+        self.rotated = False  # since the last call
 
     def run(self, length: int = 8) -> None:
         hooks = [m.register_forward_pre_hook(self._note_cache, with_kwargs=True) for m in self.model.modules()]
         AttentionInterface.register("dijiang_probe", self._note)
+        sources = {source for m in self.model.modules() if (source := _rotary_source(m)) is not None}
+        functions = [(source, source.apply_rotary_pos_emb) for source in sources]
         try:
+            for source, function in functions:
+                source.apply_rotary_pos_emb = self._noting_rotation(function)  # type: ignore[attr-defined]
             ids = torch.zeros(1, length, dtype=torch.long, device="meta")
             mask = torch.ones(1, length, dtype=torch.long, device="meta")
             with torch.no_grad(), quiet():
@@ -147,6 +158,8 @@ class _Notes:
                 self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
         finally:
             AttentionInterface._global_mapping.pop("dijiang_probe", None)
+            for source, function in functions:
+                source.apply_rotary_pos_emb = function  # type: ignore[attr-defined]
             for hook in hooks:
                 hook.remove()
 
@@ -155,11 +168,19 @@ class _Notes:
         if any(isinstance(value, DynamicCache) for value in given.values()):
             self.arguments[module] = given
 
+    def _noting_rotation(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def rotate(*args: Any, **kwargs: Any) -> Any:
+            self.rotated = True
+            return function(*args, **kwargs)
+
+        return rotate
+
     def _note(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         heads = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-        self.calls.append(_Seen(module, heads, kwargs))
+        self.calls.append(_Seen(module, heads, kwargs, self.rotated))
+        self.rotated = False
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     def layers(self, spec: str) -> Layers:
@@ -181,12 +202,17 @@ class _Notes:
         hidden = self.model.config.get_text_config().hidden_size
         return Layers(classes.pop(), tuple(chosen), heads, kv_heads, head_dim, value_dim, hidden)
 
+    def of(self, layers: Layers) -> list[_Seen]:
+        return [seen for seen in self.calls if seen.module.layer_idx in layers.layers]
+
     def rotary_removable(self, layers: Layers) -> bool:
-        seen = next(s for s in self.calls if type(s.module).__name__ == layers.attention_class)
-        given = self.arguments[seen.module]
-        rotates = hasattr(sys.modules[type(seen.module).__module__], "apply_rotary_pos_emb")
+        picked = self.of(layers)
+        given = self.arguments[picked[0].module]
+        rotates = _rotary_source(picked[0].module) is not None
         if not rotates or given.get("position_embeddings") is None:
             return not rotates and "position_embeddings" not in given
+        if not all(seen.rotated for seen in picked):  # the kernel would rotate back what never was
+            return False
         # Where only a part of each head is rotated it must be the first, as everywhere but in latent attention.
         rope = getattr(self.model.config, "rope_parameters", None) or {}
         dim = given["position_embeddings"][0].shape[-1]
@@ -208,12 +234,18 @@ class _Notes:
         return seen.arguments.get("sliding_window") is not None
 
 
+def _rotary_source(module: nn.Module) -> Any:
+    """The Python module that an attention module's rotary embedding is looked up in, or None if it has none."""
+    source = sys.modules[type(module).__module__]
+    return source if hasattr(source, "apply_rotary_pos_emb") else None
+
+
 def check_rotary(kernel: Kernel, architecture: Architecture) -> None:
     """Raises Unsupported where the kernel must undo rotary embedding and can't get at it."""
     if kernel.far and kernel.rotary == "remove" and not architecture.rotary_removable:
         raise Unsupported(
-            f"{architecture.config.model_type} does not show the kernel its rotary embedding: "
-            "--set rotary=keep leaves it in the far features"
+            f"the kernel can't undo the rotary embedding of all these layers of {architecture.config.model_type}: "
+            "--set rotary=keep leaves it in the far features, --layers chooses others"
         )
 
 
@@ -222,7 +254,7 @@ def select_layers(spec: str, count: int, available: list[int]) -> list[int]:
     bad = DijiangError(f"--layers {spec!r} is not valid: give all, 0,3,8-23, every:N or not-last:N")
     head, _, number = spec.partition(":")
     if head in ("every", "not-last"):
-        if not number.isdigit() or int(number) < 1:
+        if not number.isdecimal() or int(number) < 1:
             raise bad
         n = int(number)
         wanted = list(range(0, count, n)) if head == "every" else list(range(count - n))
@@ -232,12 +264,13 @@ def select_layers(spec: str, count: int, available: list[int]) -> list[int]:
         wanted = []
         for part in spec.split(","):
             first, dash, last = part.partition("-")
-            if not first.isdigit() or (dash and not last.isdigit()):
+            if not first.isdecimal() or (dash and not last.isdecimal()):
                 raise bad
-            wanted += range(int(first), int(last or first) + 1)
-        beyond = [index for index in wanted if index >= count]
-        if beyond:
-            raise DijiangError(f"--layers {spec!r}: there is no layer {beyond[0]}, the model has 0 to {count - 1}")
+            start, end = int(first), int(last or first)
+            if max(start, end) >= count:
+                beyond = max(start, count)
+                raise DijiangError(f"--layers {spec!r}: there is no layer {beyond}, the model has 0 to {count - 1}")
+            wanted += range(start, end + 1)
         missing = [index for index in wanted if index not in available]
         if missing:
             raise DijiangError(f"--layers {spec!r}: layer {missing[0]} has no full attention to convert")

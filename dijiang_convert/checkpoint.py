@@ -48,8 +48,7 @@ def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
 
     Raises DijiangError where ``out`` holds something and ``force`` is not given, or the disk is full.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
-        raise DijiangError(f"{out} exists and is not empty: choose another --out, or --force to replace it")
+    check_out(out, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -59,16 +58,28 @@ def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
         yield folder
         folder.chmod(0o755)
         replaced = folder.with_suffix(".replaced")
-        if out.exists():
-            out.rename(replaced)
-        folder.rename(out)
-        _remove(replaced)
+        try:
+            if out.exists():
+                out.rename(replaced)
+            folder.rename(out)
+        finally:
+            if replaced.exists() and not out.exists():
+                replaced.rename(out)
+            _remove(replaced)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DijiangError(f"no space left on the disk of {out}: free some or choose another --out") from None
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_out(out: Path, force: bool = False) -> None:
+    """Raises DijiangError where `new_folder` would refuse: to ask before anything that takes long."""
+    if out.name in ("", ".."):
+        raise DijiangError(f"--out {out} is a folder without a name of its own: give the name of a new one")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise DijiangError(f"{out} exists and is not empty: choose another --out, or --force to replace it")
 
 
 def _remove(path: Path) -> None:
@@ -92,6 +103,9 @@ def weight_files(folder: Path) -> list[Path]:
         index = folder / f"{single}.index.json"
         if index.is_file():
             names = sorted(read_index(index))
+            outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+            if outside:
+                raise DijiangError(f"{index} names {outside[0]}, outside its folder: download the model again")
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
                 more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -116,17 +130,23 @@ def _read_safetensors(path: Path) -> list[Tensor]:
         try:
             header: dict[str, Any] = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            tensors, end = [], 0
+            tensors, spans = [], []
             for name, entry in header.items():
                 dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-                if dtype not in DTYPES:
+                if isinstance(dtype, str) and dtype not in DTYPES:
                     raise DijiangError(f"{name} in {path.name} is {dtype}: quantised weights can't be converted")
-                if not 0 <= start <= stop or stop - start != DTYPES[dtype].itemsize * _product(shape):
+                counts = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+                if not counts or stop - start != DTYPES[dtype].itemsize * _product(shape):
                     raise DijiangError(broken)
                 tensors.append(Tensor(name, DTYPES[dtype], shape, _loader(path, 8 + length + start, dtype, shape)))
-                end = max(end, stop)
-        except (ValueError, KeyError, TypeError, AttributeError):
+                spans.append((start, stop))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DijiangError(broken) from None
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise DijiangError(broken)
+        end = stop
     if 8 + length + end != size:
         raise DijiangError(broken)
     return tensors
@@ -156,7 +176,11 @@ def _read_pickle(path: Path) -> list[Tensor]:
     except Exception as error:
         reason = str(error).split("\n", 1)[0][:120]
         raise DijiangError(f"{path} can't be read as weights ({reason}): download the model again") from None
-    return [Tensor(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]  # type: ignore[misc]
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise DijiangError(f"{name} in {path.name} is {kind}: quantised weights can't be converted")
+    return in_memory(tensors)
 
 
 # ------------------------------------------------------------------------------------------------------- writing

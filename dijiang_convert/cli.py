@@ -47,6 +47,8 @@ def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., None]]:
                 _fail("stopped; nothing half-written was left behind" + _resume_hint(name), debug)
             except DijiangError as error:
                 _fail(str(error), debug)
+            except typer.BadParameter:
+                raise
             except Exception as error:
                 reason = " ".join(str(error).split())[:300]
                 _fail(f"unexpected {type(error).__name__}: {reason}: --debug shows where", debug)

@@ -17,10 +17,11 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from . import __version__
 from .architecture import Architecture, check_rotary, examine
 from .card import write_card
-from .checkpoint import free_space, new_folder, read_shard, weight_files, write_json, write_shards
+from .checkpoint import check_out, free_space, new_folder, read_shard, weight_files, write_json, write_shards
 from .errors import DijiangError
 from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS
 from .progress import bytes_bar
+from .push import check_repo
 from .push import push as push_checkpoint
 from .recipe import Recipe, load_recipe
 from .sources import Source, download, read_config, resolve
@@ -34,7 +35,9 @@ MODELING_FILES = (
     "cache.py",
 )
 # Of a source's files these don't come along: weights are laid out anew, and the card tells of the new model.
-LEFT_BEHIND = (".safetensors", ".bin", ".index.json", ".py", ".md", ".h5", ".msgpack", ".pt", ".pth", ".onnx", ".gguf")
+LEFT_BEHIND = (
+    ".safetensors", ".bin", ".index.json", ".py", ".md", ".h5", ".msgpack", ".pt", ".pth", ".ot", ".onnx", ".gguf",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,9 @@ def convert(
     architecture = examine(config, layers)
     check_rotary(chosen.kernel, architecture)
     target = Path(out) if out is not None else Path(f"{found.name}-dijiang")
+    check_out(target, force)
+    if push is not None:
+        check_repo(push)
     new = architecture.new_tensors(chosen.kernel)
     result = ConvertResult(
         out=str(target),

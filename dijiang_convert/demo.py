@@ -44,8 +44,7 @@ def demo(
     converted, finetuned = folder / "converted", folder / "finetuned"
 
     console.rule("1  convert: swap the attention")
-    settings = ["window=16"] if recipe == "default" else []  # the embedded model has little use for a longer one
-    swapped = convert(original, converted, recipe=recipe, settings=settings, force=True)
+    swapped = convert(original, converted, recipe=recipe, force=True)
     untrained = evaluate(converted, baseline=original, data=held_out, seq_len=512, max_tokens=40_000)
     console.rule("2  finetune: distil what the swap lost")
     trained = finetune(converted, finetuned, data=documents("train"), tokens=tokens, seq_len=512, force=True)

@@ -16,7 +16,7 @@ from .errors import DijiangError
 from .models import load_any, load_tokenizer, silence
 from .progress import count_bar
 
-DEFAULT_DATA = "HuggingFaceFW/fineweb-edu"
+DEFAULT_DATA = "emozilla/pg19-test"  # books; no part of any recipe's corpus
 BATCH_TOKENS = 4096
 
 

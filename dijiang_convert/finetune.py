@@ -16,13 +16,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import write_card
-from .checkpoint import new_folder, read_checkpoint, write_json
+from .checkpoint import check_out, new_folder, read_checkpoint, write_json
 from .convert import LEFT_BEHIND, write_code
 from .distill.data import Rows, token_rows
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
 from .models import load_any, load_converted, load_tokenizer, silence
 from .progress import console, count_bar
+from .push import check_repo
 from .push import push as push_checkpoint
 from .recipe import Recipe, Stage, adjust_stages, parse_recipe, scale_tokens
 from .sources import is_hub_id
@@ -77,12 +78,14 @@ def finetune(
     target = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}-finetuned")
     recipe = _recipe(config["dijiang"])
     plan = _plan(recipe, stages, tokens, train, seq_len, settings)
-    if target.exists() and any(target.iterdir()) and not force:
-        raise DijiangError(f"{target} exists and is not empty: choose another --out, or --force to replace it")
+    check_out(target, force)
+    if push:
+        check_repo(push)
     silence()
     run = _Run(target, plan, resume)
     tokenizer = load_tokenizer(folder)
     rows = _gather(data if data is not None else recipe.data, tokenizer, plan, seed)
+    run.begin()
     model = load_converted(run.latest or folder)
     results = list(run.results)
     for i, stage in enumerate(plan):
@@ -198,6 +201,7 @@ class _Run:
         self.plan = [dataclasses.asdict(stage) for stage in plan]
         self.results: list[StageResult] = []
         self.latest: Path | None = None
+        self.resumed = resume
         if resume:
             if not (self.folder / "plan.json").is_file():
                 raise DijiangError(f"nothing to resume: no {self.folder}; run without --resume")
@@ -208,10 +212,13 @@ class _Run:
                 if done.is_dir():
                     self.latest = done
                     self.results = [StageResult(**r) for r in json.loads((done / "results.json").read_text())]
-            return
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        write_json(self.folder / "plan.json", self.plan)
+
+    def begin(self) -> None:
+        """Makes the folder of a new run; one that is resumed has it."""
+        if not self.resumed:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            write_json(self.folder / "plan.json", self.plan)
 
     def stage(self, index: int) -> Path:
         return self.folder / f"stage-{index}"

@@ -73,7 +73,7 @@ def inspect(
         head_dim=shape.head_dim,
         parameters=architecture.parameters,
         new_parameters=new,
-        state_bytes=state_bytes(chosen.kernel, shape, width),
+        state_bytes=state_bytes(chosen.kernel, shape, width, architecture.rotates),
         kv_cache_bytes_at={
             n: len(shape.layers) * shape.kv_heads * (shape.head_dim + shape.value_dim) * n * width for n in LENGTHS
         },
@@ -81,14 +81,14 @@ def inspect(
     )
 
 
-def state_bytes(kernel: Kernel, layers: Layers, width: int) -> int:
+def state_bytes(kernel: Kernel, layers: Layers, width: int, rotates: bool) -> int:
     """What the cache of all converted layers holds for one sequence: float32 states, and the window's keys and values
-    at ``width`` bytes a number."""
+    at ``width`` bytes a number. Keys that the far part sees without their rotation are kept twice."""
     state = 0
     if kernel.far:
         heads = layers.heads if kernel.decay == "retnet" else layers.kv_heads
         features = layers.head_dim * (2 if kernel.signed else 1)
         state = heads * (features * (layers.value_dim + 1) + 1) * 4
-    keys = layers.head_dim * (2 if kernel.far and kernel.rotary == "remove" else 1)
+    keys = layers.head_dim * (2 if kernel.far and kernel.rotary == "remove" and rotates else 1)
     window = kernel.window * (layers.kv_heads * (keys + layers.value_dim) * width + 1)
     return len(layers.layers) * (state + window)

@@ -13,7 +13,7 @@ console = Console(stderr=True)
 def bytes_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar over bytes; yields the function that advances it."""
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda count: progress.advance(task, count)
 
@@ -22,6 +22,6 @@ def bytes_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 def count_bar(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar over things to do; yields the function that advances it."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda count: progress.advance(task, count)

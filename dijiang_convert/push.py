@@ -55,9 +55,8 @@ def push(checkpoint: str | Path, repo: str, *, private: bool = False, revision: 
         DijiangError: not a converted checkpoint, not a repository name, a public repository where a private
             one was asked for, or a Hub that refuses or can't be reached.
     """
+    check_repo(repo)
     folder = Path(checkpoint).expanduser()
-    if not is_hub_id(repo):
-        raise DijiangError(f"{repo!r} is not a repository name: give it as owner/name")
     files = _checkpoint_files(folder)
 
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -101,6 +100,12 @@ def push(checkpoint: str | Path, repo: str, *, private: bool = False, revision: 
         bytes_uploaded=sum(path.stat().st_size for path in changed.values()),
         url=url,
     )
+
+
+def check_repo(repo: str) -> None:
+    """Raises DijiangError where `repo` can't be the name of a repository: to ask before anything that takes long."""
+    if not is_hub_id(repo):
+        raise DijiangError(f"{repo!r} is not a repository name: give it as owner/name")
 
 
 def _checkpoint_files(folder: Path) -> dict[str, Path]:

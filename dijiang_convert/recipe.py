@@ -4,6 +4,7 @@ A recipe names the kernel (see `modeling.configuration_dijiang.Kernel`), a defau
 """
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -59,17 +60,28 @@ class Stage:
         for key in ("tokens", "seq_len", "batch_tokens", "lora_rank"):
             if getattr(self, key) < 1:
                 raise DijiangError(f"stage {self.name}: {key} is {getattr(self, key)}: give at least 1")
+        for key in ("learning_rate", "kernel_learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise DijiangError(f"stage {self.name}: {key} is {getattr(self, key)}: give 0 or more")
+        for key in ("warmup", "cross_entropy_weight"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise DijiangError(f"stage {self.name}: {key} is {getattr(self, key)}: give a share from 0 to 1")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A kernel and how to train it. ``data`` is the corpus used where the user names none (a Hub data set's id)."""
+    """A kernel and how to train it. ``data`` is the Hub data set used where the user names none: id or id:config."""
 
     name: str
     kernel: Kernel
     stages: tuple[Stage, ...]
     description: str = ""
-    data: str = "HuggingFaceFW/fineweb-edu"
+    data: str = "HuggingFaceFW/fineweb-edu:sample-10BT"
+
+    def __post_init__(self) -> None:
+        for key in ("name", "description", "data"):
+            if not isinstance(getattr(self, key), str):
+                raise DijiangError(f"recipe: {key} is {getattr(self, key)!r}, not str")
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "stages": [asdict(stage) for stage in self.stages]}
@@ -93,21 +105,33 @@ def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DijiangError(f"no such recipe file: {name}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DijiangError(f"can't read recipe {name}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # of text that is no UTF-8, or a date that does not exist
         raise DijiangError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, Mapping):
         raise DijiangError(f"recipe {path} is not a mapping: start it with 'kernel:' and 'stages:'")
-    values = {**content.get("kernel", {}), **parse_settings(settings)}
-    return parse_recipe({"name": path.stem, **content, "kernel": values})
+    content = {"name": path.stem, **content}
+    kernel = content.get("kernel", {})
+    if isinstance(kernel, Mapping):
+        content["kernel"] = {**kernel, **parse_settings(settings)}
+    return parse_recipe(content)
 
 
 def parse_recipe(content: Mapping[str, Any]) -> Recipe:
     """A recipe from plain data, as YAML files and a checkpoint's config hold it. Raises DijiangError."""
     known = [field.name for field in fields(Recipe)]
     _check_keys(content, known, "recipe")
-    stages = tuple(_build(Stage, stage, f"stage {stage.get('name', '?')}") for stage in content.get("stages", ()))
+    stages = content.get("stages", [])
+    if not isinstance(stages, (list, tuple)):
+        raise DijiangError(f"recipe: stages is {stages!r}: give a list")
+    stages = tuple(_build(Stage, stage, _stage_name(stage)) for stage in stages)
     kernel = _build(Kernel, content.get("kernel", {}), "kernel")
     return _build(Recipe, {**content, "kernel": kernel, "stages": stages}, "recipe")
+
+
+def _stage_name(stage: Any) -> str:
+    return f"stage {stage.get('name', '?')}" if isinstance(stage, Mapping) else "a stage"
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
@@ -117,7 +141,10 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         key, equals, value = setting.partition("=")
         if not (key and equals and value):
             raise DijiangError(f"--set {setting!r} is not of the form key=value")
-        values[key.strip()] = _number(yaml.safe_load(value))
+        try:
+            values[key.strip()] = _number(yaml.safe_load(value))
+        except (yaml.YAMLError, ValueError):
+            raise DijiangError(f"--set {setting!r}: {value!r} is not a value") from None
     return values
 
 
@@ -153,8 +180,9 @@ def _build(cls: type, values: Any, where: str) -> Any:
     missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
     if missing:
         raise DijiangError(f"{where} lacks {', '.join(missing)}")
+    texts = [field.name for field in fields(cls) if field.type is str]
     try:
-        return cls(**{key: _number(value) for key, value in values.items()})
+        return cls(**{key: value if key in texts else _number(value) for key, value in values.items()})
     except ValueError as error:  # the kernel's own words
         raise DijiangError(str(error)) from None
 

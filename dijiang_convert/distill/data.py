@@ -59,7 +59,7 @@ def token_rows(
     """About the first ``tokens`` tokens of a corpus as rows of seq_len.
 
     Args:
-        data: a file, a folder, a Hub data set's id, or the documents themselves.
+        data: a file, a folder, a Hub data set's id (``owner/name`` or ``owner/name:config``), or the documents.
         held_out: take the files (or the split) set aside for evaluation, where there are any.
         shuffle_seed: None keeps the corpus' order and gives every document rows of its own, for evaluation.
         progress: called with every number of tokens gathered.
@@ -131,9 +131,13 @@ def _tables(data: str, held_out: bool) -> Iterator[Iterable[dict[str, Any]]]:
         return
     if "/" not in data or data.startswith(("/", ".", "~")):
         raise DijiangError(f"no such file, folder or data set: {data}")
+    name, _, config = data.partition(":")
     try:
-        yield load_dataset(data, split="train", streaming=True)
-    except (DatasetNotFoundError, ConnectionError, OSError) as error:
+        splits = load_dataset(name, config or None, streaming=True)
+        aside = [split for split in splits if any(word in str(split).lower() for word in HELD_OUT)]
+        others = [split for split in splits if split not in aside]
+        yield splits[(aside or others if held_out else others or aside)[0]]
+    except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise DijiangError(f"can't reach the data set {data} ({reason}): give a file or folder with --data") from None
 

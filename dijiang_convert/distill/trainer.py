@@ -222,7 +222,7 @@ class _ProgressCallback(TrainerCallback):
             (e["step"] * self.step_tokens, e["loss"]) for e in state.log_history if "loss" in e and "step" in e
         ]
         columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}")
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=not console.is_terminal)
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task(self.stage.name, total=self.steps, completed=self.first_step, note="")
         self.bar.start()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_dijiang import Kernel
+from .linear_attention import softmax_with_lse
 
 
 def dct_matrix(dim: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
@@ -27,7 +28,7 @@ def dct_matrix(dim: int, dtype: torch.dtype = torch.float32, device: torch.devic
 
 def quasi_random_normal(heads: int, dim: int, seed: int) -> Tensor:
     """t = Φ⁻¹(u), u a scrambled Sobol sequence, one of its dimensions a head (the paper's T). Shape [H, D]."""
-    points = torch.quasirandom.SobolEngine(heads, scramble=True, seed=seed).draw(dim).T
+    points = torch.quasirandom.SobolEngine(heads, scramble=True, seed=seed).draw(dim, dtype=torch.float32).T
     return torch.special.ndtri(points.double().clamp(1e-6, 1 - 1e-6)).float()
 
 
@@ -77,6 +78,6 @@ class FeatureMap(nn.Module):
         if not self.kernel.learned_features:
             return y.softmax(-1), y.new_zeros(y.shape[:-1])
         y = y + self.bias.float()[:, None]
-        lse = y.logsumexp(-1)
+        features, lse = softmax_with_lse(y)
         norm = x.square().sum(-1) * self.norm_weight.float()[:, None]
-        return (y - lse[..., None]).exp(), lse - math.log(self.features) - norm
+        return features, lse - math.log(self.features) - norm

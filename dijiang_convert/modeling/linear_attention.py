@@ -202,9 +202,8 @@ def near_attention(
     q_blocks = _to_chunks(q, kv_heads, size)  # [B, G, blocks, R, size, D]
     scores = (q_blocks.flatten(3, 4) @ k_blocks).unflatten(3, (-1, size))
     scores = scores.to(accumulation_dtype(scores)) * scaling
-    scores = scores.masked_fill(~allowed, FLOOR)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp().to(v.dtype)
+    weights, lse = softmax_with_lse(scores.masked_fill(~allowed, FLOOR))
+    weights = weights.to(v.dtype)
     out = (weights.flatten(3, 4) @ v_blocks.mT).unflatten(3, (-1, size))
     return _from_chunks(out.to(lse.dtype), queries), _from_chunks(lse[..., None], queries)[..., 0]
 
@@ -352,7 +351,7 @@ def attend_one(
 ) -> Tensor:
     """One query against the window's keys [B, G, W, D] (in any order) and the state. Returns [B, H, 1, V]."""
     batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
-    read = (fq.reshape(batch, kv_heads, -1, fq.shape[-1]) @ state.s).reshape(batch, heads, 1, -1)
+    read = (fq.to(state.s.dtype).reshape(batch, kv_heads, -1, fq.shape[-1]) @ state.s).reshape(batch, heads, 1, -1)
     log_m = state.m.repeat_interleave(heads // kv_heads, 1)[..., None]
     if not normalize:
         return read[..., :-1] * log_m.exp()[..., None]
@@ -369,8 +368,8 @@ def attend_window(
     scores = scores.to(accumulation_dtype(scores)) * scaling  # [B, G, R, W]
     if valid is not None:
         scores = scores.masked_fill(~valid[:, None, None], FLOOR)
-    lse = scores.logsumexp(-1)
-    out = (scores - lse[..., None]).exp().to(v.dtype) @ v
+    weights, lse = softmax_with_lse(scores)
+    out = weights.to(v.dtype) @ v
     return out.to(lse.dtype).reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1)
 
 
@@ -400,6 +399,13 @@ def _rescaled(s: Tensor, top: Tensor, total: Tensor) -> FarState:
     """The state s e^{top − total} with its maximum in one number; what that rounds away goes into s."""
     m = (top - total).detach()
     return FarState(s * (top - m - total).exp()[..., None, None], m)
+
+
+def softmax_with_lse(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(softmax, log-sum-exp) over the last dimension. One fused pass: the log-softmax of the largest entry is that
+    entry less the log-sum-exp. (The same entry of both, or the gradient is wrong where rounding made them tie.)"""
+    log_p, largest = x.log_softmax(-1), x.argmax(-1, keepdim=True)
+    return log_p.exp(), (x.gather(-1, largest) - log_p.gather(-1, largest))[..., 0]
 
 
 def _add_reads(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

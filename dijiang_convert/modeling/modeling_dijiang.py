@@ -88,8 +88,8 @@ class DiJiangAttention(nn.Module):
             if kernel.decay == "learned":
                 init.constant_(self.decay, math.log(1 / 256))
             elif kernel.decay == "retnet":
-                spread = torch.linspace(math.log(1 / 32), math.log(1 / 512), self.layers.heads).exp()
-                init.copy_(self.log_decay, torch.log1p(-spread))
+                spread = torch.linspace(math.log(1 / 32), math.log(1 / 512), self.layers.heads, dtype=torch.float32)
+                init.copy_(self.log_decay, torch.log1p(-spread.exp()))
         if kernel.gate:
             init.normal_(self.gate, std=self.layers.hidden_size**-0.5)
             init.ones_(self.norm_weight)

@@ -1,0 +1,33 @@
+# Everything runs in .venv, which `make` builds from the package index. torch is pinned in constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types check hub clean
+
+demo: $(VENV)/.installed
+	$(BIN)/dijiang demo --force
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+check: test lint types
+
+hub: $(VENV)/.installed
+	$(BIN)/python -m tests.hub --port 8000
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "dijiang-convert needs Python 3.11 or newer"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,tensorboard]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist dijiang-demo

@@ -1,0 +1,244 @@
+"""The cache of a converted layer: its size, what generation strategies do to it, and what it refuses.
+
+Whatever is done to a cache, the logits after it must be those of the full forward pass over the tokens that remain.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from dijiang_convert.modeling.cache import DiJiangCacheLayer, cache_layer
+from tests.models import WINDOW, difference, feed, kernels, load, logits_of, tokens
+
+TOLERANCE = 1e-4
+PROMPT = 150  # far more than the window and a chunk
+
+
+@pytest.fixture(scope="module", params=["default", "keep", "pure", "paper", "window-only", "partial"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return load("llama", request.param)
+
+
+@pytest.fixture(scope="module")
+def default() -> Any:
+    return load("llama")
+
+
+def stored_bytes(cache: Cache) -> int:
+    """Of all memory that the cache keeps alive, views of larger tensors in full."""
+    storages = {}
+    for layer in cache.layers:
+        assert isinstance(layer, DiJiangCacheLayer)
+        for value in (*vars(layer).values(), *(layer.state or ())):
+            if isinstance(value, Tensor):
+                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def assert_goes_on(model: Any, cache: Cache, ids: Tensor, tail: Tensor, sizes: tuple[int, ...] = (1,)) -> None:
+    """The cache stands for ``ids``: what follows is as after a full forward pass over them."""
+    assert cache.get_seq_length() == ids.shape[1]
+    found, _ = feed(model, tail, sizes, cache)
+    assert difference(found, logits_of(model, torch.cat([ids, tail], 1))[:, ids.shape[1] :]) <= TOLERANCE
+
+
+# ------------------------------------------------------------------------------------------------------------ size
+
+
+@pytest.mark.parametrize("variant", ["default", "keep", "pure", "paper", "window-only"])
+@pytest.mark.parametrize("sizes", [(100, 1), (33,)])
+def test_bytes_are_constant(variant: str, sizes: tuple[int, ...]) -> None:
+    model = load("llama", variant)
+    ids = tokens(2, 1000)
+    found = set()
+    cache: Cache | None = None
+    for start, stop in ((0, 100), (100, 200), (200, 1000)):
+        _, cache = feed(model, ids[:, start:stop], sizes, cache)
+        found.add(stored_bytes(cache))
+    assert len(found) == 1 and found != {0}
+    child = kernels(model)[0]
+    kernel, layers = child.kernel, child.layers
+    kept = 2 + child._keeps_far_keys  # keys, values, and keys without rotary embedding
+    numbers = kernel.window * kept * layers.kv_heads * layers.head_dim
+    if kernel.far:
+        state_heads = layers.heads if variant == "paper" else layers.kv_heads
+        numbers += state_heads * (child.q_features.features * (layers.value_dim + 1) + 1)
+    assert found == {2 * 2 * (4 * numbers + kernel.window)}  # two layers, two rows; four bytes a number, one a flag
+
+
+def test_answers() -> None:
+    layer = DiJiangCacheLayer(window=4)
+    assert layer.get_seq_length() == 0 and layer.get_max_length() == -1 and not layer.is_initialized
+    k, v = torch.randn(2, 1, 5, 8), torch.randn(2, 1, 5, 8)
+    assert layer.update(k, v) == (k, v)  # the new ones alone
+    assert layer.get_seq_length() == 5 and layer.get_mask_sizes(3) == (8, 0) and layer.is_initialized
+    with pytest.raises(NotImplementedError, match="offload"):
+        layer.offload()
+
+
+# ------------------------------------------------------------------------------------------------------- the batch
+
+
+@pytest.mark.parametrize("decoded", [0, 5, WINDOW])  # tokens fed one at a time turn the ring
+def test_batch_operations(model: Any, decoded: int) -> None:
+    ids, tail = tokens(3, PROMPT), tokens(6, 20, seed=1)
+    _, cache = feed(model, ids, [PROMPT - decoded, 1] if decoded else [PROMPT])
+    order = torch.tensor([2, 0, 0])
+    cache.reorder_cache(order)
+    assert_goes_on(model, copy.deepcopy(cache), ids[order], tail[:3])
+    cache.batch_repeat_interleave(2)
+    assert_goes_on(model, copy.deepcopy(cache), ids[order].repeat_interleave(2, 0), tail, (7, 1))
+    chosen = torch.tensor([5, 1])
+    cache.batch_select_indices(chosen)
+    assert_goes_on(model, cache, ids[order].repeat_interleave(2, 0)[chosen], tail[:2])
+
+
+def test_batch_operations_on_an_empty_cache(default: Any) -> None:
+    cache = DynamicCache(config=default.config)
+    cache_layer(cache, 0, WINDOW)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0]))
+    assert_goes_on(default, cache, tokens(2, 0), tokens(2, PROMPT))
+
+
+def test_copies_are_independent(model: Any) -> None:
+    ids, tails = tokens(2, PROMPT), [tokens(2, 40, seed=seed) for seed in (1, 2)]
+    _, cache = feed(model, ids, [PROMPT - 7, 1])
+    other = copy.deepcopy(cache)
+    assert_goes_on(model, cache, ids, tails[0])
+    assert_goes_on(model, other, ids, tails[1])
+
+
+def test_reset(model: Any) -> None:
+    _, cache = feed(model, tokens(3, PROMPT), [PROMPT - 7, 1])
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert_goes_on(model, cache, tokens(2, 0), tokens(2, PROMPT, seed=1), (100, 1))
+
+
+# ------------------------------------------------------------------------------------------------------------ crop
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, 5])  # with the window full and not yet full
+def test_crop_takes_back_exactly(model: Any, prompt: int) -> None:
+    """Rounds of speculative decoding: feed guesses, take some back, go on with others."""
+    kept, (_, cache) = tokens(2, prompt), feed(model, tokens(2, prompt), [prompt - 3, 1])
+    cache.activate_past_recording()
+    assert cache.is_croppable
+    rounds = [(5, 3), (40, 40), (30, 4), (1, 0), (1, 1), (80, 70), (6, 0), (100, 1), (20, 18)]
+    for number, (fed, removed) in enumerate(rounds):
+        guesses = tokens(2, fed, seed=10 + number)
+        found, _ = feed(model, guesses, [fed], cache)
+        tried = torch.cat([kept, guesses], 1)
+        assert difference(found, logits_of(model, tried)[:, -fed:]) <= TOLERANCE
+        cache.crop(-removed)
+        kept = tried[:, : tried.shape[1] - removed]
+        assert cache.get_seq_length() == kept.shape[1]
+    assert kept.shape[1] > prompt + 100
+    assert_goes_on(model, cache, kept, tokens(2, 3, seed=99))
+
+
+def test_crop_over_several_calls(model: Any) -> None:
+    """Guesses fed one by one, as an assistant makes them, are taken back together."""
+    ids, guesses = tokens(2, PROMPT), tokens(2, 60, seed=1)
+    _, cache = feed(model, ids, [PROMPT - 3, 1])
+    cache.activate_past_recording()
+    feed(model, guesses, [1, 1, 30, 1, 1, 26], cache)
+    cache.crop(-50)
+    kept = torch.cat([ids, guesses[:, :10]], 1)
+    assert_goes_on(model, cache, kept, tokens(2, 30, seed=2))
+
+
+def test_recording_keeps_memory_bounded(default: Any) -> None:
+    _, cache = feed(default, tokens(1, PROMPT), [PROMPT])
+    cache.activate_past_recording()
+    found = []
+    for number in range(30):
+        feed(default, tokens(1, 10, seed=number), [10], cache)
+        cache.crop(-4)
+        found.append(stored_bytes(cache))
+    assert len(set(found[2:])) == 1
+
+
+def test_crop_without_recording(model: Any) -> None:
+    ids = tokens(2, PROMPT)
+    _, cache = feed(model, ids, [PROMPT])
+    assert not cache.is_croppable
+    layer = next(layer for layer in cache.layers if isinstance(layer, DiJiangCacheLayer))
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        layer.crop(-1)
+    with pytest.raises(ValueError, match="negative"):
+        layer.crop(3)
+    layer.crop(0)
+    assert_goes_on(model, cache, ids, tokens(2, 5, seed=1))
+
+
+def test_crop_before_anything_left_the_window(default: Any) -> None:
+    ids = tokens(2, WINDOW)
+    _, cache = feed(default, ids, [WINDOW])
+    assert cache.is_croppable
+    cache.crop(-6)
+    assert_goes_on(default, cache, ids[:, :-6], tokens(2, PROMPT, seed=1))
+
+
+# --------------------------------------------------------------------------------------------------- other caches
+
+
+def test_grown_cache_without_a_config(model: Any) -> None:
+    cache = DynamicCache()
+    assert_goes_on(model, cache, tokens(2, 0), tokens(2, PROMPT), (100, 1))
+    assert any(isinstance(layer, DiJiangCacheLayer) for layer in cache.layers)
+
+
+def test_cache_filled_by_softmax_is_refused(model: Any) -> None:
+    model.set_attn_implementation("sdpa")
+    try:
+        _, cache = feed(model, tokens(1, 5), [5])
+    finally:
+        model.set_attn_implementation("dijiang")
+    with pytest.raises(ValueError, match="softmax"):
+        feed(model, tokens(1, 5), [5], cache)
+
+
+def test_softmax_refuses_our_cache(model: Any) -> None:
+    _, cache = feed(model, tokens(1, 5), [5])
+    model.set_attn_implementation("sdpa")
+    try:
+        with pytest.raises(ValueError, match="empty cache"):
+            feed(model, tokens(1, 5), [5], cache)
+    finally:
+        model.set_attn_implementation("dijiang")
+
+
+def test_static_cache_is_refused(model: Any) -> None:
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with pytest.raises(ValueError, match="DynamicCache"):
+        feed(model, tokens(1, 5), [5], cache)
+    with pytest.raises(ValueError, match="DynamicCache"):
+        model.generate(tokens(1, 5), max_new_tokens=2, cache_implementation="static")
+
+
+def test_layer_of_another_version_is_refused(default: Any) -> None:
+    """Two checkpoints with code of their own have two classes of the same name."""
+    cache = DynamicCache(config=default.config)
+    cache.layers[0] = type("DiJiangCacheLayer", (DynamicLayer,), {})()
+    with pytest.raises(ValueError, match="another DiJiang version"):
+        feed(default, tokens(1, 5), [5], cache)
+
+
+def test_zeroed_state_shows(default: Any) -> None:
+    """The tests above could not pass with the window alone."""
+    _, cache = feed(default, tokens(1, PROMPT), [PROMPT])
+    tail = tokens(1, 1, seed=1)
+    expected, _ = feed(default, tail, [1], copy.deepcopy(cache))
+    for layer in cache.layers:
+        layer.state.s.zero_()
+    assert difference(feed(default, tail, [1], cache)[0], expected) > 100 * TOLERANCE

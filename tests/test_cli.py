@@ -1,0 +1,428 @@
+"""The command line: one clear line for bad input and nothing half-written, exit codes, and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dijiang_convert.cli import app
+from tests.hub import Hub
+from tests.sources_on_disk import edit_config, llama_config, neox_config, write_source
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sources and a converted checkpoint, none of which a test changes."""
+    folder = tmp_path_factory.mktemp("sources")
+    write_source(folder / "llama", llama_config())
+    write_source(folder / "neox", neox_config(), shard_size="60KB")
+    done = CliRunner().invoke(app, ["convert", str(folder / "llama"), "--out", str(folder / "converted")])
+    assert done.exit_code == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def source(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to spoil, named source, in a current folder that holds nothing else."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sources / "neox", tmp_path / "source")
+    return tmp_path / "source"
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def refusal(*arguments: str) -> str:
+    """What follows `error: ` on stderr, where nothing else is."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    return error_line(result.stderr)
+
+
+def error_line(stderr: str) -> str:
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
+    assert "Traceback" not in stderr and "unexpected" not in stderr
+    return stderr.removeprefix("error: ").strip()
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+# ------------------------------------------------------------------------------------------------- bad sources
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pythia-411m", "no folder, no alias and no Hub id of the form owner/name: did you mean pythia-41"),
+        ("./nowhere", "no such folder: ./nowhere"),
+        ("nobody/nothing", "nobody/nothing is not on the Hub, or is private"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["convert", "inspect"])
+def test_no_such_source(verb: str, name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in refusal(verb, name)
+    assert tree(tmp_path) == []
+
+
+def cut(name: str, keep: int) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep]) and None
+
+
+def write(name: str, content: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(content) and None
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_config(folder, **changes) and None
+
+
+def remove(pattern: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+    return spoil
+
+
+def become(config: Any) -> Callable[[Path], None]:
+    return write("config.json", json.dumps(config))
+
+
+def shard(folder: Path, i: int) -> str:
+    return sorted(path.name for path in folder.glob("*.safetensors"))[i]
+
+
+SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (remove("config.json"), "has no config.json"),
+    "config no JSON": (write("config.json", "{"), "config.json is no readable JSON"),
+    "config a list": (write("config.json", "[]"), "config.json holds no JSON object"),
+    "no weights": (remove("*.safetensors*"), "no weights in source"),
+    "no tokenizer": (remove("tokenizer*"), "no tokenizer in source"),
+    "truncated": (lambda f: cut(shard(f, -1), -10)(f), "is not a whole safetensors file: download the model again"),
+    "header cut": (lambda f: cut(shard(f, 0), 50)(f), "is not a whole safetensors file: download the model again"),
+    "corrupt": (lambda f: write(shard(f, 0), "<html>" * 99)(f), "is not a whole safetensors file"),
+    "empty": (lambda f: write(shard(f, 0), "")(f), "is not a whole safetensors file"),
+    "missing shard": (lambda f: (f / shard(f, 1)).unlink(), "not in the folder: download the model again"),
+    "index no JSON": (write(INDEX, "{"), f"{INDEX} is no readable JSON"),
+    "index elsewhere": (write(INDEX, '{"weight_map": {"a": "../a.safetensors"}}'), "outside its folder"),
+    "unsupported": (become({"model_type": "bloom"}), "bloom does not route its attention through AttentionInterface"),
+    "unknown": (become({"model_type": "hyperformer"}), "knows no model type 'hyperformer'"),
+    "own code": (become({"model_type": "own", "auto_map": {"AutoConfig": "a.B"}}), "own comes with its own code"),
+    "encoder-decoder": (become({"model_type": "t5", "is_encoder_decoder": True}), "t5 is an encoder-decoder"),
+    "encoder": (become({"model_type": "bert", "architectures": ["BertModel"]}), "not a causal language model"),
+    "quantised": (edit(quantization_config={"quant_method": "awq"}), "the weights are quantised (awq)"),
+    "converted": (edit(dijiang={}), "the model is converted already: go on with dijiang finetune"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_spoiled_sources(case: str, source: Path) -> None:
+    spoil, expected = SPOILED[case]
+    spoil(source)
+    assert expected in refusal("convert", "source")
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--layers", "2,9"], "there is no layer 9, the model has 0 to 3"),
+        (["--layers", "some"], "--layers 'some' is not valid"),
+        (["--dtype", "int4"], "no dtype 'int4'"),
+        (["--recipe", "defualt"], "no recipe 'defualt': did you mean default?"),
+        (["--recipe", "nowhere.yaml"], "no such recipe file: nowhere.yaml"),
+        (["--recipe", "source/own.yaml"], "kernel has no key 'windw': did you mean window?"),
+        (["--set", "windw=3"], "kernel has no key 'windw': did you mean window?"),
+        (["--set", "window"], "--set 'window' is not of the form key=value"),
+        (["--set", "window=-1"], "kernel.window must be at least 0"),
+        (["--revision", "main"], "only the Hub has revisions"),
+        (["--push", "no-owner"], "'no-owner' is not a repository name"),
+        (["--out", "source"], "source exists and is not empty: choose another --out, or --force to replace it"),
+        (["--out", "source/config.json"], "exists and is not empty"),
+        (["--out", "source/config.json/out"], "can't write beside"),
+    ],
+)
+def test_bad_options(options: list[str], expected: str, source: Path) -> None:
+    (source / "own.yaml").write_text("kernel: {windw: 3}\nstages: []\n")
+    before = tree(source)
+    assert expected in refusal("convert", "source", *options)
+    assert [path.name for path in source.parent.iterdir()] == ["source"] and tree(source) == before
+
+
+def test_no_space_is_seen_before(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(".")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "no space left for 0.0 GB on the disk of source-dijiang" in refusal("convert", "source")
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+def test_no_space_while_writing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    assert "no space left on the disk of source-dijiang: free some or choose another --out" in refusal(
+        "convert", "source"
+    )
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("verb", ["finetune", "eval"])
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("nowhere.txt", None, "no such file, folder or data set: nowhere.txt"),
+        ("data.csv", "title,body\na,b\n", "has no column 'text' or 'messages', only title, body"),
+        ("data.jsonl", '{"body": "a"}\n', "has no column 'text' or 'messages', only body"),
+        ("data.txt", "too short", "less than one row of 128"),
+        ("data.pdf", "text", "data.pdf is not text"),
+        ("folder", None, "no text in folder"),
+    ],
+)
+def test_bad_data(
+    verb: str, name: str, content: str | None, expected: str, sources: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(name).write_text(content)
+    elif name == "folder":
+        Path(name).mkdir()
+    before = tree(tmp_path)
+    out = ["--out", "out"] if verb == "finetune" else []
+    assert expected in refusal(verb, str(sources / "converted"), "--data", name, "--seq-len", "128", *out)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["finetune", "nowhere"], "no checkpoint folder nowhere: make one with dijiang convert"),
+        (["finetune", "source"], "source is not converted yet: run dijiang convert source"),
+        (["finetune"], "no converted checkpoints in the current folder"),
+        (["eval", "./nowhere"], "no such folder: ./nowhere"),
+        (["generate", "./nowhere", ""], "no such folder: ./nowhere"),
+        (["bench", "./nowhere"], "no such folder: ./nowhere"),
+        (["push", "nowhere", "a/b"], "nowhere"),
+        (["push", "source", "a/b"], "source"),
+        (["push", "source", "no-owner"], "'no-owner' is not a repository name"),
+    ],
+)
+def test_other_verbs_on_what_is_no_checkpoint(arguments: list[str], expected: str, source: Path) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 1 and expected in error_line(result.stderr)
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+# ------------------------------------------------------------------------------------------------- usage, errors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-verb"],
+        ["convert"],
+        ["convert", "a", "b"],
+        ["convert", "a", "--no-such-option"],
+        ["push", "a"],
+        ["finetune", "--tokens", "0"],
+        ["finetune", "--tokens", "many"],
+        ["eval", "a", "--max-tokens", "1"],
+        ["bench", "a", "--lengths", "long"],
+        ["bench", "a", "--lengths", ""],
+        ["generate", "a", "b", "--temperature", "-1"],
+    ],
+)
+def test_wrong_usage(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2 and result.stdout == "" and "Usage:" in result.stderr
+
+
+def test_an_unexpected_error_is_one_line_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("two\nlines")
+
+    import dijiang_convert.convert
+
+    monkeypatch.setattr(sys.modules[dijiang_convert.convert.__module__], "write_card", fail)
+    result = run("convert", "source")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr == "error: unexpected RuntimeError: two lines: --debug shows where\n"
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dijiang_convert", "push", "--debug", str(tmp_path), "no-owner"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "Traceback" in done.stderr and "DijiangError: 'no-owner' is not a repository name" in done.stderr
+    done = subprocess.run([*command[:4], *command[5:]], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "'no-owner' is not a repository name" in error_line(done.stderr)
+
+
+LIGHT = """
+import sys
+from dijiang_convert.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code, end.code
+print([name for name in ("torch", "transformers", "datasets", "huggingface_hub") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"]])
+def test_help_is_light(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "Usage:" in done.stdout or arguments == ["--version"]
+
+
+def test_every_verb_has_help() -> None:
+    verbs = ("convert", "finetune", "eval", "generate", "bench", "inspect", "push", "demo")
+    text = run("--help").stdout
+    for verb in verbs:
+        assert verb in text
+        result = run(verb, "--help")
+        assert result.exit_code == 0 and "--json" in result.stdout and "--debug" in result.stdout
+
+
+# ------------------------------------------------------------------------------------------------------- results
+
+
+def json_of(*arguments: str) -> dict[str, Any]:
+    """The one object on stdout."""
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    content = json.loads(result.stdout)  # refuses anything before or behind it
+    assert isinstance(content, dict) and result.stdout.count("\n") == 1
+    return content
+
+
+CONVERT = {
+    "out", "source", "source_revision", "recipe", "layers_converted", "new_parameters", "total_parameters", "seconds",
+}  # fmt: skip
+INSPECT = {"architecture", "supported", "reason", "layers", "state_bytes", "kv_cache_bytes_at"}
+
+
+def test_convert_json(source: Path) -> None:
+    content = json_of("convert", "source", "--layers", "0-2", "--set", "window=8")
+    assert content.keys() >= CONVERT
+    assert (content["out"], content["source"], content["source_revision"]) == ("source-dijiang", "source", None)
+    assert (content["recipe"], content["layers_converted"]) == ("default", 3)
+    assert 0 < content["new_parameters"] < content["total_parameters"] and content["seconds"] > 0
+    config = json.loads(Path("source-dijiang/config.json").read_text())
+    assert config["dijiang"]["layers"] == [0, 1, 2] and config["dijiang"]["kernel"]["window"] == 8
+
+
+def test_dry_run_json(source: Path) -> None:
+    assert json_of("convert", "source", "--dry-run").keys() >= CONVERT
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+def test_force(source: Path) -> None:
+    Path("out").mkdir()
+    Path("out/old").write_text("old")
+    assert json_of("convert", "source", "--out", "out", "--force")["out"] == "out"
+    assert not Path("out/old").exists() and Path("out/config.json").is_file()
+
+
+def test_inspect_json(source: Path) -> None:
+    content = json_of("inspect", "source")
+    assert content.keys() >= INSPECT
+    assert (content["architecture"], content["supported"], content["reason"]) == ("GPTNeoXForCausalLM", True, None)
+    assert content["layers"] == 4 and content["kv_cache_bytes_at"]["1024"] > content["state_bytes"] > 0
+    edit_config(source, model_type="bloom", architectures=["BloomForCausalLM"])
+    content = json_of("inspect", "source")
+    assert not content["supported"] and "AttentionInterface" in content["reason"]
+
+
+def test_push_json(hub: Hub, sources: Path) -> None:
+    before = hub.bytes_received
+    content = json_of("push", str(sources / "converted"), "cli/pushed")
+    assert content.keys() >= {"repo", "commit", "bytes_uploaded"}
+    assert content["repo"] == "cli/pushed" and content["commit"] == hub.history("cli/pushed")[0].sha
+    assert content["bytes_uploaded"] == sum(path.stat().st_size for path in (sources / "converted").iterdir())
+    assert hub.bytes_received > before
+    assert json_of("push", str(sources / "converted"), "cli/pushed")["bytes_uploaded"] == 0
+
+
+def test_push_on_convert(hub: Hub, source: Path) -> None:
+    content = json_of("convert", "source", "--push", "cli/converted")
+    assert content["pushed"].endswith("/cli/converted") and "config.json" in hub.files("cli/converted")
+
+
+def test_results_for_people(source: Path, hub: Hub) -> None:
+    result = run("inspect", "source")
+    assert result.exit_code == 0 and "GPTNeoXForCausalLM" in result.stdout and "at any length" in result.stdout
+    result = run("convert", "source")
+    assert result.exit_code == 0 and result.stdout.startswith("wrote source-dijiang: 4 layers converted")
+    assert "next: dijiang finetune source-dijiang" in result.stdout
+    result = run("push", "source-dijiang", "cli/people")
+    assert result.exit_code == 0 and f"{hub.url}/cli/people" in result.stdout
+
+
+# ------------------------------------------------------------------------------------------------- interruption
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_an_interrupted_conversion_leaves_nothing(source: Path) -> None:
+    """The last shard holds 20 GB of nothing, which take longer to copy than the signal takes to arrive."""
+    name, count = "model-huge.safetensors", 5 << 30
+    header = json.dumps({"huge": {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}}).encode()
+    with (source / name).open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 4 * count)
+    index = json.loads((source / INDEX).read_text())
+    index["weight_map"]["huge"] = name
+    (source / INDEX).write_text(json.dumps(index))
+    if shutil.disk_usage(source).free < 8 * count:
+        pytest.skip("needs 40 GB of free disk, to write little of it")
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dijiang_convert", "convert", "source"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not any(path.stat().st_size for path in source.parent.glob(".source-dijiang.*/*.safetensors")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and stdout == ""
+    assert error_line(stderr) == "stopped; nothing half-written was left behind"
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+def test_an_interrupt_from_within(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "copy_file_range", interrupt)
+    assert refusal("convert", "source") == "stopped; nothing half-written was left behind"
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
