@@ -210,6 +210,17 @@ def test_paper_and_window_only_train(text: str, tmp_path: Path) -> None:
         assert load_file(Path(result.out) / "model.safetensors") if recipe == "window-only" else model
 
 
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_half_precision_weights_stay_so_and_kernels_float32(text: str, tmp_path: Path, train: str) -> None:
+    convert(str(MODEL), tmp_path / "half", dtype="bfloat16", settings=["window=8"])
+    finetune(tmp_path / "half", tmp_path / "out", data=text, seq_len=SEQ_LEN, tokens=2000, train=train)
+    before, after = tensors(tmp_path / "half"), tensors(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(".dijiang." not in name for name in changed)
+    for name, tensor in after.items():
+        assert tensor.dtype == (torch.float32 if ".dijiang." in name else torch.bfloat16), name
+
+
 def test_evaluate_agrees_with_a_plain_computation() -> None:
     data = documents("validation")[:2]
     result = evaluate(str(MODEL), baseline=str(MODEL), data=data, seq_len=200, max_tokens=1500)

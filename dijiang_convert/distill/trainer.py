@@ -63,6 +63,9 @@ def run_stage(
     folder: where the Trainer keeps its checkpoints, for ``resume``.
     """
     start = time.perf_counter()
+    dtype = model.dtype
+    if stage.train == "full":
+        model.float()  # optimizer steps are smaller than half precision can tell
     trained: Any = _prepare(model, stage)
     batch = max(min(stage.batch_tokens // stage.seq_len, stage.tokens // stage.seq_len // LEAST_STEPS), 1)
     micro = max(min(batch, MICRO_BATCH_TOKENS // stage.seq_len), 1)
@@ -87,9 +90,11 @@ def run_stage(
         raise DijiangError(f"stage {stage.name} diverged: the loss is not finite; lower --set learning_rate")
     if isinstance(trained, PeftModel):
         model = trained.merge_and_unload()
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(True)
         parameter.grad = None
+        if ".dijiang." not in name:
+            parameter.data = parameter.data.to(dtype)
     seconds, seen = time.perf_counter() - start, steps * step_tokens
     return model, StageResult(
         name=stage.name,
