@@ -281,7 +281,7 @@ def push(
 def demo(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("dijiang-demo"),
     recipe: Recipe = "default",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to finetune on.")] = 300_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to finetune on.")] = 150_000,
     force: Force = False,
     json_output: Json = False,
     debug: Debug = False,

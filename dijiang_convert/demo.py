@@ -31,7 +31,7 @@ class DemoResult:
 
 
 def demo(
-    out: str | Path = "dijiang-demo", *, recipe: str = "default", tokens: int = 300_000, force: bool = False
+    out: str | Path = "dijiang-demo", *, recipe: str = "default", tokens: int = 150_000, force: bool = False
 ) -> DemoResult:
     """Converts the embedded model, finetunes it, compares it with the original, and draws losses and speed.
 
