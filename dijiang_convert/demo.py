@@ -15,6 +15,7 @@ from .progress import console
 MODEL = Path(__file__).parent / "demo_model"
 PROMPT = '    def __repr__(self):\n        """Return'
 LENGTHS = (512, 2048, 8192)
+EVAL_TOKENS = 20_000
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ def demo(
 
     console.rule("1  convert: swap the attention")
     swapped = convert(original, converted, recipe=recipe, force=True)
-    untrained = evaluate(converted, baseline=original, data=held_out, seq_len=512, max_tokens=40_000)
+    untrained = evaluate(converted, baseline=original, data=held_out, seq_len=512, max_tokens=EVAL_TOKENS)
     console.rule("2  finetune: distil what the swap lost")
     trained = finetune(converted, finetuned, data=documents("train"), tokens=tokens, seq_len=512, force=True)
     console.rule("3  eval: against the original, on modules that neither has seen")
-    after = evaluate(finetuned, baseline=original, data=held_out, seq_len=512, max_tokens=40_000)
+    after = evaluate(finetuned, baseline=original, data=held_out, seq_len=512, max_tokens=EVAL_TOKENS)
     console.rule("4  generate: side by side")
     texts = {
         name: generate(model, PROMPT, max_new_tokens=60)

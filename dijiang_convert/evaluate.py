@@ -62,6 +62,8 @@ def evaluate(
     silence()
     model = load_any(str(checkpoint)).eval()
     other = load_any(baseline, model.device).eval() if baseline else None
+    if other is not None and _vocabulary(other) != _vocabulary(model):
+        raise DijiangError(f"{baseline} has another vocabulary than {checkpoint}: give the model it was converted from")
     tokenizer = load_tokenizer(checkpoint)
     length = seq_len or min(getattr(model.config.get_text_config(), "max_position_embeddings", 2048), 2048)
     rows = token_rows(
@@ -102,8 +104,6 @@ def measure(model: PreTrainedModel, rows: Rows, other: PreTrainedModel | None) -
             found = {"loss": -log_p.gather(-1, ids[:, 1:, None])[..., 0], "count": torch.ones_like(log_p[..., 0])}
             if other is not None:
                 log_q = other(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-                if log_q.shape != log_p.shape:
-                    raise DijiangError("the baseline has another vocabulary: give the model it was converted from")
                 found["baseline_loss"] = -log_q.gather(-1, ids[:, 1:, None])[..., 0]
                 found["kl"] = (log_q.exp() * (log_q - log_p)).sum(-1)
                 found["agreement"] = (log_p.argmax(-1) == log_q.argmax(-1)).float()
@@ -111,6 +111,11 @@ def measure(model: PreTrainedModel, rows: Rows, other: PreTrainedModel | None) -
                 totals[name] += (value * real).double().sum(0).cpu()
             advance(len(ids))
     return totals
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    config: Any = model.config.get_text_config()
+    return config.vocab_size
 
 
 def _by_position(totals: dict[str, Tensor], parts: int = 8) -> list[float]:

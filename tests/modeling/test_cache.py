@@ -52,8 +52,10 @@ def assert_goes_on(model: Any, cache: Cache, ids: Tensor, tail: Tensor, sizes: t
 # ------------------------------------------------------------------------------------------------------------ size
 
 
-@pytest.mark.parametrize("variant", ["default", "keep", "pure", "paper", "window-only"])
-@pytest.mark.parametrize("sizes", [(100, 1), (33,)])
+@pytest.mark.parametrize(
+    "variant,sizes",
+    [("default", (100, 1)), *((variant, (33, 1, 20)) for variant in ("keep", "pure", "paper", "window-only"))],
+)
 def test_bytes_are_constant(variant: str, sizes: tuple[int, ...]) -> None:
     model = load("llama", variant)
     ids = tokens(2, 1000)

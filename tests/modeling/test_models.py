@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from dijiang_convert.modeling import modeling_dijiang
 from dijiang_convert.modeling.cache import DiJiangCacheLayer
 from dijiang_convert.modeling.linear_attention import naive
+from dijiang_convert.modeling.modeling_dijiang import Call
 from dijiang_convert.models import load_converted
 from tests.models import (
     KINDS,
@@ -194,9 +195,22 @@ def test_positions_do_not_matter_without_rotation(kind: str) -> None:
     assert moved["default"] <= 1e-3 < 1e-2 < moved["keep"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1.0, 1.3])  # YaRN lengthens cos and sin
+def test_rotation_is_undone(kind: str, scale: float) -> None:
+    child, model = kernels(load(kind))[0], load(kind)
+    x = torch.randn(2, 4, 50, child.layers.head_dim)
+    cos, sin = (scale * t for t in model.base_model.rotary_emb(x, torch.arange(1000, 1050)[None]))
+    dim = cos.shape[-1]
+    assert dim == (child.layers.head_dim if kind == "llama" else child.layers.head_dim // 4)
+    turned = torch.cat([child.apply_rotary(x[..., :dim], x[..., :dim], cos, sin)[0], x[..., dim:]], -1)
+    assert difference(turned, x) > 0.1
+    assert difference(child._without_rotation(turned, (cos, sin)), x) <= 1e-5
+
+
 # ---------------------------------------------------------------------------------------------------------- generate
 
-PROMPT, NEW = 120, 20
+PROMPT, NEW = 120, 14
 
 
 def assert_same_generation(model: Any, ids: Tensor, **options: Any) -> None:
@@ -358,6 +372,26 @@ def test_autocast_keeps_the_kernel_in_float32(kind: str, variant: str) -> None:
     exact = logits_of(model, ids)
     assert difference(found.float(), full.float()) <= 0.1 * exact.std()
     assert (full.float() - exact).square().mean().sqrt() <= 0.1 * exact.std()
+
+
+@pytest.mark.parametrize("variant", ["default", "pure", "paper"])
+def test_autocast_leaves_the_kernels_products_alone(variant: str) -> None:
+    child = kernels(load("llama", variant))[0]
+    q, k, v, hidden = (torch.randn(1, heads, 200, size) for heads, size in ((4, 8), (2, 8), (2, 8), (1, 32)))
+    call = Call(None, hidden[:, 0], None)
+    with torch.no_grad():
+        expected = child(q, k, v, None, 0.3, True, call)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(child(q, k, v, None, 0.3, True, call), expected)
+
+
+def test_a_cast_kernel_still_accumulates_in_float32(default: Any) -> None:
+    """`model.bfloat16()` takes the kernel's parameters along; the state stays as it is."""
+    model, ids = copy.deepcopy(default).bfloat16(), tokens(1, LENGTH)
+    found, cache = feed(model, ids, [300, 1])
+    assert all(t.dtype == torch.float32 for layer in cache.layers for t in layer.state)
+    full = logits_of(model, ids).float()
+    assert difference(found.float(), full) <= 0.2 * full.std()
 
 
 @pytest.mark.parametrize("variant", ["default", "pure", "paper", "partial"])
