@@ -100,6 +100,7 @@ def finetune(
             run.record(i, results, lambda path: _write(path, model, folder, config, plan, results))  # noqa: B023
     with new_folder(target, force) as new:
         _write(new, model, folder, config, plan, results)
+        run.move_logs(new)
     run.remove()
     pushed = push_checkpoint(target, push).url if push else None
     return FinetuneResult(str(target), results, time.perf_counter() - start, pushed)
@@ -231,6 +232,14 @@ class _Run:
         shutil.rmtree(self.folder / f"after-{index - 1}", ignore_errors=True)
         for checkpoint in self.stage(index).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+
+    def move_logs(self, target: Path) -> None:
+        """TensorBoard's files, to runs/STAGE in the result; `push` leaves them at home."""
+        for i, stage in enumerate(self.plan):
+            for logs in (self.stage(i) / "runs").glob("*"):
+                folder = target / "runs" / stage["name"]
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.move(logs, folder)
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

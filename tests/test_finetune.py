@@ -119,6 +119,11 @@ def test_checkpoint_tells_its_history_and_keeps_its_files(converted: Path, tuned
     assert not list(tuned.parent.glob("*.run"))
 
 
+def test_losses_go_to_tensorboard(tuned: Path) -> None:
+    pytest.importorskip("tensorboard")
+    assert {path.parents[1].name for path in tuned.glob("runs/*/*/events.*")} == {"transfer", "distill"}
+
+
 def test_the_merged_model_is_what_was_trained(tuned: Path) -> None:
     """No adapter is left in the file, and loading it again gives the same logits twice."""
     assert not [name for name in tensors(tuned) if "lora" in name or "modules_to_save" in name]
