@@ -33,13 +33,17 @@ def quasi_random_normal(heads: int, dim: int, seed: int) -> Tensor:
 
 
 class FeatureMap(nn.Module):
-    """Maps queries or keys [B, H, N, D] to features [B, H, N, F] and their log-scale [B, H, N], in float32."""
+    """Maps queries or keys [B, H, N, D] to features [B, H, N, F] and their log-scale [B, H, N], in float32.
+
+    scaled: False where the log-scale cancels (queries without a window): it is 0 then, and has no parameter.
+    """
 
     frequency: Tensor
     dct: Tensor
 
-    def __init__(self, heads: int, head_dim: int, kernel: Kernel) -> None:
+    def __init__(self, heads: int, head_dim: int, kernel: Kernel, scaled: bool = True) -> None:
         super().__init__()
+        self.scaled = scaled and kernel.learned_features
         self.heads, self.head_dim, self.kernel = heads, head_dim, kernel
         self.features = head_dim * (2 if kernel.signed else 1)
         if kernel.frequency == "quasi-random":  # drawn once, not learned
@@ -51,6 +55,7 @@ class FeatureMap(nn.Module):
             self.projection = nn.Parameter(torch.empty(heads, head_dim, head_dim, dtype=torch.float32))
         if kernel.learned_features:
             self.bias = nn.Parameter(torch.empty(heads, self.features, dtype=torch.float32))
+        if self.scaled:
             self.norm_weight = nn.Parameter(torch.empty(heads, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
@@ -65,6 +70,7 @@ class FeatureMap(nn.Module):
             init.zeros_(self.projection)
         if kernel.learned_features:
             init.zeros_(self.bias)
+        if self.scaled:
             init.constant_(self.norm_weight, float(kernel.frequency) ** 2 / (2 * self.head_dim))
 
     def forward(self, x: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -75,9 +81,10 @@ class FeatureMap(nn.Module):
         y = x @ matrix.mT
         if self.kernel.signed:
             y = torch.cat([y, -y], -1)
-        if not self.kernel.learned_features:
+        if self.kernel.learned_features:
+            y = y + self.bias.float()[:, None]
+        if not self.scaled:
             return y.softmax(-1), y.new_zeros(y.shape[:-1])
-        y = y + self.bias.float()[:, None]
         features, lse = softmax_with_lse(y)
         norm = x.square().sum(-1) * self.norm_weight.float()[:, None]
         return features, lse - math.log(self.features) - norm

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -34,6 +34,12 @@ from .cache import DiJiangCacheLayer, cache_layer
 from .configuration_dijiang import Kernel, Layers, read_section
 from .feature_map import FeatureMap
 from .linear_attention import FarState, absorb, attend_one, attend_window, chunked
+
+# Tokens of a prompt that the model works on at once when no gradient is needed: see `_in_segments`.
+SEGMENT = 2048
+SEGMENTED_ARGUMENTS = {
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict",
+}  # fmt: skip
 
 # Arguments of attention functions that change the result and that the kernel does not follow.
 UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask", "cu_seq_lens_q")
@@ -61,10 +67,11 @@ class DiJiangAttention(nn.Module):
         self.apply_rotary = apply_rotary if kernel.rotary == "remove" else None
         heads, kv_heads = layers.heads, layers.kv_heads
         if kernel.far:
-            self.q_features = FeatureMap(heads, layers.head_dim, kernel)
+            self.q_features = FeatureMap(heads, layers.head_dim, kernel, scaled=kernel.window > 0)
             self.k_features = FeatureMap(kv_heads, layers.head_dim, kernel)
             if kernel.learned_features:
-                self.q_offset = nn.Parameter(torch.empty(heads, dtype=torch.float32))  # c
+                if kernel.window > 0:
+                    self.q_offset = nn.Parameter(torch.empty(heads, dtype=torch.float32))  # c
                 self.k_strength = nn.Parameter(torch.empty(kv_heads, dtype=torch.float32))  # b
             if kernel.decay == "learned":
                 self.decay = nn.Parameter(torch.empty(kv_heads, dtype=torch.float32))  # log(−log γ)
@@ -83,7 +90,8 @@ class DiJiangAttention(nn.Module):
             self.q_features.reset_parameters()
             self.k_features.reset_parameters()
             if kernel.learned_features:
-                init.zeros_(self.q_offset)
+                if kernel.window > 0:
+                    init.zeros_(self.q_offset)
                 init.zeros_(self.k_strength)
             if kernel.decay == "learned":
                 init.constant_(self.decay, math.log(1 / 256))
@@ -200,7 +208,7 @@ class DiJiangAttention(nn.Module):
 
     def _query_features(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         features, scale = self.q_features(q, scaling)
-        return features, scale + self.q_offset[:, None] if self.kernel.learned_features else scale
+        return features, scale + self.q_offset[:, None] if self.q_features.scaled else scale
 
     def _key_features(self, k: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         features, scale = self.k_features(k, scaling)
@@ -445,9 +453,46 @@ def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
             if given.get("output_attentions") or getattr(self.config, "output_attentions", False):
                 raise ValueError("output_attentions: linear attention has no attention matrix to return")
             kwargs.update(_position_ids(given, "position_ids" in names))
+            if _is_long_prompt(self, given):
+                return _in_segments(self, forward, {**given, **kwargs})
         return forward(self, *args, **kwargs)
 
     return checked_forward
+
+
+def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
+    """Whether a call is one that `_in_segments` answers: tokens in, logits or hidden states out, no gradient."""
+    asked = {name for name, value in given.items() if value is not None and value is not False}
+    tokens, keep = given.get("input_ids"), given.get("logits_to_keep", 0)
+    if torch.is_grad_enabled() or tokens is None or tokens.shape[1] <= SEGMENT or asked - SEGMENTED_ARGUMENTS:
+        return False
+    wants_dict = model.config.return_dict and given.get("return_dict") is not False
+    return wants_dict and isinstance(keep, int) and keep <= (tokens.shape[1] - 1) % SEGMENT + 1
+
+
+def _in_segments(model: Any, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """A long prompt piece by piece, through the cache: the same numbers, and memory does not grow with its length."""
+    tokens, mask, positions = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
+    cache = given.get("past_key_values")
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if cache is None else cache
+    keep, outputs = given.get("logits_to_keep", 0), []
+    for start in range(0, tokens.shape[1], SEGMENT):
+        end = min(start + SEGMENT, tokens.shape[1])
+        piece = {**given, "input_ids": tokens[:, start:end], "past_key_values": cache, "use_cache": True}
+        if mask is not None:
+            piece["attention_mask"] = mask[:, : mask.shape[1] - tokens.shape[1] + end]
+        if positions is not None:
+            piece["position_ids"] = positions[..., start:end]
+        if keep and end < tokens.shape[1]:
+            piece["logits_to_keep"] = 1
+        outputs.append(forward(model, **piece))
+    result = outputs[-1]
+    for name in ("logits", "last_hidden_state"):
+        if name in result and not keep:
+            result[name] = torch.cat([output[name] for output in outputs], 1)
+    if given.get("use_cache") is False and given.get("past_key_values") is None:
+        result["past_key_values"] = None
+    return result
 
 
 def _position_ids(given: dict[str, Any], accepted: bool) -> dict[str, Tensor]:
