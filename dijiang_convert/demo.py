@@ -1,5 +1,6 @@
 """`dijiang demo`: the whole job on a small model and text that come with the package and with Python. No network."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,9 @@ def _draw(trained: FinetuneResult, rows: list[BenchRow], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for stage in trained.stages:
-        left.plot(*zip(*stage.losses, strict=True), label=stage.name)
+        tokens, losses = zip(*stage.losses, strict=True)
+        (line,) = left.plot(tokens, _smooth(losses), label=stage.name)
+        left.plot(tokens, losses, color=line.get_color(), alpha=0.25)
     left.set(xlabel="tokens", ylabel="loss", yscale="log", title="finetune")
     for name, style in (("dijiang", "o-"), ("softmax", "s--")):
         points = sorted((row.length, row.decode_tokens_per_second) for row in rows if row.model == name)
@@ -81,3 +84,8 @@ def _draw(trained: FinetuneResult, rows: list[BenchRow], path: Path) -> None:
         axes.legend()
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
+
+
+def _smooth(values: Sequence[float], width: int = 10) -> list[float]:
+    """The mean of the last ``width`` values at each: rows of text differ more than a step changes."""
+    return [sum(values[max(i - width + 1, 0) : i + 1]) / min(width, i + 1) for i in range(len(values))]
