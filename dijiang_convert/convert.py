@@ -30,6 +30,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 MODELING_FILES = (
     "configuration_dijiang.py",
     "modeling_dijiang.py",
+    "attention.py",
     "feature_map.py",
     "linear_attention.py",
     "cache.py",

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from dijiang_convert.convert import convert
-from dijiang_convert.modeling.modeling_dijiang import DiJiangAttention
+from dijiang_convert.modeling.attention import DiJiangAttention
 from dijiang_convert.models import load_converted
 from tests.sources_on_disk import llama_config, neox_config, write_source
 

@@ -1,6 +1,7 @@
 """finetune, eval, generate, bench and demo from the command line: one JSON object each, with the promised fields."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,11 @@ def test_demo_is_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     again = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo")])
     assert again.exit_code == 1
     assert "--force" in again.stderr
+
+
+def test_eval_tasks_need_lm_eval(converted: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    options = ["--data", text, "--seq-len", "64", "--max-tokens", "200", "--tasks", "arc_easy"]
+    done = CliRunner().invoke(app, ["eval", converted, *options])
+    assert done.exit_code == 1
+    assert done.stderr == "error: --tasks needs lm-eval: pip install 'dijiang-convert[eval]'\n"

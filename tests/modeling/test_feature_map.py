@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dijiang_convert.modeling.attention import DiJiangAttention
 from dijiang_convert.modeling.configuration_dijiang import Kernel, Layers
 from dijiang_convert.modeling.feature_map import FeatureMap, dct_matrix, quasi_random_normal
-from dijiang_convert.modeling.modeling_dijiang import DiJiangAttention
 
 SCALING = 0.37
 

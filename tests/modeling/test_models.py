@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from dijiang_convert.modeling import modeling_dijiang
+from dijiang_convert.modeling import attention, modeling_dijiang
+from dijiang_convert.modeling.attention import Call
 from dijiang_convert.modeling.cache import DiJiangCacheLayer
 from dijiang_convert.modeling.linear_attention import naive
-from dijiang_convert.modeling.modeling_dijiang import Call
 from dijiang_convert.models import load_converted
 from tests.models import (
     KINDS,
@@ -69,7 +69,7 @@ def test_forward_equals_the_definition(model: Any, monkeypatch: pytest.MonkeyPat
         assert options.pop("state") is None
         return naive(*double, **options), None
 
-    monkeypatch.setattr(modeling_dijiang, "chunked", definition)
+    monkeypatch.setattr(attention, "chunked", definition)
     assert difference(found, logits_of(model, ids)) <= TOLERANCE
 
 

@@ -1,0 +1,228 @@
+"""The child of a converted attention module: the kernel's parameters, and attention with them.
+
+Prefill goes through `chunked`, a single token with a full window through `attend_one`; both read and update the cache.
+
+Shape legend: B batch, H query heads, G key/value heads, N new tokens, D head_dim, V value head_dim.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .cache import DiJiangCacheLayer
+from .configuration_dijiang import Kernel, Layers
+from .feature_map import FeatureMap
+from .linear_attention import FarState, absorb, attend_one, attend_window, chunked
+
+
+class Call(NamedTuple):
+    """What the attention module's caller knows and the attention function needs: see `_hand_over` in the modeling file."""
+
+    cache: DiJiangCacheLayer | None
+    hidden_states: Tensor | None
+    cos_sin: tuple[Tensor, Tensor] | None
+
+
+class DiJiangAttention(nn.Module):
+    """The child of a converted attention module: kernel parameters, and attention with them.
+
+    The far state has kv_heads heads; with a fixed decay a query head (``decay: retnet``) it has as many as queries.
+    """
+
+    log_decay: Tensor
+
+    def __init__(self, kernel: Kernel, layers: Layers, apply_rotary: Callable[..., Any] | None) -> None:
+        super().__init__()
+        self.kernel, self.layers = kernel, layers
+        self.apply_rotary = apply_rotary if kernel.rotary == "remove" else None
+        heads, kv_heads = layers.heads, layers.kv_heads
+        if kernel.far:
+            self.q_features = FeatureMap(heads, layers.head_dim, kernel, scaled=kernel.window > 0)
+            self.k_features = FeatureMap(kv_heads, layers.head_dim, kernel)
+            if kernel.learned_features:
+                if kernel.window > 0:
+                    self.q_offset = nn.Parameter(torch.empty(heads, dtype=torch.float32))  # c
+                self.k_strength = nn.Parameter(torch.empty(kv_heads, dtype=torch.float32))  # b
+            if kernel.decay == "learned":
+                self.decay = nn.Parameter(torch.empty(kv_heads, dtype=torch.float32))  # log(−log γ)
+            elif kernel.decay == "retnet":
+                self.register_buffer("log_decay", torch.empty(heads, dtype=torch.float32))
+        if kernel.gate:
+            width = heads * layers.value_dim
+            self.gate = nn.Parameter(torch.empty(width, layers.hidden_size, dtype=torch.float32))  # W_G
+            self.norm_weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
+            self.norm_bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """Sets what no checkpoint has set. Only `transformers.initialization` knows which that is."""
+        kernel = self.kernel
+        if kernel.far:
+            self.q_features.reset_parameters()
+            self.k_features.reset_parameters()
+            if kernel.learned_features:
+                if kernel.window > 0:
+                    init.zeros_(self.q_offset)
+                init.zeros_(self.k_strength)
+            if kernel.decay == "learned":
+                init.constant_(self.decay, math.log(1 / 256))
+            elif kernel.decay == "retnet":
+                spread = torch.linspace(math.log(1 / 32), math.log(1 / 512), self.layers.heads, dtype=torch.float32)
+                init.copy_(self.log_decay, torch.log1p(-spread.exp()))
+        if kernel.gate:
+            init.normal_(self.gate, std=self.layers.hidden_size**-0.5)
+            init.ones_(self.norm_weight)
+            init.zeros_(self.norm_bias)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool, call: Call
+    ) -> Tensor:
+        """q [B, H, N, D], k [B, G, N, D], v [B, G, N, V], mask [B, N] or None if no token is padding → [B, H, N, V]."""
+        with torch.autocast(q.device.type, enabled=False):  # which would make the state's products half precision
+            return self._forward(q, k, v, mask, scaling, causal, call)
+
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool, call: Call
+    ) -> Tensor:
+        far_q, far_k = self._without_rotation(q, call.cos_sin), self._without_rotation(k, call.cos_sin)
+        cache = call.cache
+        if cache is not None and q.shape[2] == 1 and mask is None and cache.is_full and not torch.is_grad_enabled():
+            out = self._decode(cache, q, k, v, far_q, far_k, scaling)
+        else:
+            out = self._prefill(cache, q, k, v, far_q, far_k, mask, scaling, causal)
+        if self.kernel.gate:
+            out = self._gated(out, call.hidden_states)
+        return out.to(v.dtype)
+
+    def _prefill(
+        self,
+        cache: DiJiangCacheLayer | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        far_q: Tensor,
+        far_k: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        causal: bool,
+    ) -> Tensor:
+        """Any number of tokens, chunked. What the cache kept comes before them."""
+        window, queries = self.kernel.window, q.shape[2]
+        past = DiJiangCacheLayer(window) if cache is None else cache
+        if past.kept > window + past.pending:  # confirmed by `crop`, and behind the window: part of the state now
+            old = past.split_oldest(past.kept - window - past.pending)
+            if self.kernel.far:
+                past.state = self._absorb(past.state, *old, scaling)
+        valid = torch.ones(k.shape[0], queries, dtype=torch.bool, device=k.device) if mask is None else mask.bool()
+        past.append(k, v, far_k if self._keeps_far_keys else None, valid)
+
+        order = _padding_first(past.tokens()[3]) if mask is not None and causal else None
+        if order is not None:  # the window counts real tokens: padding moves out of their way, and back below
+            past.reorder_tokens(order)
+            shift = order.shape[1] - queries
+            rows = (order[:, shift:] - shift).clamp(min=0)[:, None, :, None]
+            q, far_q = q.gather(2, rows.expand_as(q)), far_q.gather(2, rows.expand_as(far_q))
+        out, state = self._chunked(past, q, far_q, scaling, causal)
+        if order is not None:
+            rows = (order.argsort(1)[:, shift:] - shift).clamp(min=0)[:, None, :, None]
+            out = out.gather(2, rows.expand_as(out))
+
+        if past.record_past:
+            past.pending += queries
+        elif cache is not None:
+            cache.state = state
+            cache.split_oldest(cache.kept - window)
+        return out
+
+    def _chunked(
+        self, past: DiJiangCacheLayer, q: Tensor, far_q: Tensor, scaling: float, causal: bool
+    ) -> tuple[Tensor, FarState | None]:
+        k, v, far_k, valid = past.tokens()
+        features: tuple[Tensor | None, ...] = (None,) * 4
+        if self.kernel.far:
+            features = (*self._query_features(far_q, scaling), *self._key_features(far_k, scaling))
+        return chunked(
+            q, self._per_state_head(k), self._per_state_head(v), *features,
+            scaling=scaling, window=self.kernel.window, log_decay=self._log_decay(), mask=valid, state=past.state,
+            causal=causal, normalize=self.kernel.normalize, chunk_size=self.kernel.chunk_size,
+        )  # fmt: skip
+
+    def _decode(
+        self, cache: DiJiangCacheLayer, q: Tensor, k: Tensor, v: Tensor, far_q: Tensor, far_k: Tensor, scaling: float
+    ) -> Tensor:
+        """One token, in place: the oldest one leaves the window for the state, the new one takes its slot."""
+        kernel = self.kernel
+        old = cache.replace_oldest(k, v, far_k if self._keeps_far_keys else None)
+        keys, values, _, valid = cache.tokens(ordered=False)
+        if not kernel.far:
+            return attend_window(q, keys, values, scaling=scaling, valid=valid)[0]
+        cache.state = self._absorb(cache.state, *old, scaling)
+        return attend_one(
+            q, self._per_state_head(keys), self._per_state_head(values), *self._query_features(far_q, scaling),
+            cache.state, scaling=scaling, valid=valid, normalize=kernel.normalize,
+        )  # fmt: skip
+
+    def _absorb(
+        self, state: FarState | None, k: Tensor, v: Tensor, far_k: Tensor, valid: Tensor, scaling: float
+    ) -> FarState:
+        fk, gk = self._key_features(far_k, scaling)
+        v = self._per_state_head(v)
+        if state is None:
+            state = FarState.empty(v.shape[0], v.shape[1], fk.shape[-1], v.shape[-1], v)
+        return absorb(state, fk, gk, v, self._log_decay(), valid)
+
+    # ------------------------------------------------------------------------------------------------------ features
+
+    @property
+    def _keeps_far_keys(self) -> bool:
+        return self.kernel.far and self.apply_rotary is not None
+
+    def _query_features(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        features, scale = self.q_features(q, scaling)
+        return features, scale + self.q_offset[:, None] if self.q_features.scaled else scale
+
+    def _key_features(self, k: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        features, scale = self.k_features(k, scaling)
+        if self.kernel.learned_features:
+            scale = scale * self.k_strength[:, None]
+        return self._per_state_head(features), self._per_state_head(scale)
+
+    def _per_state_head(self, x: Tensor) -> Tensor:
+        """Repeats key/value heads where every query head has a state of its own (a fixed decay a query head)."""
+        repeats = self.layers.heads // self.layers.kv_heads if self.kernel.decay == "retnet" else 1
+        return x if repeats == 1 else x.repeat_interleave(repeats, 1)
+
+    def _log_decay(self) -> Tensor | None:
+        if not self.kernel.far or self.kernel.decay == "none":
+            return None
+        return -self.decay.float().exp() if self.kernel.decay == "learned" else self.log_decay.float()
+
+    def _without_rotation(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Undoes rotary embedding by rotating back: the model's own function with −sin, over the squared length that
+        scaled variants (YaRN) give cos and sin."""
+        if not self._keeps_far_keys or self.apply_rotary is None or cos_sin is None:
+            return x
+        cos, sin = cos_sin
+        dim = cos.shape[-1]  # less than head_dim with partial rotary embedding
+        turned, _ = self.apply_rotary(x[..., :dim], x[..., :dim], cos, -sin)
+        length = (cos[..., :1].float().square() + sin[..., :1].float().square()).unsqueeze(1).to(x.dtype)
+        return torch.cat([turned / length, x[..., dim:]], -1)
+
+    def _gated(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
+        """Group norm a head and the output gate SiLU(x W_G) of the published formulation."""
+        assert hidden_states is not None
+        out = nn.functional.layer_norm(out, out.shape[-1:])
+        shape = (self.layers.heads, 1, self.layers.value_dim)
+        out = out * self.norm_weight.view(shape) + self.norm_bias.view(shape)
+        gate = nn.functional.silu(hidden_states.float() @ self.gate.float().mT)
+        return out * gate.unflatten(-1, (self.layers.heads, -1)).transpose(1, 2)
+
+
+def _padding_first(valid: Tensor) -> Tensor | None:
+    """The order [B, K] that puts padding before the real tokens of each row, or None if it is there already."""
+    if not (valid[:, :-1] & ~valid[:, 1:]).any():
+        return None
+    return valid.to(torch.int8).argsort(dim=1, stable=True)

@@ -1,0 +1,33 @@
+"""The same numbers on a GPU as on the CPU. Skipped without one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dijiang_convert import convert, finetune
+from dijiang_convert.demo import MODEL
+from dijiang_convert.demo_text import documents
+from dijiang_convert.models import load_converted
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("recipe", ["default", "pure", "paper", "window-only"])
+def test_logits_and_tokens(tmp_path: Path, recipe: str) -> None:
+    convert(str(MODEL), tmp_path / "out", recipe=recipe)
+    ids = torch.randint(1, 1000, (2, 300))
+    logits, texts = [], []
+    for device in ("cpu", "cuda"):
+        model = load_converted(tmp_path / "out", device=torch.device(device)).eval()
+        with torch.no_grad():
+            logits.append(model(ids.to(device)).logits.cpu())
+        texts.append(model.generate(ids.to(device), max_new_tokens=40, do_sample=False).cpu())
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=2e-3)
+    assert (texts[0] == texts[1]).float().mean() > 0.98
+
+
+def test_finetune(tmp_path: Path) -> None:
+    convert(str(MODEL), tmp_path / "out", dtype="bfloat16")
+    result = finetune(tmp_path / "out", data=documents("train")[:20], seq_len=256, tokens=40_000)
+    assert result.stages[0].last_loss < result.stages[0].first_loss
