@@ -20,7 +20,7 @@ from .linear_attention import FarState, absorb, attend_one, attend_window, chunk
 
 
 class Call(NamedTuple):
-    """What the attention module's caller knows and the attention function needs: see `_hand_over` in the modeling file."""
+    """What the attention module's caller knows and the attention function needs: `_hand_over` gathers it."""
 
     cache: DiJiangCacheLayer | None
     hidden_states: Tensor | None
@@ -87,7 +87,7 @@ class DiJiangAttention(nn.Module):
     def _forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool, call: Call
     ) -> Tensor:
-        far_q, far_k = self._without_rotation(q, call.cos_sin), self._without_rotation(k, call.cos_sin)
+        far_q, far_k = self._without_rotation(q, k, call.cos_sin)
         cache = call.cache
         if cache is not None and q.shape[2] == 1 and mask is None and cache.is_full and not torch.is_grad_enabled():
             out = self._decode(cache, q, k, v, far_q, far_k, scaling)
@@ -200,16 +200,19 @@ class DiJiangAttention(nn.Module):
             return None
         return -self.decay.float().exp() if self.kernel.decay == "learned" else self.log_decay.float()
 
-    def _without_rotation(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _without_rotation(self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Undoes rotary embedding by rotating back: the model's own function with −sin, over the squared length that
         scaled variants (YaRN) give cos and sin."""
         if not self._keeps_far_keys or self.apply_rotary is None or cos_sin is None:
-            return x
-        cos, sin = cos_sin
+            return q, k
+        cos, sin = (x.float() for x in cos_sin)
         dim = cos.shape[-1]  # less than head_dim with partial rotary embedding
-        turned, _ = self.apply_rotary(x[..., :dim], x[..., :dim], cos, -sin)
-        length = (cos[..., :1].float().square() + sin[..., :1].float().square()).unsqueeze(1).to(x.dtype)
-        return torch.cat([turned / length, x[..., dim:]], -1)
+        length = cos[..., :1].square() + sin[..., :1].square()
+        turned_q, turned_k = self.apply_rotary(q[..., :dim], k[..., :dim], cos / length, -sin / length)
+        return (
+            torch.cat([turned_q.to(q.dtype), q[..., dim:]], -1),
+            torch.cat([turned_k.to(k.dtype), k[..., dim:]], -1),
+        )
 
     def _gated(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
         """Group norm a head and the output gate SiLU(x W_G) of the published formulation."""
