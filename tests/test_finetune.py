@@ -158,6 +158,15 @@ def test_resumed_run_ends_where_an_unbroken_one_does(
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_the_same_seed_gives_the_same_weights(converted: Path, text: str, tmp_path: Path) -> None:
+    for name, seed in (("one", 1), ("two", 1), ("other", 2)):
+        torch.rand(3)  # whatever happened before
+        finetune(converted, tmp_path / name, data=text, stages=["distill"], seed=seed, seq_len=SEQ_LEN, tokens=1000)
+    one, two, other = (tensors(tmp_path / name) for name in ("one", "two", "other"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
 def test_nothing_to_resume(converted: Path, text: str, tmp_path: Path) -> None:
     with pytest.raises(DijiangError, match="nothing to resume"):
         finetune(converted, tmp_path / "out", data=text, resume=True, **SHORT)

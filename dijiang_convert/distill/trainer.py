@@ -66,6 +66,7 @@ def run_stage(
     dtype = model.dtype
     if stage.train == "full":
         model.float()  # optimizer steps are smaller than half precision can tell
+    transformers.set_seed(seed)  # adapters start at random
     trained: Any = _prepare(model, stage)
     batch = max(min(stage.batch_tokens // stage.seq_len, stage.tokens // stage.seq_len // LEAST_STEPS), 1)
     micro = max(min(batch, MICRO_BATCH_TOKENS // stage.seq_len), 1)
