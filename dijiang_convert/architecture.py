@@ -44,16 +44,15 @@ class Architecture:
     rotates: bool
 
     def new_tensors(self, kernel: Kernel) -> dict[str, torch.Tensor]:
-        """Every tensor that a conversion adds, initialised, under the name the checkpoint gives it."""
-        model = self._skeleton()
-        names = attach(model, kernel, self.layers)
+        """Every tensor that a conversion adds, initialised, under the name the checkpoint gives it. What starts at
+        random follows the kernel's seed: converting twice gives the same bytes."""
         tensors: dict[str, torch.Tensor] = {}
-        for name in names:
-            child = model.get_submodule(name).dijiang
-            fresh = DiJiangAttention(kernel, self.layers, None)
-            fresh.reset_parameters()  # type: ignore[operator]
-            assert fresh.state_dict().keys() == child.state_dict().keys()  # type: ignore[operator,union-attr]
-            tensors |= {f"{name}.dijiang.{key}": value for key, value in fresh.state_dict().items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(kernel.seed)
+            for name in attach(self._skeleton(), kernel, self.layers):
+                child = DiJiangAttention(kernel, self.layers, None)
+                child.reset_parameters()
+                tensors |= {f"{name}.dijiang.{key}": value for key, value in child.state_dict().items()}
         return tensors
 
     def _skeleton(self) -> PreTrainedModel:

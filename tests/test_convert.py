@@ -68,6 +68,14 @@ ALL = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_converting_twice_gives_the_same_bytes(sources: Path, tmp_path: Path, recipe: str) -> None:
+    for name in ("one", "two"):
+        torch.rand(1)  # whatever happened before
+        convert(str(sources / "llama"), tmp_path / name, recipe=recipe)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_only_kernel_tensors_are_new(name: str, sources: Path, tmp_path: Path) -> None:
     source, out = sources / name, tmp_path / "out"
