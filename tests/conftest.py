@@ -30,6 +30,7 @@ for name in (
     "HF_TOKEN_PATH",
 ):
     os.environ.pop(name, None)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny here: threads only wait for each other
 os.environ |= {
     "HF_ENDPOINT": _HUB.url,
     "HF_HOME": _HOME.name,
