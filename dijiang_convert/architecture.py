@@ -83,8 +83,6 @@ def examine(config: dict[str, Any], layers: str = "all") -> Architecture:
     seen = _Notes(model.bfloat16())  # grouped expert kernels take no other type on the meta device
     try:
         seen.run()
-    except Unsupported:
-        raise
     except Exception as error:
         raise Unsupported(f"{parsed.model_type} can't be traced without weights ({_first_line(error)})") from error
     found = seen.layers(layers)
@@ -111,18 +109,15 @@ def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], type[PreTra
         raise Unsupported(f"{kind} is not a causal language model: only decoder-only language models are converted")
     default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
     name = (config.get("architectures") or [default])[0]
-    if name not in (default, *_as_tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])):
+    if name != default:
         raise Unsupported(f"{name} is not a causal language model: convert the {default} it was made from")
     try:
         parsed = transformers.CONFIG_MAPPING[kind].from_dict(dict(config))
     except Exception as error:
         raise DijiangError(f"config.json is not valid for {kind} ({_first_line(error)}): get the model again") from None
-    base = _as_tuple(MODEL_MAPPING_NAMES[kind])[0]
+    bases = MODEL_MAPPING_NAMES[kind]
+    base = bases if isinstance(bases, str) else bases[0]
     return getattr(transformers, name), getattr(transformers, base), parsed
-
-
-def _as_tuple(names: Any) -> tuple[str, ...]:
-    return tuple(names) if isinstance(names, (list, tuple)) else (names,)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ added, and the code that runs them. It takes about as long as copying the folder
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,6 @@ def convert(
     Raises:
         DijiangError: with one line that says what is wrong and what to do. Nothing half-written is left behind.
     """
-    import time
-
     start = time.perf_counter()
     if dtype is not None and dtype not in DTYPES:
         raise DijiangError(f"no dtype {dtype!r}: give one of {', '.join(DTYPES)}")

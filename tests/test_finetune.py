@@ -93,6 +93,20 @@ def test_lora_changes_kernels_and_attention_projections(converted: Path, tuned: 
     assert all(".attention." in name and name.endswith(".weight") for name in projections)
 
 
+def test_lora_on_all_linear_layers_and_a_share_of_cross_entropy(converted: Path, text: str, tmp_path: Path) -> None:
+    losses = {}
+    for weight in (0.0, 1.0):
+        settings = ["lora_targets=all", f"cross_entropy_weight={weight}"]
+        out = tmp_path / str(weight)
+        result = finetune(converted, out, data=text, stages=["distill"], settings=settings, **SHORT)
+        losses[weight] = result.stages[0].first_loss
+    before, after = tensors(converted), tensors(tmp_path / "0.0")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(".mlp." in name for name in changed)
+    assert not any("embed" in name for name in changed)
+    assert losses[1.0] > 2 * losses[0.0]  # next-token loss, not divergence from the original
+
+
 def test_full_changes_everything(converted: Path, text: str, tmp_path: Path) -> None:
     finetune(converted, tmp_path / "out", data=text, train="full", stages=["distill"], **SHORT)
     before, after = tensors(converted), tensors(tmp_path / "out")

@@ -30,7 +30,6 @@ def test_wheel_has_recipes_code_and_demo_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELING_FILES)
 def test_code_in_checkpoints_imports_torch_transformers_and_itself(name: str) -> None:
-    """`packaging` comes with transformers."""
     for node in ast.walk(ast.parse((MODELING / name).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -44,7 +43,7 @@ def test_code_in_checkpoints_imports_torch_transformers_and_itself(name: str) ->
             continue
         for module in modules:
             top = module.partition(".")[0]
-            assert top in {"torch", "transformers", "packaging"} | set(sys.stdlib_module_names), module
+            assert top in {"torch", "transformers"} | set(sys.stdlib_module_names), module
 
 
 def test_every_modeling_file_ships() -> None:

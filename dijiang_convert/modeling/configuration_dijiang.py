@@ -7,15 +7,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import transformers
-from packaging.version import Version
-from transformers import PreTrainedConfig
 
 if TYPE_CHECKING:  # makes dynamic loading treat this file and the modeling file as one: they are hashed together
     from .modeling_dijiang import DiJiangMixin  # noqa: F401
 
 REQUIRES_TRANSFORMERS = "5.23.0"
 
-if Version(transformers.__version__) < Version(REQUIRES_TRANSFORMERS):
+# Before anything else of transformers is named: an old one may not have it. Development versions count as released.
+if [int(n) for n in transformers.__version__.split(".")[:2]] < [int(n) for n in REQUIRES_TRANSFORMERS.split(".")[:2]]:
     raise ImportError(
         f"this DiJiang checkpoint needs transformers >= {REQUIRES_TRANSFORMERS}, found {transformers.__version__}: "
         f"pip install -U 'transformers>={REQUIRES_TRANSFORMERS}'"
@@ -93,7 +92,7 @@ class Layers:
     hidden_size: int
 
 
-def read_section(config: PreTrainedConfig) -> tuple[Kernel, Layers]:
+def read_section(config: transformers.PreTrainedConfig) -> tuple[Kernel, Layers]:
     """The kernel and the layers recorded in a converted model's config."""
     section: dict[str, Any] = config.dijiang  # type: ignore[attr-defined]
     values = {field.name: section[field.name] for field in fields(Layers)}
@@ -113,7 +112,7 @@ class DiJiangConfigMixin:
 
 def __getattr__(name: str) -> type:
     base = getattr(transformers, name.removeprefix("DiJiang"), None) if name.startswith("DiJiang") else None
-    if not (isinstance(base, type) and issubclass(base, PreTrainedConfig)):
+    if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedConfig)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     namespace = {
         "__module__": __name__,

@@ -119,19 +119,17 @@ def _sliding_window(module: nn.Module) -> int | None:
 
 
 def dijiang_mask(
-    batch_size: int,
     q_length: int,
-    kv_length: int,
-    kv_offset: int = 0,
     attention_mask: Tensor | None = None,
+    config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask as DiJiang attention wants it: [B, keys], True for real tokens, or None if all are. The keys are the
     new ones; where softmax layers are left, all so far."""
     if attention_mask is None:
         return None
-    section = getattr(kwargs.get("config"), "dijiang", None)
-    if section is not None and len(section["layers"]) == kwargs["config"].num_hidden_layers:
+    section = getattr(config, "dijiang", None)
+    if section is not None and len(section["layers"]) == config.num_hidden_layers:
         attention_mask = attention_mask[:, -q_length:]
     return None if attention_mask.all() else attention_mask
 
