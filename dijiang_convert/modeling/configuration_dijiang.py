@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-if TYPE_CHECKING:  # makes dynamic loading treat this file and the modeling file as one: they are hashed together
+if TYPE_CHECKING:
+    # Makes dynamic loading treat all files as one: they are hashed together. Each is named, since transformers too old
+    # for this code copies no others, and would fail over them before it can be told its age below.
+    from .attention import DiJiangAttention  # noqa: F401
+    from .cache import DiJiangCacheLayer  # noqa: F401
+    from .feature_map import FeatureMap  # noqa: F401
+    from .linear_attention import FarState  # noqa: F401
     from .modeling_dijiang import DiJiangMixin  # noqa: F401
 
 REQUIRES_TRANSFORMERS = "5.23.0"
