@@ -34,7 +34,9 @@ class Rows:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index], "attention_mask": self.mask[index]}
+        """attention_mask marks real tokens, loss_mask those that count as targets."""
+        ids, mask = self.ids[index], self.mask[index]
+        return {"input_ids": ids, "position_ids": torch.arange(len(ids)), "attention_mask": mask, "loss_mask": mask}
 
     @property
     def mask(self) -> Tensor:

@@ -15,27 +15,32 @@ def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Next-token loss, averaged over real tokens. Logits [B, N, vocabulary], input_ids and mask [B, N]."""
+    """Next-token loss, averaged over the targets that ``mask`` marks. Logits [B, N, vocabulary], input_ids and mask [B, N]."""
     real = mask[:, 1:].bool()
     return F.cross_entropy(logits[:, :-1][real].float(), input_ids[:, 1:][real])
 
 
 def distillation_loss(student: Any, teacher: Any, inputs: dict[str, Any], cross_entropy_weight: float) -> Tensor:
-    """KL to the teacher's logits, with a share of next-token loss mixed in. ``teacher(input_ids)`` gives logits.
+    """KL to the teacher's logits, with a share of next-token loss mixed in. ``teacher`` gives logits for ``tokens``.
 
-    Padding is on the right: causal models need no mask for it, only the loss does.
+    Both judge the prediction of every target that loss_mask marks.
     """
-    input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    input_ids, mask = inputs["input_ids"], inputs["loss_mask"]
     with torch.no_grad():
-        target = teacher(input_ids)
-    logits = student(input_ids=input_ids, use_cache=False).logits
-    loss = kl_divergence(logits, target, mask)
+        target = teacher(**tokens(inputs))
+    logits = student(**tokens(inputs)).logits
+    loss = kl_divergence(logits[:, :-1], target[:, :-1], mask[:, 1:])
     if cross_entropy_weight:
         loss = (1 - cross_entropy_weight) * loss + cross_entropy_weight * cross_entropy(logits, input_ids, mask)
     return loss
 
 
+def tokens(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch the model gets. Padding is on the right: causal models need no mask for it, only losses do."""
+    return {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
+
+
 def cross_entropy_loss(student: Any, inputs: dict[str, Any]) -> Tensor:
     """Plain language modelling."""
-    logits = student(input_ids=inputs["input_ids"], use_cache=False).logits
-    return cross_entropy(logits, inputs["input_ids"], inputs["attention_mask"])
+    logits = student(**tokens(inputs)).logits
+    return cross_entropy(logits, inputs["input_ids"], inputs["loss_mask"])

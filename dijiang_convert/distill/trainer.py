@@ -143,13 +143,13 @@ def _loss(stage: Stage, model: PreTrainedModel, teacher: PreTrainedModel | None)
     if stage.objective == "cross_entropy":
         return cross_entropy_loss
 
-    def teach(student: Any) -> Callable[[Tensor], Tensor]:
+    def teach(student: Any) -> Callable[..., Tensor]:
         if teacher is not None:
-            return lambda input_ids: teacher(input_ids=input_ids, use_cache=False).logits
+            return lambda **tokens: teacher(**tokens).logits
 
-        def own(input_ids: Tensor) -> Tensor:
+        def own(**tokens: Any) -> Tensor:
             with student.disable_adapter(), attention(model, "sdpa"):
-                return student(input_ids=input_ids, use_cache=False).logits
+                return student(**tokens).logits
 
         return own
 
