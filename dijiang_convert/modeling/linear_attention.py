@@ -9,6 +9,9 @@ The far sum needs only a state of fixed size. Features φ, log-scales g and log 
 nothing of how they are made. Keys may outnumber queries: the last key belongs to the last query, and keys before the
 first query are the recent past that a cache carried over. ``state`` summarises everything before the first key.
 
+A row may hold several documents one after the other (``segments`` numbers them): a query sees the keys of its own
+alone, near and far. The state then holds keys of one document at a time, and is emptied where the next one begins.
+
 Shape legend: B batch, H query heads, G key/value heads, R = H / G, N queries, K keys (K ≥ N), D head_dim, V value
 head_dim, F features, C chunk. All sums are accumulated in float32 (float64 if the inputs are).
 """
@@ -61,6 +64,7 @@ def naive(
     window: int,
     log_decay: Tensor | None = None,
     mask: Tensor | None = None,
+    segments: Tensor | None = None,
     state: FarState | None = None,
     causal: bool = True,
     normalize: bool = True,
@@ -76,11 +80,16 @@ def naive(
     distance = i - j if causal else (i - j).abs()
     near = (distance >= 0) & (distance < window)
     far = distance >= window
+    near, far = near & valid[:, None], far & valid[:, None]  # [B, N, K]
+    if segments is not None:
+        own = segments[:, keys - queries :, None] == segments[:, None]
+        near, far = near & own, far & own
     lam = torch.zeros(k.shape[1], dtype=dtype, device=q.device)
     if log_decay is not None:
         lam = log_decay.to(dtype).repeat_interleave(groups)
 
-    # Keys absorbed up to and including index t; a key decays once for each key absorbed after it.
+    # Keys absorbed up to and including index t; a key decays once for each key absorbed after it. (All of its own
+    # document, wherever it is seen.)
     absorbed = F.pad(valid.cumsum(-1), (1, 0))  # [B, K + 1]: absorbed[t] counts keys before index t
     passed = absorbed[:, (i - window + 1).clamp(min=0)[:, 0]]  # [B, N]
     steps = passed[:, :, None] - absorbed[:, None, 1:]
@@ -89,17 +98,19 @@ def naive(
         behind = absorbed[:, None, :-1] - absorbed[:, first][:, :, None]
         steps = torch.where(j > i, behind, steps)
     log_far = (fq.to(dtype) @ fk.mT).log() + gk[:, :, None] + steps[:, None].clamp(min=0) * lam[:, None, None]
-    log_far = log_far.masked_fill(~(far & valid[:, None])[:, None], -torch.inf)
+    log_far = log_far.masked_fill(~far[:, None], -torch.inf)
     if not normalize:
         return log_far.exp() @ v
     log_far = log_far + gq.to(dtype)[..., None]
     log_near = (q.to(dtype) @ k.mT) * scaling
-    log_near = log_near.masked_fill(~(near & valid[:, None])[:, None], -torch.inf)
+    log_near = log_near.masked_fill(~near[:, None], -torch.inf)
     logits, values = torch.cat([log_far, log_near], -1), torch.cat([v, v], -2)
     if state is not None:
         s, m = state.s.to(dtype).repeat_interleave(groups, 1), state.m.to(dtype).repeat_interleave(groups, 1)
         read = fq.to(dtype) @ s  # [B, H, N, V + 1]
         log_state = read[..., -1:].log() + (gq + m[..., None] + passed[:, None] * lam[:, None])[..., None]
+        if segments is not None:
+            log_state = log_state.masked_fill(~own[:, None, :, :1], -torch.inf)
         logits = torch.cat([logits, log_state], -1)
         weights = logits.softmax(-1)
         return weights[..., :-1] @ values + weights[..., -1:] * (read[..., :-1] / read[..., -1:])
@@ -122,6 +133,7 @@ def chunked(
     window: int,
     log_decay: Tensor | None = None,
     mask: Tensor | None = None,
+    segments: Tensor | None = None,
     state: FarState | None = None,
     causal: bool = True,
     normalize: bool = True,
@@ -137,19 +149,23 @@ def chunked(
         window: how many of the last keys, the token's own included, are exact; 0 for none.
         log_decay: [G], log γ ≤ 0. None is γ = 1.
         mask: [B, K], True for real keys; others contribute nothing and don't decay the state.
-        state: the far state before the first key (causal only).
+        segments: [B, K], the number of each key's document, not decreasing along a row. None is one document a row.
+        state: the far state before the first key (causal only); it is of that key's document.
         causal: False lets each query see both sides: |i − j| < window near, all else far.
         normalize: False drops the denominator (the published formulation); needs window = 0.
 
     Returns:
-        The output [B, H, N, V] (accumulation dtype) and the far state after all keys but the last ``window``.
+        The output [B, H, N, V] (accumulation dtype) and the far state after all keys but the last ``window``: of the
+        last key's document.
     """
     queries, keys = q.shape[2], k.shape[2]
     valid = torch.ones(q.shape[0], keys, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
     past = keys - queries
     near = None
     if window > 0:
-        near = near_attention(q, k, v, scaling=scaling, window=window, valid=valid, causal=causal)
+        near = near_attention(
+            q, k, v, scaling=scaling, window=window, valid=valid, causal=causal, segments=segments
+        )  # fmt: skip
     if fq is None or gq is None or fk is None or gk is None:
         if near is None:
             raise ValueError("without a far part the window must be at least 1")
@@ -161,17 +177,24 @@ def chunked(
     # causal attention. What lies before the first delayed key is absorbed at once.
     first = past - window
     if first > 0:
-        before = slice(0, first)
-        state = absorb(state, fk[:, :, before], gk[:, :, before], v[:, :, before], log_decay, valid[:, before])
+        before, of_state = slice(0, first), valid[:, :first]
+        if segments is not None:
+            state = _if_same(state, segments[:, 0], segments[:, first - 1])
+            of_state = of_state & (segments[:, before] == segments[:, first - 1 : first])
+        state = absorb(state, fk[:, :, before], gk[:, :, before], v[:, :, before], log_decay, of_state)
     delayed = _shift_keys(fk, gk, v, valid, first, queries)
-    read, log_m, state = _far_chunks(fq, *delayed, log_decay, state, chunk_size)
+    documents = None if segments is None else _Documents.of(segments, first, queries)
+    read, log_m, state = _far_chunks(fq, *delayed, log_decay, state, chunk_size, documents)
+    if documents is not None and segments is not None:
+        state = _if_same(state, documents.keys[:, -1], segments[:, -1])
     if not causal:
         # The other side: the same from right to left; without a window the token itself was counted already.
         first = keys - queries + max(window, 1)
         late = _shift_keys(fk, gk, v, valid, first, queries)
         fk_m, gk_m, v_m, valid_m = (x.flip(1 if x.dim() == 2 else 2) for x in late)
         empty = FarState.empty(q.shape[0], k.shape[1], fk.shape[-1], v.shape[-1], v)
-        back, log_back, _ = _far_chunks(fq.flip(2), fk_m, gk_m, v_m, valid_m, log_decay, empty, chunk_size)
+        documents = None if segments is None else _Documents.of(segments, first, queries).flip()
+        back, log_back, _ = _far_chunks(fq.flip(2), fk_m, gk_m, v_m, valid_m, log_decay, empty, chunk_size, documents)
         read, log_m = _add_reads((read, log_m), (back.flip(2), log_back.flip(2)))
     if not normalize:
         return read[..., :-1] * log_m[..., None].exp(), state
@@ -179,7 +202,15 @@ def chunked(
 
 
 def near_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int, valid: Tensor, causal: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scaling: float,
+    window: int,
+    valid: Tensor,
+    causal: bool = True,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention over the last ``window`` keys (both sides if not causal), block by block.
 
@@ -198,6 +229,10 @@ def near_attention(
     allowed = seen.unfold(1, length, size)[:, None, :, None, None, :]
     reach = torch.arange(length, device=q.device) - torch.arange(size, device=q.device)[:, None]
     allowed = allowed & (reach >= 0) & (reach <= before + after)
+    if segments is not None:
+        of_keys = _slice_keys(segments[:, None, :, None], past - before, end)[:, 0, :, 0].unfold(1, length, size)
+        of_queries = _to_chunks(segments[:, None, past:, None], 1, size)  # [B, 1, blocks, 1, size, 1]
+        allowed = allowed & (of_queries == of_keys[:, None, :, None, None, :])
 
     q_blocks = _to_chunks(q, kv_heads, size)  # [B, G, blocks, R, size, D]
     scores = (q_blocks.flatten(3, 4) @ k_blocks).unflatten(3, (-1, size))
@@ -238,10 +273,13 @@ def _far_chunks(
     log_decay: Tensor | None,
     state: FarState,
     chunk_size: int,
+    documents: "_Documents | None" = None,
 ) -> tuple[Tensor, Tensor, FarState]:
     """Σ_{j ≤ i} of the far part in chunks: inside a chunk C × C, between chunks through the state.
 
     All exponents are differences from a running maximum (H below), so none is positive, whatever the span of g.
+    With documents both are a document's own. The state before a chunk has keys of one document alone, that of the last
+    key before it: queries of others don't read it, and the chunk adds to it only keys of the document it ends in.
     Returns [B, H, N, V + 1] (numerator, denominator), its log-scale [B, H, N], and the state after all keys.
     """
     kv_heads, queries = fk.shape[1], fq.shape[2]
@@ -253,22 +291,31 @@ def _far_chunks(
     g = _to_chunks(gk[..., None], kv_heads, size)[:, :, :, 0, :, 0]  # [B, G, n, C]
     live = _to_chunks(valid[:, None, :, None], 1, size)[:, :, :, 0, :, 0]  # [B, 1, n, C]
 
+    visible = torch.ones(size, size, dtype=torch.bool, device=q.device).tril() & live[..., None, :]
+    adds, keeps, reads = live, None, None
+    if documents is not None:
+        visible, adds, keeps, reads = documents.masks(visible, live)
+
     h, lam_n = _decayed_scales(g, live, log_decay)
     total = lam_n[..., -1]  # what a whole chunk decays, [B, G, n]
     with torch.no_grad():  # H guards the numbers; its own value cancels
-        cumulative = total.cumsum(-1)
-        peaks = torch.cat([state.m[..., None], h.amax(-1) + cumulative - total], -1).cummax(-1).values
-        m_before = peaks[..., :-1] - (cumulative - total)
-        top = torch.maximum(m_before[..., None], h.cummax(-1).values)  # H, [B, G, n, C]
+        if keeps is None or reads is None:
+            cumulative = total.cumsum(-1)
+            peaks = torch.cat([state.m[..., None], h.amax(-1) + cumulative - total], -1).cummax(-1).values
+            m_before = peaks[..., :-1] - (cumulative - total)
+            top = torch.maximum(m_before[..., None], h.cummax(-1).values)  # H, [B, G, n, C]
+            end = top[..., -1]  # of the state after the chunk, [B, G, n]
+        else:
+            top, end = _document_peaks(h, total, state.m, visible, adds, keeps, reads)
     # m before a chunk is last_top − last_total. They stay apart until subtracted from a number of their own size:
     # rounding m itself would add up over the chunks to a wrong decay.
-    last_top = torch.cat([state.m[..., None], top[..., :-1, -1]], -1)
+    last_top = torch.cat([state.m[..., None], end[..., :-1]], -1)
     last_total = F.pad(total[..., :-1], (1, 0))
 
     # Between chunks: what each adds to the state, and the state that each starts from.
-    weight = torch.where(live, (h - top[..., -1:]).exp(), 0.0)
+    weight = _masked_exp(h - end[..., None], adds)
     added = (k * weight[..., None]).mT @ v  # [B, G, n, F, V + 1]
-    gate = (last_top - top[..., -1] - last_total).exp()[..., None, None]
+    gate = _masked_exp(last_top - end - last_total, keeps)[..., None, None]
     s, starts = state.s, []
     for n in range(added.shape[2]):
         starts.append(s)
@@ -276,16 +323,61 @@ def _far_chunks(
     start = torch.stack(starts, 2)
 
     # Inside a chunk.
-    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    inside = (h[..., None, :] - top[..., :, None]).masked_fill(~(causal & live[..., None, :]), -torch.inf).exp()
+    inside = _masked_exp(h[..., None, :] - top[..., :, None], visible)
     scores = (q.flatten(3, 4) @ k.mT).unflatten(3, (-1, size)) * inside[:, :, :, None]
     read = (scores.flatten(3, 4) @ v).unflatten(3, (-1, size))
     carried = (q.flatten(3, 4) @ start).unflatten(3, (-1, size))
-    carry = (last_top[..., None] - top - last_total[..., None]).exp()
+    carry = _masked_exp(last_top[..., None] - top - last_total[..., None], reads)
     read = read + carried * carry[:, :, :, None, :, None]
     log_m = (top - lam_n)[:, :, :, None, :, None].expand(*read.shape[:-1], 1)
-    state = _rescaled(s, top[..., -1, -1], total[..., -1])
+    state = _rescaled(s, end[..., -1], total[..., -1])
     return _from_chunks(read, queries), _from_chunks(log_m, queries)[..., 0], state
+
+
+class _Documents(NamedTuple):
+    """Whose keys and queries meet in `_far_chunks`: document numbers along the N places of the delayed keys.
+
+    keys, queries: [B, N], of the key and of the query at each place. state: [B], of the state before them.
+    """
+
+    keys: Tensor
+    queries: Tensor
+    state: Tensor
+
+    @classmethod
+    def of(cls, segments: Tensor, start: int, length: int) -> "_Documents":
+        """Of the last ``length`` queries and the keys from index ``start`` on; keys that don't exist are of the
+        document that is next to them."""
+        places = torch.arange(start, start + length, device=segments.device).clamp(0, segments.shape[1] - 1)
+        return cls(segments[:, places], segments[:, -length:], segments[:, max(start - 1, 0)])
+
+    def flip(self) -> "_Documents":
+        return self._replace(keys=self.keys.flip(1), queries=self.queries.flip(1))
+
+    def masks(self, visible: Tensor, live: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``visible`` [B, 1, n, C, C] and ``live`` [B, 1, n, C] cut down to what is of one document: which keys a query
+        sees, and which the chunk adds to the state; whether the state lives on through the chunk [B, 1, n], and which
+        queries read the state before it [B, 1, n, C]."""
+        chunks, size = live.shape[2:]
+        places = torch.arange(chunks * size, device=live.device).clamp(max=self.keys.shape[1] - 1)
+        keys, queries = (x[:, places].unflatten(1, (1, chunks, size)) for x in (self.keys, self.queries))
+        before = torch.cat([self.state[:, None, None], keys[:, :, :-1, -1]], -1)
+        visible = visible & (queries[..., :, None] == keys[..., None, :])
+        return visible, live & (keys == keys[..., -1:]), before == keys[..., -1], queries == before[..., None]
+
+
+def _document_peaks(
+    h: Tensor, total: Tensor, m: Tensor, visible: Tensor, adds: Tensor, keeps: Tensor, reads: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The running maximum over a query's own document, [B, G, n, C], and over that of each chunk's end, [B, G, n].
+    (One over all documents would let the scales of one bury those of the next.)"""
+    added, before, end = h.masked_fill(~adds, FLOOR).amax(-1), [], []
+    for n in range(added.shape[2]):
+        before.append(m)
+        end.append(torch.maximum(torch.where(keeps[:, :, n], m, FLOOR), added[:, :, n]))
+        m = end[-1] - total[:, :, n]
+    carried = torch.where(reads, torch.stack(before, 2)[..., None], FLOOR)
+    return torch.maximum(carried, h[..., None, :].masked_fill(~visible, FLOOR).amax(-1)), torch.stack(end, 2)
 
 
 # --------------------------------------------------------------------------------------------- recurrent (one token)
@@ -304,6 +396,7 @@ def recurrent(
     window: int,
     log_decay: Tensor | None = None,
     mask: Tensor | None = None,
+    segments: Tensor | None = None,
     state: FarState | None = None,
     normalize: bool = True,
 ) -> tuple[Tensor, FarState]:
@@ -317,10 +410,16 @@ def recurrent(
     for i in range(past, past + queries):
         while absorbed <= i - window:
             t = slice(absorbed, absorbed + 1)
+            if segments is not None:
+                state = _if_same(state, segments[:, max(absorbed - 1, 0)], segments[:, absorbed])
             state = absorb(state, fk[:, :, t], gk[:, :, t], v[:, :, t], log_decay, valid[:, t])
             absorbed += 1
         recent = slice(max(i - window + 1, 0), i + 1)
         n = slice(i - past, i - past + 1)
+        of_query, seen = state, valid[:, recent]
+        if segments is not None:
+            of_query = _if_same(state, segments[:, max(absorbed - 1, 0)], segments[:, i])
+            seen = seen & (segments[:, recent] == segments[:, i : i + 1])
         outputs.append(
             attend_one(
                 q[:, :, n],
@@ -328,13 +427,13 @@ def recurrent(
                 v[:, :, recent],
                 fq[:, :, n],
                 gq[:, :, n],
-                state,
+                of_query,
                 scaling=scaling,
-                valid=valid[:, recent],
+                valid=seen,
                 normalize=normalize,
             )  # fmt: skip
         )
-    return torch.cat(outputs, 2), state
+    return torch.cat(outputs, 2), of_query
 
 
 def attend_one(
@@ -393,6 +492,17 @@ def merge(far: tuple[Tensor, Tensor], near: tuple[Tensor, Tensor] | None) -> Ten
 def _with_ones(v: Tensor) -> Tensor:
     """v in the accumulation dtype with a last column of ones, which sums the denominator."""
     return F.pad(v.to(accumulation_dtype(v)), (0, 1), value=1.0)
+
+
+def _if_same(state: FarState, document: Tensor, other: Tensor) -> FarState:
+    """The state of one document [B] as another [B] sees it: empty in the rows where they differ."""
+    same = document == other
+    return FarState(torch.where(same[:, None, None, None], state.s, 0.0), torch.where(same[:, None], state.m, FLOOR))
+
+
+def _masked_exp(x: Tensor, mask: Tensor | None) -> Tensor:
+    """e^x, and 0 (with gradient 0, however large x) where the mask is False."""
+    return x.exp() if mask is None else x.masked_fill(~mask, -torch.inf).exp()
 
 
 def _rescaled(s: Tensor, top: Tensor, total: Tensor) -> FarState:
