@@ -34,6 +34,7 @@ MODELING_FILES = (
     "attention.py",
     "feature_map.py",
     "linear_attention.py",
+    "packing.py",
     "cache.py",
 )
 # Of a source's files these don't come along: weights are laid out anew, and the card tells of the new model.

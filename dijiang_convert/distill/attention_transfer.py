@@ -7,7 +7,7 @@ and all learn at once, independently. Only the kernel's parameters train.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,20 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..modeling.modeling_dijiang import dijiang_attention, dijiang_mask, softmax_attention
+from .logits import tokens
 
 NAME = "dijiang_transfer"
-_LOSSES: ContextVar[list[Tensor] | None] = ContextVar("losses", default=None)
+
+
+class _Collected(NamedTuple):
+    """One number a converted layer, and which tokens [B, N] are real. (Padding is on the right, so that the causal
+    model needs no mask for it, and rows may be packed.)"""
+
+    losses: list[Tensor]
+    real: Tensor | None
+
+
+_COLLECTED: ContextVar[_Collected | None] = ContextVar("collected", default=None)
 
 
 def transfer_attention(
@@ -28,10 +39,10 @@ def transfer_attention(
     call = kwargs.pop("dijiang", None)
     with torch.no_grad():
         target, _ = softmax_attention(module, query, key, value, attention_mask, **kwargs)
-    losses = _LOSSES.get()
-    if losses is not None and hasattr(module, "dijiang"):
+    collected = _COLLECTED.get()
+    if collected is not None and hasattr(module, "dijiang"):
         output, _ = dijiang_attention(module, query, key, value, attention_mask, dijiang=call, **kwargs)
-        losses.append(normalized_error(output, target, attention_mask))
+        collected.losses.append(normalized_error(output, target, collected.real))
     return target, None
 
 
@@ -39,7 +50,7 @@ def normalized_error(output: Tensor, target: Tensor, mask: Tensor | None = None)
     """‖o − ô‖² / ‖ô‖² a head over all real tokens, averaged over heads. Shapes [B, N, H, V], mask [B, N]."""
     output, target = output.float(), target.float()
     if mask is not None:
-        real = mask[:, -output.shape[1] :, None, None]
+        real = mask[..., None, None]
         output, target = output * real, target * real
     error = (output - target).square().sum((0, 1, 3))
     return (error / target.square().sum((0, 1, 3)).clamp_min(1e-12)).mean()
@@ -47,13 +58,13 @@ def normalized_error(output: Tensor, target: Tensor, mask: Tensor | None = None)
 
 def attention_transfer_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     """The mean over layers of `normalized_error`. The model must be `transferring`."""
-    losses: list[Tensor] = []
-    token = _LOSSES.set(losses)
+    collected = _Collected([], inputs.get("attention_mask"))
+    token = _COLLECTED.set(collected)
     try:
-        model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), use_cache=False)
+        model(**tokens(inputs))
     finally:
-        _LOSSES.reset(token)
-    return torch.stack(losses).mean()
+        _COLLECTED.reset(token)
+    return torch.stack(collected.losses).mean()
 
 
 @contextmanager

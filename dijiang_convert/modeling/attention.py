@@ -20,11 +20,15 @@ from .linear_attention import FarState, absorb, attend_one, attend_window, chunk
 
 
 class Call(NamedTuple):
-    """What the attention module's caller knows and the attention function needs: `_hand_over` gathers it."""
+    """What the attention module's caller knows and the attention function needs: `_hand_over` gathers it.
+
+    segments: [B, N], the document of each token where rows are packed (then there is no cache, and no padding).
+    """
 
     cache: DiJiangCacheLayer | None
     hidden_states: Tensor | None
     cos_sin: tuple[Tensor, Tensor] | None
+    segments: Tensor | None = None
 
 
 class DiJiangAttention(nn.Module):
@@ -92,7 +96,7 @@ class DiJiangAttention(nn.Module):
         if cache is not None and q.shape[2] == 1 and mask is None and cache.is_full and not torch.is_grad_enabled():
             out = self._decode(cache, q, k, v, far_q, far_k, scaling)
         else:
-            out = self._prefill(cache, q, k, v, far_q, far_k, mask, scaling, causal)
+            out = self._prefill(cache, q, k, v, far_q, far_k, mask, scaling, causal, call.segments)
         if self.kernel.gate:
             out = self._gated(out, call.hidden_states)
         return out.to(v.dtype)
@@ -108,6 +112,7 @@ class DiJiangAttention(nn.Module):
         mask: Tensor | None,
         scaling: float,
         causal: bool,
+        segments: Tensor | None,
     ) -> Tensor:
         """Any number of tokens, chunked. What the cache kept comes before them."""
         window, queries = self.kernel.window, q.shape[2]
@@ -125,7 +130,7 @@ class DiJiangAttention(nn.Module):
             shift = order.shape[1] - queries
             rows = (order[:, shift:] - shift).clamp(min=0)[:, None, :, None]
             q, far_q = q.gather(2, rows.expand_as(q)), far_q.gather(2, rows.expand_as(far_q))
-        out, state = self._chunked(past, q, far_q, scaling, causal)
+        out, state = self._chunked(past, q, far_q, scaling, causal, segments)
         if order is not None:
             rows = (order.argsort(1)[:, shift:] - shift).clamp(min=0)[:, None, :, None]
             out = out.gather(2, rows.expand_as(out))
@@ -138,7 +143,13 @@ class DiJiangAttention(nn.Module):
         return out
 
     def _chunked(
-        self, past: DiJiangCacheLayer, q: Tensor, far_q: Tensor, scaling: float, causal: bool
+        self,
+        past: DiJiangCacheLayer,
+        q: Tensor,
+        far_q: Tensor,
+        scaling: float,
+        causal: bool,
+        segments: Tensor | None,
     ) -> tuple[Tensor, FarState | None]:
         k, v, far_k, valid = past.tokens()
         features: tuple[Tensor | None, ...] = (None,) * 4
@@ -147,7 +158,7 @@ class DiJiangAttention(nn.Module):
         return chunked(
             q, self._per_state_head(k), self._per_state_head(v), *features,
             scaling=scaling, window=self.kernel.window, log_decay=self._log_decay(), mask=valid, state=past.state,
-            causal=causal, normalize=self.kernel.normalize, chunk_size=self.kernel.chunk_size,
+            segments=segments, causal=causal, normalize=self.kernel.normalize, chunk_size=self.kernel.chunk_size,
         )  # fmt: skip
 
     def _decode(

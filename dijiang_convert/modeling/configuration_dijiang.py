@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .feature_map import FeatureMap  # noqa: F401
     from .linear_attention import FarState  # noqa: F401
     from .modeling_dijiang import DiJiangMixin  # noqa: F401
+    from .packing import packed_mask  # noqa: F401
 
 REQUIRES_TRANSFORMERS = "5.23.0"
 

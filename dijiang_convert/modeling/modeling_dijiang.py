@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
+    bidirectional_mask_function,
     causal_mask_function,
     sdpa_mask,
     sliding_window_causal_mask_function,
@@ -31,6 +32,7 @@ from transformers.modeling_utils import AttentionInterface
 from .attention import Call, DiJiangAttention
 from .cache import DiJiangCacheLayer, cache_layer
 from .configuration_dijiang import Kernel, Layers, read_section
+from .packing import find_segments, packed_arguments, packed_mask, packed_segments
 
 # Tokens of a prompt that the model works on at once when no gradient is needed: see `_in_segments`.
 SEGMENT = 2048
@@ -63,12 +65,14 @@ def dijiang_attention(
         raise RuntimeError(f"{type(module).__name__} lost the forward hook that hands over the cache: reload the model")
     refuse_unsupported(kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
+    segments = packed_segments(attention_mask)
+    mask = None if attention_mask is None or segments is not None else attention_mask[:, -query.shape[2] :]
     if mask is not None and mask.all():
         mask = None
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    out = module.dijiang(query, key, value, mask, scaling, causal, dijiang)  # type: ignore[operator]
+    call = dijiang._replace(segments=segments)
+    out = module.dijiang(query, key, value, mask, scaling, causal, call)  # type: ignore[operator]
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -89,18 +93,21 @@ def softmax_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The source's attention from the 2-D padding mask that DiJiang models pass around: PyTorch's SDPA with the mask
-    (causal, sliding window, padding) made here."""
+    """The source's attention from the mask that DiJiang models pass around, of padding or of packed documents:
+    PyTorch's SDPA with the mask (causal, sliding window, padding or documents) made here."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = kwargs.pop("sliding_window", None) or _sliding_window(module)
     queries, keys = query.shape[2], key.shape[2]
-    if causal:
+    visible = sliding_window_causal_mask_function(window) if window else causal_mask_function
+    segments = packed_segments(attention_mask)
+    if segments is not None:
+        attention_mask = packed_mask(segments, visible if causal else bidirectional_mask_function)
+    elif causal:
         if attention_mask is not None:
             attention_mask = attention_mask[:, -keys:].bool()
         attention_mask = sdpa_mask(
             batch_size=query.shape[0], q_length=queries, kv_length=keys, q_offset=keys - queries, kv_offset=0,
-            mask_function=sliding_window_causal_mask_function(window) if window else causal_mask_function,
-            attention_mask=attention_mask, local_size=window, device=query.device,
+            mask_function=visible, attention_mask=attention_mask, local_size=window, device=query.device,
         )  # fmt: skip
     elif attention_mask is not None:
         attention_mask = attention_mask[:, None, None, -keys:].bool().expand(-1, 1, queries, -1)
@@ -122,10 +129,13 @@ def dijiang_mask(
     q_length: int,
     attention_mask: Tensor | None = None,
     config: Any = None,
+    allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask as DiJiang attention wants it: [B, keys], True for real tokens, or None if all are. The keys are the
-    new ones; where softmax layers are left, all so far."""
+    new ones; where softmax layers are left, all so far. (Of packed documents: see `packing`.)"""
+    if not allow_is_causal_skip and q_length > 1 and getattr(config, "is_causal", True):
+        raise ValueError("packed rows and masks of another shape than causal need the whole model, not its inner one")
     if attention_mask is None:
         return None
     section = getattr(config, "dijiang", None)
@@ -235,15 +245,28 @@ def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def checked_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names[1:], args, strict=False)), **kwargs}
-        if self.config._attn_implementation.startswith("dijiang"):
-            if given.get("output_attentions") or getattr(self.config, "output_attentions", False):
-                raise ValueError("output_attentions: linear attention has no attention matrix to return")
+        ours = self.config._attn_implementation.startswith("dijiang")
+        if ours:
+            _refuse(self, given)
+        segments = find_segments(given) if ours or self.config._attn_implementation == "sdpa" else None
+        if segments is not None:
+            return forward(self, **packed_arguments(given, segments, self.config, names))
+        if ours:
             kwargs.update(_position_ids(given, "position_ids" in names))
             if _is_long_prompt(self, given):
                 return _in_segments(self, forward, {**given, **kwargs})
         return forward(self, *args, **kwargs)
 
     return checked_forward
+
+
+def _refuse(model: Any, given: dict[str, Any]) -> None:
+    """Raises ValueError for arguments that linear attention can't follow."""
+    if given.get("output_attentions") or getattr(model.config, "output_attentions", False):
+        raise ValueError("output_attentions: linear attention has no attention matrix to return")
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() != 2:
+        raise ValueError(f"attention_mask has {mask.dim()} dimensions: DiJiang attention takes a [batch, length] mask")
 
 
 def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
@@ -257,7 +280,8 @@ def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
 
 
 def _in_segments(model: Any, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """A long prompt piece by piece, through the cache: the same numbers, and memory does not grow with its length."""
+    """A long prompt piece by piece, through the cache: the same numbers, and memory does not grow with its length.
+    (Not packed rows, which have no cache.)"""
     tokens, mask, positions = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
     cache = given.get("past_key_values")
     cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if cache is None else cache
@@ -282,16 +306,9 @@ def _in_segments(model: Any, forward: Callable[..., Any], given: dict[str, Any])
 
 
 def _position_ids(given: dict[str, Any], accepted: bool) -> dict[str, Tensor]:
-    """Positions from the padding mask where none are given: features of rotated keys depend on them. Raises ValueError
-    for masks that linear attention can't follow, and for packed sequences."""
-    mask, positions = given.get("attention_mask"), given.get("position_ids")
-    if isinstance(mask, Tensor) and mask.dim() != 2:
-        raise ValueError(f"attention_mask has {mask.dim()} dimensions: DiJiang attention takes a [batch, length] mask")
-    if positions is not None:
-        if mask is None and positions.shape[-1] > 1 and (positions.diff(dim=-1) != 1).any():
-            raise ValueError("position_ids restart inside a row: packed sequences are not supported, use a batch")
-        return {}
-    if mask is None or not accepted or mask.bool().all():
+    """Positions from the padding mask where none are given: features of rotated keys depend on them."""
+    mask = given.get("attention_mask")
+    if given.get("position_ids") is not None or mask is None or not accepted or mask.bool().all():
         return {}
     tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)

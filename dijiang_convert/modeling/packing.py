@@ -1,0 +1,103 @@
+"""Packed rows: several documents one after the other in a row, each as if it were alone.
+
+They are told apart as transformers does it, by position_ids that restart where no attention_mask is given; or by the
+bounds that flash attention takes. The document of each token travels to the attention function in the place of the
+mask, [batch, 1, 1, length] and counted from 1: every architecture hands masks of four dimensions down as they are, and
+gradient checkpointing keeps them.
+
+Shape legend: B batch, N tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+    sdpa_mask,
+)
+
+FLASH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def find_segments(given: dict[str, Any]) -> Tensor | None:
+    """The document of each token [B, N], counted from 0 in every row, or None where nothing is packed.
+
+    given: the arguments of a model's forward. Raises ValueError for packed rows with an attention_mask or a cache, and
+    for bounds that don't fit the row.
+    """
+    tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+    mask, positions, bounds = (given.get(name) for name in ("attention_mask", "position_ids", FLASH_ARGUMENTS[0]))
+    segments: Tensor | None = None
+    if tokens is None:
+        return None
+    if bounds is not None:
+        segments = _between(bounds, given.get(FLASH_ARGUMENTS[1]), tokens)
+    elif positions is None or positions.shape[-1] == 1:
+        return None
+    elif mask is not None:
+        segments = positions if _restart(positions, mask) else None
+    elif positions.dim() != 2:
+        segments = positions if (positions.diff(dim=-1) != 1).any() else None
+    else:
+        segments = find_packed_sequence_indices(positions.expand(tokens.shape[0], -1))
+    if segments is None:
+        return None
+    if mask is not None or segments.dim() != 2:
+        raise ValueError(
+            "position_ids restart inside a row: packed rows take position_ids [batch, length] and no attention_mask"
+        )
+    if given.get("past_key_values") is not None or given.get("use_cache"):
+        raise ValueError("packed rows neither fill a cache nor go on from one: leave past_key_values and use_cache out")
+    return segments
+
+
+def _between(bounds: Tensor, of_keys: Tensor | None, tokens: Tensor) -> Tensor:
+    """The document of each token from the index where each starts, and the length of all at the end."""
+    length = tokens.shape[1]
+    if tokens.shape[0] != 1 or bounds[-1] != length or (of_keys is not None and not torch.equal(bounds, of_keys)):
+        raise ValueError(f"cu_seq_lens_q and cu_seq_lens_k must cover the {length} tokens of a batch of one row alike")
+    return torch.bucketize(torch.arange(length, device=bounds.device), bounds[1:], right=True)[None]
+
+
+def _restart(positions: Tensor, mask: Tensor) -> bool:
+    """Whether positions go back between two real tokens."""
+    if mask.dim() != 2 or positions.dim() != 2:
+        return False
+    real = mask[:, -positions.shape[1] :].bool()
+    return bool(((positions.diff(dim=-1) < 1) & real[:, 1:] & real[:, :-1]).any())
+
+
+def packed_arguments(given: dict[str, Any], segments: Tensor, config: Any, accepted: list[str]) -> dict[str, Any]:
+    """The arguments to run a forward with that takes ``accepted``: ``given`` with a mask that keeps documents apart."""
+    arguments = {name: value for name, value in given.items() if name not in FLASH_ARGUMENTS}
+    if "use_cache" in accepted:
+        arguments["use_cache"] = False
+    if "position_ids" in accepted and given.get("position_ids") is None:
+        places = torch.arange(segments.shape[1], device=segments.device)
+        arguments["position_ids"] = places - given[FLASH_ARGUMENTS[0]][segments]
+    if config._attn_implementation.startswith("dijiang"):
+        arguments["attention_mask"] = (segments + 1)[:, None, None]
+    elif getattr(config, "sliding_window", None) is None:  # there transformers makes a mask for each kind of layer
+        arguments["attention_mask"] = packed_mask(segments)
+    return arguments
+
+
+def packed_segments(mask: Tensor | None) -> Tensor | None:
+    """The documents [B, N] that a mask of `packed_arguments` carries, or None where it is one of padding."""
+    return mask[:, 0, 0] if mask is not None and mask.dim() == 4 else None
+
+
+def packed_mask(segments: Tensor, visible: Any = causal_mask_function) -> Tensor:
+    """[B, 1, N, N], True where a query sees a key by ``visible`` (a mask function of transformers) and is of its
+    document."""
+    batch, length = segments.shape
+    mask = sdpa_mask(
+        batch_size=batch, q_length=length, kv_length=length, device=segments.device, allow_is_causal_skip=False,
+        mask_function=and_masks(packed_sequence_mask_function(segments), visible),
+    )  # fmt: skip
+    assert mask is not None
+    return mask
