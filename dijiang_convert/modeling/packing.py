@@ -81,9 +81,15 @@ def packed_arguments(given: dict[str, Any], segments: Tensor, config: Any, accep
         arguments["position_ids"] = places - given[FLASH_ARGUMENTS[0]][segments]
     if config._attn_implementation.startswith("dijiang"):
         arguments["attention_mask"] = (segments + 1)[:, None, None]
-    elif getattr(config, "sliding_window", None) is None:  # there transformers makes a mask for each kind of layer
+    elif _is_full(config):  # else transformers makes a mask for each kind of layer
         arguments["attention_mask"] = packed_mask(segments)
     return arguments
+
+
+def _is_full(config: Any) -> bool:
+    """Whether every layer of the softmax model sees the whole of its document."""
+    kinds = getattr(config, "layer_types", None) or []
+    return getattr(config, "sliding_window", None) is None and set(kinds) <= {"full_attention"}
 
 
 def packed_segments(mask: Tensor | None) -> Tensor | None:

@@ -446,9 +446,6 @@ def test_refusals(default: Any) -> None:
         default(ids, output_attentions=True)
     with pytest.raises(ValueError, match="4 dimensions"):
         default(ids, attention_mask=torch.ones(1, 1, 80, 80))
-    packed = torch.cat([torch.arange(50), torch.arange(30)])[None]
-    with pytest.raises(ValueError, match="packed"):
-        default(ids, position_ids=packed)
     with pytest.raises(ValueError, match="output_attentions"):  # by transformers itself
         default.config.output_attentions = True
 
