@@ -90,5 +90,6 @@ def state_bytes(kernel: Kernel, layers: Layers, width: int, rotates: bool) -> in
         features = layers.head_dim * (2 if kernel.signed else 1)
         state = heads * (features * (layers.value_dim + 1) + 1) * 4
     keys = layers.head_dim * (2 if kernel.far and kernel.rotary == "remove" and rotates else 1)
-    window = kernel.window * (layers.kv_heads * (keys + layers.value_dim) * width + 1)
+    gates = 2 * 4 if kernel.far and kernel.selective else 0
+    window = kernel.window * (layers.kv_heads * ((keys + layers.value_dim) * width + gates) + 1)
     return len(layers.layers) * (state + window)

@@ -234,7 +234,7 @@ def test_layers(spec: str, expected: list[int], sources: Path, tmp_path: Path) -
 
 def test_a_recipe_of_ones_own(sources: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
-        "kernel: {window: 0, rotary: keep, decay: none}\n"
+        "kernel: {window: 0, rotary: keep, decay: none, selective: false}\n"
         "stages: [{name: only, objective: cross_entropy, train: full, tokens: 1000}]\n"
     )
     recipe = str(tmp_path / "mine.yaml")

@@ -67,9 +67,9 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     path.write_text(
         "kernel: {window: 8}\nstages:\n  - {name: a, objective: cross_entropy, tokens: 5, learning_rate: 1e-3}"
     )
-    recipe = load_recipe(str(path), ["window=4", "decay=none", "frequency=2e0"])
+    recipe = load_recipe(str(path), ["window=4", "decay=none", "selective=false", "frequency=2e0"])
     assert recipe.name == "own"
-    assert recipe.kernel == Kernel(window=4, decay="none", frequency=2.0)
+    assert recipe.kernel == Kernel(window=4, decay="none", selective=False, frequency=2.0)
     assert recipe.stages == (Stage("a", "cross_entropy", 5, learning_rate=1e-3),)  # YAML 1.1 reads 1e-3 as text
 
 

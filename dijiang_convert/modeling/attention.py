@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .cache import DiJiangCacheLayer
+from .cache import DiJiangCacheLayer, Tokens
 from .configuration_dijiang import Kernel, Layers
 from .feature_map import FeatureMap
 from .linear_attention import FarState, absorb, attend_one, attend_window, chunked
@@ -53,6 +53,9 @@ class DiJiangAttention(nn.Module):
                 self.k_strength = nn.Parameter(torch.empty(kv_heads, dtype=torch.float32))  # b
             if kernel.decay == "learned":
                 self.decay = nn.Parameter(torch.empty(kv_heads, dtype=torch.float32))  # log(−log γ)
+            if kernel.selective:  # what a hidden state adds to g(k), and to log(−log γ)
+                shape = (2 * kv_heads, layers.hidden_size)
+                self.selection = nn.Parameter(torch.empty(shape, dtype=torch.float32))
             elif kernel.decay == "retnet":
                 self.register_buffer("log_decay", torch.empty(heads, dtype=torch.float32))
         if kernel.gate:
@@ -76,6 +79,8 @@ class DiJiangAttention(nn.Module):
             elif kernel.decay == "retnet":
                 spread = torch.linspace(math.log(1 / 32), math.log(1 / 512), self.layers.heads, dtype=torch.float32)
                 init.copy_(self.log_decay, torch.log1p(-spread.exp()))
+            if kernel.selective:
+                init.zeros_(self.selection)
         if kernel.gate:
             init.normal_(self.gate, std=self.layers.hidden_size**-0.5)
             init.ones_(self.norm_weight)
@@ -92,11 +97,13 @@ class DiJiangAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool, call: Call
     ) -> Tensor:
         far_q, far_k = self._without_rotation(q, k, call.cos_sin)
+        valid = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask.bool()
+        new = Tokens(k, v, far_k if self._keeps_far_keys else None, self._gates(call.hidden_states), valid)
         cache = call.cache
         if cache is not None and q.shape[2] == 1 and mask is None and cache.is_full and not torch.is_grad_enabled():
-            out = self._decode(cache, q, k, v, far_q, far_k, scaling)
+            out = self._decode(cache, q, far_q, new, scaling)
         else:
-            out = self._prefill(cache, q, k, v, far_q, far_k, mask, scaling, causal, call.segments)
+            out = self._prefill(cache, q, far_q, new, mask is not None, scaling, causal, call.segments)
         if self.kernel.gate:
             out = self._gated(out, call.hidden_states)
         return out.to(v.dtype)
@@ -105,11 +112,9 @@ class DiJiangAttention(nn.Module):
         self,
         cache: DiJiangCacheLayer | None,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
         far_q: Tensor,
-        far_k: Tensor,
-        mask: Tensor | None,
+        new: Tokens,
+        padded: bool,
         scaling: float,
         causal: bool,
         segments: Tensor | None,
@@ -120,11 +125,10 @@ class DiJiangAttention(nn.Module):
         if past.kept > window + past.pending:  # confirmed by `crop`, and behind the window: part of the state now
             old = past.split_oldest(past.kept - window - past.pending)
             if self.kernel.far:
-                past.state = self._absorb(past.state, *old, scaling)
-        valid = torch.ones(k.shape[0], queries, dtype=torch.bool, device=k.device) if mask is None else mask.bool()
-        past.append(k, v, far_k if self._keeps_far_keys else None, valid)
+                past.state = self._absorb(past.state, old, scaling)
+        past.append(new)
 
-        order = _padding_first(past.tokens()[3]) if mask is not None and causal else None
+        order = _padding_first(past.tokens().valid) if padded and causal else None
         if order is not None:  # the window counts real tokens: padding moves out of their way, and back below
             past.reorder_tokens(order)
             shift = order.shape[1] - queries
@@ -151,39 +155,35 @@ class DiJiangAttention(nn.Module):
         causal: bool,
         segments: Tensor | None,
     ) -> tuple[Tensor, FarState | None]:
-        k, v, far_k, valid = past.tokens()
+        k, v, _, gates, valid = past.tokens()
         features: tuple[Tensor | None, ...] = (None,) * 4
         if self.kernel.far:
-            features = (*self._query_features(far_q, scaling), *self._key_features(far_k, scaling))
+            features = (*self._query_features(far_q, scaling), *self._key_features(past.tokens(), scaling))
         return chunked(
             q, self._per_state_head(k), self._per_state_head(v), *features,
-            scaling=scaling, window=self.kernel.window, log_decay=self._log_decay(), mask=valid, state=past.state,
+            scaling=scaling, window=self.kernel.window, log_decay=self._log_decay(gates), mask=valid, state=past.state,
             segments=segments, causal=causal, normalize=self.kernel.normalize, chunk_size=self.kernel.chunk_size,
         )  # fmt: skip
 
-    def _decode(
-        self, cache: DiJiangCacheLayer, q: Tensor, k: Tensor, v: Tensor, far_q: Tensor, far_k: Tensor, scaling: float
-    ) -> Tensor:
+    def _decode(self, cache: DiJiangCacheLayer, q: Tensor, far_q: Tensor, new: Tokens, scaling: float) -> Tensor:
         """One token, in place: the oldest one leaves the window for the state, the new one takes its slot."""
         kernel = self.kernel
-        old = cache.replace_oldest(k, v, far_k if self._keeps_far_keys else None)
-        keys, values, _, valid = cache.tokens(ordered=False)
+        old = cache.replace_oldest(new)
+        keys, values, _, _, valid = cache.tokens(ordered=False)
         if not kernel.far:
             return attend_window(q, keys, values, scaling=scaling, valid=valid)[0]
-        cache.state = self._absorb(cache.state, *old, scaling)
+        cache.state = self._absorb(cache.state, old, scaling)
         return attend_one(
             q, self._per_state_head(keys), self._per_state_head(values), *self._query_features(far_q, scaling),
             cache.state, scaling=scaling, valid=valid, normalize=kernel.normalize,
         )  # fmt: skip
 
-    def _absorb(
-        self, state: FarState | None, k: Tensor, v: Tensor, far_k: Tensor, valid: Tensor, scaling: float
-    ) -> FarState:
-        fk, gk = self._key_features(far_k, scaling)
-        v = self._per_state_head(v)
+    def _absorb(self, state: FarState | None, old: Tokens, scaling: float) -> FarState:
+        fk, gk = self._key_features(old, scaling)
+        v = self._per_state_head(old.v)
         if state is None:
             state = FarState.empty(v.shape[0], v.shape[1], fk.shape[-1], v.shape[-1], v)
-        return absorb(state, fk, gk, v, self._log_decay(), valid)
+        return absorb(state, fk, gk, v, self._log_decay(old.gates), old.valid)
 
     # ------------------------------------------------------------------------------------------------------ features
 
@@ -195,10 +195,12 @@ class DiJiangAttention(nn.Module):
         features, scale = self.q_features(q, scaling)
         return features, scale + self.q_offset[:, None] if self.q_features.scaled else scale
 
-    def _key_features(self, k: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        features, scale = self.k_features(k, scaling)
+    def _key_features(self, tokens: Tokens, scaling: float) -> tuple[Tensor, Tensor]:
+        features, scale = self.k_features(tokens.far_keys, scaling)
         if self.kernel.learned_features:
             scale = scale * self.k_strength[:, None]
+        if tokens.gates is not None:
+            scale = scale + tokens.gates[..., 0]
         return self._per_state_head(features), self._per_state_head(scale)
 
     def _per_state_head(self, x: Tensor) -> Tensor:
@@ -206,10 +208,24 @@ class DiJiangAttention(nn.Module):
         repeats = self.layers.heads // self.layers.kv_heads if self.kernel.decay == "retnet" else 1
         return x if repeats == 1 else x.repeat_interleave(repeats, 1)
 
-    def _log_decay(self) -> Tensor | None:
+    def _gates(self, hidden_states: Tensor | None) -> Tensor | None:
+        """What each token's hidden state adds to its key's log-scale and to log(−log γ): [B, G, N, 2]."""
+        if not (self.kernel.far and self.kernel.selective):
+            return None
+        if hidden_states is None:
+            raise ValueError("the attention module got no hidden_states: convert with kernel.selective false")
+        x = hidden_states.float()
+        x = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return (x @ self.selection.float().mT).unflatten(-1, (-1, 2)).transpose(1, 2)
+
+    def _log_decay(self, gates: Tensor | None) -> Tensor | None:
+        """log γ, [G] or of each key [B, G, K]."""
         if not self.kernel.far or self.kernel.decay == "none":
             return None
-        return -self.decay.float().exp() if self.kernel.decay == "learned" else self.log_decay.float()
+        if self.kernel.decay == "retnet":
+            return self.log_decay.float()
+        decay = self.decay.float()
+        return -decay.exp() if gates is None else -_bounded_exp(decay[:, None] + gates[..., 1])
 
     def _without_rotation(self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Undoes rotary embedding by rotating back: the model's own function with −sin, over the squared length that
@@ -233,6 +249,12 @@ class DiJiangAttention(nn.Module):
         out = out * self.norm_weight.view(shape) + self.norm_bias.view(shape)
         gate = nn.functional.silu(hidden_states.float() @ self.gate.float().mT)
         return out * gate.unflatten(-1, (self.layers.heads, -1)).transpose(1, 2)
+
+
+def _bounded_exp(x: Tensor, bound: float = 4.0) -> Tensor:
+    """e^x where it is small, never more than ``bound``: sums of it over a chunk stay exact enough in float32, and a
+    single token can still wipe out what came before it (e⁻⁴)."""
+    return bound * torch.sigmoid(x - math.log(bound))
 
 
 def _padding_first(valid: Tensor) -> Tensor | None:

@@ -5,7 +5,7 @@ D head_dim, V value head_dim.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +14,39 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from .linear_attention import FarState
 
 
+class Tokens(NamedTuple):
+    """What is kept of each token, oldest first unless a ring says otherwise.
+
+    k, v: [B, G, L, D], [B, G, L, V]. far_k: [B, G, L, D] where the far part sees other keys than the window does
+    (rotary embedding removed), else None. gates: [B, G, L, 2], what the token's hidden state does to its log-scale and
+    to the state's decay, or None. valid: [B, L], False for padding.
+    """
+
+    k: Tensor
+    v: Tensor
+    far_k: Tensor | None
+    gates: Tensor | None
+    valid: Tensor
+
+    @property
+    def far_keys(self) -> Tensor:
+        return self.k if self.far_k is None else self.far_k
+
+    def map(self, change: Callable[[Tensor, int], Tensor]) -> "Tokens":
+        """``change(tensor, token dimension)`` of everything."""
+        dims = (2, 2, 2, 2, 1)
+        return Tokens(*(x if x is None else change(x, dim) for x, dim in zip(self, dims, strict=True)))  # type: ignore[arg-type]
+
+    def followed_by(self, other: "Tokens") -> "Tokens":
+        others = iter(x for x in other if x is not None)
+        return self.map(lambda x, dim: torch.cat([x, next(others)], dim))
+
+
 class DiJiangCacheLayer(CacheLayerMixin):
-    """Holds the far state, and keys and values of the last ``window`` tokens.
+    """Holds the far state, and what `Tokens` says of the last ``window`` tokens.
 
     `update` only counts: what the new tokens do to the state is the attention function's work, since the features are
     made there. Once the window is full, a single token replaces the oldest one in place (a ring, see `oldest`).
-
-    keys, values: [B, G, L, D], [B, G, L, V]. far_keys: [B, G, L, D] where the far part sees other keys than the
-    window does (rotary embedding removed), else None. valid: [B, L], False for padding.
     """
 
     is_sliding = False
@@ -34,10 +59,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state: FarState | None = None
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.far_keys: Tensor | None = None
-        self.valid: Tensor | None = None
+        self.recent: Tokens | None = None
         self.oldest = 0  # index of the oldest token in the ring
         self.seen = 0
         self.pending = 0  # tokens that `crop` can still take back
@@ -68,51 +90,43 @@ class DiJiangCacheLayer(CacheLayerMixin):
     @property
     def kept(self) -> int:
         """L, how many tokens are kept one by one."""
-        return 0 if self.valid is None else self.valid.shape[1]
+        return 0 if self.recent is None else self.recent.valid.shape[1]
 
     @property
     def is_full(self) -> bool:
         """From here on a token costs the same, however many there were: see `replace_oldest`."""
-        return self.valid is not None and self.kept == self.window and not self.record_past
+        return self.recent is not None and self.kept == self.window and not self.record_past
 
-    def tokens(self, ordered: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(keys, values, far keys, valid) of the kept tokens, oldest first unless ``ordered`` is False."""
+    def tokens(self, ordered: bool = True) -> Tokens:
+        """The kept tokens, oldest first unless ``ordered`` is False."""
         if ordered:
             self._unroll()
-        assert self.keys is not None and self.values is not None and self.valid is not None
-        return self.keys, self.values, self.keys if self.far_keys is None else self.far_keys, self.valid
+        assert self.recent is not None
+        return self.recent
 
-    def append(self, k: Tensor, v: Tensor, far_k: Tensor | None, valid: Tensor) -> None:
+    def append(self, new: Tokens) -> None:
         """Puts new tokens behind the kept ones."""
-        if self.keys is None or self.values is None or self.valid is None:
-            self.keys, self.values, self.far_keys, self.valid = k, v, far_k, valid
-            return
-        self._unroll()
-        self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
-        self.far_keys = None if far_k is None or self.far_keys is None else torch.cat([self.far_keys, far_k], 2)
-        self.valid = torch.cat([self.valid, valid], 1)
+        self.recent = new if self.recent is None else self.tokens().followed_by(new)
 
-    def split_oldest(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Takes the ``count`` oldest tokens out of the kept ones and returns them as `tokens` does."""
+    def split_oldest(self, count: int) -> Tokens:
+        """Takes the ``count`` oldest tokens out of the kept ones and returns them."""
         count = max(count, 0)
-        old = tuple(x.narrow(dim, 0, count) for x, dim in zip(self.tokens(), (2, 2, 2, 1), strict=True))
+        old = self.tokens().map(lambda x, dim: x.narrow(dim, 0, count))
         # A copy, so that the memory of a long prompt is freed and the ring owns what it writes to.
         self._map(lambda x, dim: x.narrow(dim, count, x.shape[dim] - count).clone())
-        return old  # type: ignore[return-value]
+        return old
 
-    def replace_oldest(self, k: Tensor, v: Tensor, far_k: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Puts one token in the place of the oldest, and returns that one as `tokens` does. Without a window the new
-        token is itself the oldest."""
+    def replace_oldest(self, new: Tokens) -> Tokens:
+        """Puts one token in the place of the oldest, and returns that one. Without a window the new token is itself the
+        oldest."""
         if self.window == 0:
-            return k, v, k if far_k is None else far_k, torch.ones_like(k[:, 0, :, 0], dtype=torch.bool)
-        t, tokens = self.oldest, self.tokens(ordered=False)
-        old = tuple(x.narrow(dim, t, 1).clone() for x, dim in zip(tokens, (2, 2, 2, 1), strict=True))
-        keys, values, far_keys, valid = tokens
-        keys[:, :, t], values[:, :, t], valid[:, t] = k[:, :, 0], v[:, :, 0], True
-        if far_k is not None:
-            far_keys[:, :, t] = far_k[:, :, 0]
+            return new
+        t, kept = self.oldest, self.tokens(ordered=False)
+        old = kept.map(lambda x, dim: x.narrow(dim, t, 1).clone())
+        parts = iter(x for x in new if x is not None)
+        kept.map(lambda x, dim: x.narrow(dim, t, 1).copy_(next(parts)))
         self.oldest = (t + 1) % self.window
-        return old  # type: ignore[return-value]
+        return old
 
     def reorder_tokens(self, order: Tensor) -> None:
         """Permutes the kept tokens of every row: order [B, L]."""
@@ -130,15 +144,13 @@ class DiJiangCacheLayer(CacheLayerMixin):
             self.oldest = 0
 
     def _map(self, change: Callable[[Tensor, int], Tensor]) -> None:
-        """Applies ``change(tensor, token dimension)`` to everything kept by token."""
-        assert self.keys is not None and self.values is not None and self.valid is not None
-        self.keys, self.values, self.valid = change(self.keys, 2), change(self.values, 2), change(self.valid, 1)
-        self.far_keys = None if self.far_keys is None else change(self.far_keys, 2)
+        assert self.recent is not None
+        self.recent = self.recent.map(change)
 
     # ------------------------------------------------------------------------------- what generation strategies use
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.valid is not None:
+        if self.recent is not None:
             self._map(lambda x, dim: change(x))
         if self.state is not None:
             self.state = FarState(change(self.state.s), change(self.state.m))

@@ -40,6 +40,7 @@ class Kernel:
     learned_features: D, a, c and b are learned too; False leaves softmax(T C x̂) with no log-scale.
     rotary: "keep" computes far features after rotary embedding, "remove" undoes it for them.
     decay: "learned" a key/value head, "retnet" fixed a query head, or "none".
+    selective: a key's log-scale and decay depend on its token's hidden state too (as in selective state spaces).
     normalize: False drops the denominator.
     gate: group norm a head and an output gate SiLU(x W_G).
     """
@@ -52,6 +53,7 @@ class Kernel:
     learned_features: bool = True
     rotary: str = "remove"
     decay: str = "learned"
+    selective: bool = True
     normalize: bool = True
     gate: bool = False
     chunk_size: int = 64
@@ -74,6 +76,8 @@ class Kernel:
             raise ValueError(f"kernel.decay is {self.decay!r}: give learned, retnet or none")
         if not self.far and self.window == 0:
             raise ValueError("kernel.far is false and kernel.window is 0: nothing is left to attend to")
+        if self.selective and not (self.learned_features and self.decay == "learned"):
+            raise ValueError("kernel.selective needs learned_features and decay learned: set kernel.selective false")
         if not self.normalize and self.window > 0:
             raise ValueError("kernel.normalize is false: the window needs the denominator, set kernel.window to 0")
         if self.frequency == "quasi-random" and self.learned_features:

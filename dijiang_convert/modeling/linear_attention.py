@@ -84,20 +84,18 @@ def naive(
     if segments is not None:
         own = segments[:, keys - queries :, None] == segments[:, None]
         near, far = near & own, far & own
-    lam = torch.zeros(k.shape[1], dtype=dtype, device=q.device)
+    # A key decays by the log γ of each key absorbed after it. (All of its own document, wherever it is seen.)
+    log_gamma = torch.zeros_like(gk)
     if log_decay is not None:
-        lam = log_decay.to(dtype).repeat_interleave(groups)
-
-    # Keys absorbed up to and including index t; a key decays once for each key absorbed after it. (All of its own
-    # document, wherever it is seen.)
-    absorbed = F.pad(valid.cumsum(-1), (1, 0))  # [B, K + 1]: absorbed[t] counts keys before index t
-    passed = absorbed[:, (i - window + 1).clamp(min=0)[:, 0]]  # [B, N]
-    steps = passed[:, :, None] - absorbed[:, None, 1:]
+        log_gamma = _per_key(log_decay, gk[:, ::groups]).to(dtype).repeat_interleave(groups, 1) * valid[:, None]
+    absorbed = F.pad(log_gamma.cumsum(-1), (1, 0))  # [B, H, K + 1]: at t that of all keys before index t
+    passed = absorbed[:, :, (i - window + 1).clamp(min=0)[:, 0]]  # [B, H, N]
+    decay = passed[..., None] - absorbed[:, :, None, 1:]
     if not causal:
         first = (i + max(window, 1)).clamp(max=keys)[:, 0]
-        behind = absorbed[:, None, :-1] - absorbed[:, first][:, :, None]
-        steps = torch.where(j > i, behind, steps)
-    log_far = (fq.to(dtype) @ fk.mT).log() + gk[:, :, None] + steps[:, None].clamp(min=0) * lam[:, None, None]
+        behind = absorbed[:, :, None, :-1] - absorbed[:, :, first][..., None]
+        decay = torch.where(j > i, behind, decay)
+    log_far = (fq.to(dtype) @ fk.mT).log() + gk[:, :, None] + decay.clamp(max=0)
     log_far = log_far.masked_fill(~far[:, None], -torch.inf)
     if not normalize:
         return log_far.exp() @ v
@@ -108,7 +106,7 @@ def naive(
     if state is not None:
         s, m = state.s.to(dtype).repeat_interleave(groups, 1), state.m.to(dtype).repeat_interleave(groups, 1)
         read = fq.to(dtype) @ s  # [B, H, N, V + 1]
-        log_state = read[..., -1:].log() + (gq + m[..., None] + passed[:, None] * lam[:, None])[..., None]
+        log_state = read[..., -1:].log() + (gq + m[..., None] + passed)[..., None]
         if segments is not None:
             log_state = log_state.masked_fill(~own[:, None, :, :1], -torch.inf)
         logits = torch.cat([logits, log_state], -1)
@@ -147,7 +145,7 @@ def chunked(
         gq, gk: log-scales [B, H, N], [B, G, K].
         scaling: s, the factor of q·k.
         window: how many of the last keys, the token's own included, are exact; 0 for none.
-        log_decay: [G], log γ ≤ 0. None is γ = 1.
+        log_decay: log γ ≤ 0, [G] or of each key [B, G, K]: what the state decays by when the key enters. None is γ = 1.
         mask: [B, K], True for real keys; others contribute nothing and don't decay the state.
         segments: [B, K], the number of each key's document, not decreasing along a row. None is one document a row.
         state: the far state before the first key (causal only); it is of that key's document.
@@ -181,20 +179,21 @@ def chunked(
         if segments is not None:
             state = _if_same(state, segments[:, 0], segments[:, first - 1])
             of_state = of_state & (segments[:, before] == segments[:, first - 1 : first])
-        state = absorb(state, fk[:, :, before], gk[:, :, before], v[:, :, before], log_decay, of_state)
-    delayed = _shift_keys(fk, gk, v, valid, first, queries)
+        decay = log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[..., before]
+        state = absorb(state, fk[:, :, before], gk[:, :, before], v[:, :, before], decay, of_state)
+    gk = gk.to(state.m.dtype)
+    all_keys = _Keys(fk, gk, v, None if log_decay is None else -_per_key(log_decay, gk), valid)
     documents = None if segments is None else _Documents.of(segments, first, queries)
-    read, log_m, state = _far_chunks(fq, *delayed, log_decay, state, chunk_size, documents)
+    read, log_m, state = _far_chunks(fq, all_keys.shift(first, queries), state, chunk_size, documents)
     if documents is not None and segments is not None:
         state = _if_same(state, documents.keys[:, -1], segments[:, -1])
     if not causal:
         # The other side: the same from right to left; without a window the token itself was counted already.
         first = keys - queries + max(window, 1)
-        late = _shift_keys(fk, gk, v, valid, first, queries)
-        fk_m, gk_m, v_m, valid_m = (x.flip(1 if x.dim() == 2 else 2) for x in late)
+        late = all_keys.shift(first, queries).flip()
         empty = FarState.empty(q.shape[0], k.shape[1], fk.shape[-1], v.shape[-1], v)
         documents = None if segments is None else _Documents.of(segments, first, queries).flip()
-        back, log_back, _ = _far_chunks(fq.flip(2), fk_m, gk_m, v_m, valid_m, log_decay, empty, chunk_size, documents)
+        back, log_back, _ = _far_chunks(fq.flip(2), late, empty, chunk_size, documents)
         read, log_m = _add_reads((read, log_m), (back.flip(2), log_back.flip(2)))
     if not normalize:
         return read[..., :-1] * log_m[..., None].exp(), state
@@ -250,10 +249,11 @@ def absorb(
     v1 = _with_ones(v)
     gk = gk.to(v1.dtype)
     total: Tensor | float = 0.0
-    if log_decay is not None:  # a key decays once for every key after it
-        n = torch.arange(1, gk.shape[-1] + 1, device=gk.device) if valid is None else valid.cumsum(-1)[:, None]
-        total = n[..., -1] * -log_decay
-        gk = gk + (n[..., -1:] - n) * log_decay[:, None]
+    if log_decay is not None:  # a key decays with every key after it
+        lam = -_per_key(log_decay, gk)
+        lam_n = (lam if valid is None else lam * valid[:, None]).cumsum(-1)
+        total = lam_n[..., -1]
+        gk = gk - (lam_n[..., -1:] - lam_n)
     if valid is not None:
         gk = gk.masked_fill(~valid[:, None], FLOOR)
     m = torch.maximum(state.m - total, gk.amax(-1)).detach()
@@ -266,11 +266,7 @@ def absorb(
 
 def _far_chunks(
     fq: Tensor,
-    fk: Tensor,
-    gk: Tensor,
-    v: Tensor,
-    valid: Tensor,
-    log_decay: Tensor | None,
+    keys: "_Keys",
     state: FarState,
     chunk_size: int,
     documents: "_Documents | None" = None,
@@ -282,21 +278,26 @@ def _far_chunks(
     key before it: queries of others don't read it, and the chunk adds to it only keys of the document it ends in.
     Returns [B, H, N, V + 1] (numerator, denominator), its log-scale [B, H, N], and the state after all keys.
     """
-    kv_heads, queries = fk.shape[1], fq.shape[2]
+    kv_heads, queries = keys.fk.shape[1], fq.shape[2]
     size = min(chunk_size, queries)
-    v1 = _with_ones(v)
-    q = _to_chunks(fq.to(v1.dtype), kv_heads, size)  # [B, G, n, R, C, F]
-    k = _to_chunks(fk.to(v1.dtype), kv_heads, size)[:, :, :, 0]  # [B, G, n, C, F]
-    v = _to_chunks(v1, kv_heads, size)[:, :, :, 0]
-    g = _to_chunks(gk[..., None], kv_heads, size)[:, :, :, 0, :, 0]  # [B, G, n, C]
-    live = _to_chunks(valid[:, None, :, None], 1, size)[:, :, :, 0, :, 0]  # [B, 1, n, C]
+
+    def chunks(x: Tensor) -> Tensor:
+        """[B, G, N, …] → [B, G, n, C, …]."""
+        return _to_chunks(x, x.shape[1], size)[:, :, :, 0]
+
+    v = chunks(_with_ones(keys.v))
+    q = _to_chunks(fq.to(v.dtype), kv_heads, size)  # [B, G, n, R, C, F]
+    k = chunks(keys.fk.to(v.dtype))  # [B, G, n, C, F]
+    g = chunks(keys.gk[..., None])[..., 0]  # [B, G, n, C]
+    lam = None if keys.lam is None else chunks(keys.lam[..., None])[..., 0]
+    live = chunks(keys.valid[:, None, :, None])[..., 0]  # [B, 1, n, C]
 
     visible = torch.ones(size, size, dtype=torch.bool, device=q.device).tril() & live[..., None, :]
     adds, keeps, reads = live, None, None
     if documents is not None:
         visible, adds, keeps, reads = documents.masks(visible, live)
 
-    h, lam_n = _decayed_scales(g, live, log_decay)
+    h, lam_n = _decayed_scales(g, live, lam)
     total = lam_n[..., -1]  # what a whole chunk decays, [B, G, n]
     with torch.no_grad():  # H guards the numbers; its own value cancels
         if keeps is None or reads is None:
@@ -412,7 +413,8 @@ def recurrent(
             t = slice(absorbed, absorbed + 1)
             if segments is not None:
                 state = _if_same(state, segments[:, max(absorbed - 1, 0)], segments[:, absorbed])
-            state = absorb(state, fk[:, :, t], gk[:, :, t], v[:, :, t], log_decay, valid[:, t])
+            decay = log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[..., t]
+            state = absorb(state, fk[:, :, t], gk[:, :, t], v[:, :, t], decay, valid[:, t])
             absorbed += 1
         recent = slice(max(i - window + 1, 0), i + 1)
         n = slice(i - past, i - past + 1)
@@ -524,25 +526,41 @@ def _add_reads(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tens
     return a[0] * (a[1] - top).exp()[..., None] + b[0] * (b[1] - top).exp()[..., None], top
 
 
-def _decayed_scales(gk: Tensor, valid: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(h, λn) with h_j = g_j + λ n_j, where n counts valid keys so far and λ = −log γ: then the weight of key j at i
-    is e^{h_j − λ n_i}. gk [B, G, …, C], valid broadcastable to it as [B, 1, …, C] or [B, C]."""
-    if valid.dim() < gk.dim():
-        valid = valid[:, None]
-    if log_decay is None:
+def _decayed_scales(gk: Tensor, valid: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(h, Λ) with h_j = g_j + Λ_j, where Λ sums λ = −log γ over the valid keys so far: then the weight of key j at i
+    is e^{h_j − Λ_i}. gk and lam [B, G, n, C], valid [B, 1, n, C]."""
+    if lam is None:
         return gk.masked_fill(~valid, FLOOR), torch.zeros_like(gk)
-    lam_n = valid.cumsum(-1) * -log_decay.view(-1, *[1] * (gk.dim() - 2))
+    lam_n = (lam * valid).cumsum(-1)
     return (gk + lam_n).masked_fill(~valid, FLOOR), lam_n
 
 
-def _shift_keys(
-    fk: Tensor, gk: Tensor, v: Tensor, valid: Tensor, start: int, length: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All per-key tensors from index ``start`` on; what lies outside is an invalid key."""
-    end = start + length
-    gk, valid = gk[..., None], valid[:, None, :, None]
-    fk, gk, v, valid = (_slice_keys(x, start, end) for x in (fk, gk, v, valid))
-    return fk, gk[..., 0], v, valid[:, 0, :, 0]
+def _per_key(log_decay: Tensor, gk: Tensor) -> Tensor:
+    """log γ of every key, [B, G, K], in the dtype of gk."""
+    return (log_decay[:, None] if log_decay.dim() == 1 else log_decay).to(gk.dtype).expand_as(gk)
+
+
+class _Keys(NamedTuple):
+    """All that `_far_chunks` needs of each key: fk [B, G, K, F], gk and λ = −log γ [B, G, K], v [B, G, K, V],
+    valid [B, K]."""
+
+    fk: Tensor
+    gk: Tensor
+    v: Tensor
+    lam: Tensor | None
+    valid: Tensor
+
+    def shift(self, start: int, length: int) -> "_Keys":
+        """Those from index ``start`` on; what lies outside is an invalid key."""
+        end = start + length
+        gk, valid = self.gk[..., None], self.valid[:, None, :, None]
+        lam = None if self.lam is None else _slice_keys(self.lam[..., None], start, end)[..., 0]
+        fk, gk, v, valid = (_slice_keys(x, start, end) for x in (self.fk, gk, self.v, valid))
+        return _Keys(fk, gk[..., 0], v, lam, valid[:, 0, :, 0])
+
+    def flip(self) -> "_Keys":
+        """From right to left."""
+        return _Keys(*(None if x is None else x.flip(1 if x.dim() == 2 else 2) for x in self))  # type: ignore[arg-type]
 
 
 def _slice_keys(x: Tensor, start: int, end: int) -> Tensor:

@@ -224,7 +224,7 @@ def assert_same_generation(model: Any, ids: Tensor, **options: Any) -> None:
         found.append(out.sequences)
         assert out.sequences.shape[1] == ids.shape[1] + NEW
     assert torch.equal(*found)
-    assert len(found[0][0, ids.shape[1] :].unique()) > 3  # not one token for ever
+    assert len(found[0][0, ids.shape[1] :].unique()) >= 3  # not one token for ever
 
 
 @pytest.mark.parametrize(
