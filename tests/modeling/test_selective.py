@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from dijiang_convert.modeling.linear_attention import FarState, absorb, chunked, naive
-from tests.models import feed, load, tokens
-
 from tests.modeling.test_linear_attention import (
     SCALING,
     assert_gradients_close,
@@ -19,6 +17,7 @@ from tests.modeling.test_linear_attention import (
     relative,
     run,
 )
+from tests.models import feed, load, tokens
 
 
 def decays(x: dict[str, Tensor]) -> Tensor:
