@@ -1,0 +1,117 @@
+"""Tables and the plot of `lab` runs: means over seeds with their standard errors.
+
+    python -m benchmarks.fidelity.report RUNS.jsonl [MORE.jsonl …] [--plot quality.png] [--budget 300000]
+
+"gap closed" is the share of window-only's distance to the original (in perplexity) that a row with the same window
+closes, "KL removed" the same for the divergence.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+COLUMNS = (
+    "row", "seeds", "tokens", "untrained ratio", "ratio", "KL a token", "same choice", "gap closed", "KL removed",
+    "error a layer", "recall",
+)  # fmt: skip
+Runs = list[dict[str, Any]]
+
+
+def load(paths: list[Path]) -> Runs:
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def grouped(runs: Runs) -> dict[tuple[str, int], Runs]:
+    """Runs that differ by seed alone, by (row, budget)."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run["row"], run["budget"]].append(run)
+    return dict(groups)
+
+
+def window(row: str) -> str:
+    """The window setting of a row: "window=16", or nothing."""
+    settings = row.partition(":")[2].split(",")
+    return next((s for s in settings if s.startswith("window=")), "")
+
+
+def mean(runs: Runs, key: str) -> float:
+    return statistics.mean(run[key] for run in runs)
+
+
+def with_error(runs: Runs, key: str, digits: int) -> str:
+    """Mean ± standard error over seeds."""
+    values = [run[key] for run in runs]
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def table(runs: Runs) -> str:
+    groups = grouped(runs)
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for (row, budget), same in sorted(groups.items(), key=lambda item: (item[0][1], mean(item[1], "kl"))):
+        alone = groups.get((f"window-only:{window(row)}", budget)) if window(row) else None
+        closed = removed = ""
+        if alone and not row.startswith("window-only"):
+            closed = f"{1 - (mean(same, 'ratio') - 1) / (mean(alone, 'ratio') - 1):.0%}"
+            removed = f"{1 - mean(same, 'kl') / mean(alone, 'kl'):.0%}"
+        errors = [statistics.mean(run["transfer_errors"]["trained"]) for run in same if run["transfer_errors"]["trained"]]
+        untrained = statistics.mean(run["untrained"]["ratio"] for run in same)
+        cells = [
+            f"`{row}`", str(len(same)), f"{budget // 1000}K", f"{untrained:.3f}", with_error(same, "ratio", 4),
+            with_error(same, "kl", 4), f"{mean(same, 'top1'):.1%}", closed, removed,
+            f"{statistics.mean(errors):.3f}" if errors else "", _recall(same),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _recall(runs: Runs) -> str:
+    """Gain in nats from a pair planted at each distance."""
+    distances = runs[0]["recall"]
+    return ", ".join(f"{d}: {statistics.mean(r['recall'][d]['gain'] for r in runs):.2f}" for d in distances)
+
+
+def draw(runs: Runs, path: Path) -> None:
+    """KL against tokens, a line a row, and KL by position at the largest budget."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = grouped(runs)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5))
+    rows = sorted({row for row, _ in groups})
+    for i, row in enumerate(rows):
+        budgets = sorted(budget for name, budget in groups if name == row)
+        style = {"color": plt.get_cmap("tab20")(i % 20), "linestyle": "--" if window(row) else "-", "marker": "o"}
+        left.plot(budgets, [mean(groups[row, b], "kl") for b in budgets], label=row, markersize=4, **style)
+        last = groups[row, budgets[-1]]
+        by_position = [statistics.mean(values) for values in zip(*(run["kl_by_position"] for run in last), strict=True)]
+        positions = [(j + 0.5) * last[0]["seq_len"] / len(by_position) for j in range(len(by_position))]
+        right.plot(positions, by_position, markersize=3, **style)
+    left.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="KL to the original, nats a token")
+    right.set(yscale="log", xlabel="position", ylabel="KL to the original, nats a token")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside center right", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 0.8, 1))
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--budget", type=int, help="only runs of this many tokens")
+    args = parser.parse_args()
+    runs = [run for run in load(args.runs) if args.budget in (None, run["budget"])]
+    print(f"original's perplexity {runs[0]['original']:.3f}\n\n{table(runs)}")
+    if args.plot:
+        draw(runs, args.plot)
+
+
+if __name__ == "__main__":
+    main()
