@@ -5,17 +5,20 @@ and all learn at once, independently. Only the kernel's parameters train.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..modeling.modeling_dijiang import dijiang_attention, dijiang_mask, softmax_attention
+from .gradients import gradients, with_gradients
+from .logits import causal_model, hidden_states
 
 NAME = "dijiang_transfer"
 _LOSSES: ContextVar[list[Tensor] | None] = ContextVar("losses", default=None)
@@ -24,14 +27,21 @@ _LOSSES: ContextVar[list[Tensor] | None] = ContextVar("losses", default=None)
 def transfer_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Softmax attention that notes how far the module's kernel is from it."""
+    """Softmax attention that notes how far the module's kernel is from it.
+
+    The error's gradient is computed here too, so that only one layer's graph is alive at a time.
+    """
     call = kwargs.pop("dijiang", None)
     with torch.no_grad():
         target, _ = softmax_attention(module, query, key, value, attention_mask, **kwargs)
     losses = _LOSSES.get()
     if losses is not None and hasattr(module, "dijiang"):
         output, _ = dijiang_attention(module, query, key, value, attention_mask, dijiang=call, **kwargs)
-        losses.append(normalized_error(output, target, attention_mask))
+        loss = normalized_error(output, target, attention_mask)
+        if loss.requires_grad:
+            parameters = [p for p in module.dijiang.parameters() if p.requires_grad]  # type: ignore[union-attr]
+            loss = with_gradients(loss.detach(), parameters, gradients(loss, parameters))
+        losses.append(loss)
     return target, None
 
 
@@ -46,11 +56,12 @@ def normalized_error(output: Tensor, target: Tensor, mask: Tensor | None = None)
 
 
 def attention_transfer_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """The mean over layers of `normalized_error`. The model must be `transferring`."""
+    """The mean over layers of `normalized_error`. The model must be `transferring`, its base frozen."""
     losses: list[Tensor] = []
+    model.eval()  # the original's dropout is no part of what there is to learn
     token = _LOSSES.set(losses)
     try:
-        model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), use_cache=False)
+        hidden_states(model, input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), use_cache=False)
     finally:
         _LOSSES.reset(token)
     return torch.stack(losses).mean()
@@ -61,6 +72,18 @@ def transferring(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model computes softmax attention and its kernels' error."""
     with attention(model, NAME):
         yield
+
+
+@contextmanager
+def original(student: Any) -> Iterator[None]:
+    """Inside, a converted model, with adapters or without, is the softmax model it was: no adapters, no dropout."""
+    model, training = causal_model(student), student.training
+    student.eval()
+    try:
+        with student.disable_adapter() if isinstance(student, PeftModel) else nullcontext(), attention(model, "sdpa"):
+            yield
+    finally:
+        student.train(training)
 
 
 @contextmanager

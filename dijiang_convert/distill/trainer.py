@@ -22,9 +22,9 @@ from ..errors import DijiangError
 from ..models import hidden_size
 from ..progress import console
 from ..recipe import Stage
-from .attention_transfer import attention, attention_transfer_loss, transferring
+from .attention_transfer import attention_transfer_loss, original, transferring
 from .data import Rows
-from .logits import cross_entropy_loss, distillation_loss
+from .logits import causal_model, cross_entropy_loss, distillation_loss, live_teacher
 
 REFERENCE_WIDTH = 1024  # hidden_size that a recipe's learning_rate is given for; Adam wants it ∝ 1 / width
 LEAST_STEPS = 150  # short runs take smaller batches rather than fewer steps
@@ -143,17 +143,14 @@ def _loss(stage: Stage, model: PreTrainedModel, teacher: PreTrainedModel | None)
     if stage.objective == "cross_entropy":
         return cross_entropy_loss
 
-    def teach(student: Any) -> Callable[..., Tensor]:
+    def distil(student: Any, inputs: dict[str, Any]) -> Tensor:
         if teacher is not None:
-            return lambda **tokens: teacher(**tokens).logits
+            target = live_teacher(teacher, inputs)
+        else:
+            target = live_teacher(student, inputs, within=lambda: original(student))
+        return distillation_loss(student, target, inputs, stage.cross_entropy_weight)
 
-        def own(**tokens: Any) -> Tensor:
-            with student.disable_adapter(), attention(model, "sdpa"):
-                return student(**tokens).logits
-
-        return own
-
-    return lambda student, inputs: distillation_loss(student, teach(student), inputs, stage.cross_entropy_weight)
+    return distil
 
 
 class _StageTrainer(Trainer):
