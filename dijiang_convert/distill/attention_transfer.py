@@ -5,20 +5,20 @@ and all learn at once, independently. Only the kernel's parameters train.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..modeling.modeling_dijiang import dijiang_attention, dijiang_mask, softmax_attention
+from .attention import attention
 from .gradients import gradients, with_gradients
-from .logits import causal_model, hidden_states
+from .logits import hidden_states
 
 NAME = "dijiang_transfer"
 _LOSSES: ContextVar[list[Tensor] | None] = ContextVar("losses", default=None)
@@ -61,7 +61,9 @@ def attention_transfer_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> T
     model.eval()  # the original's dropout is no part of what there is to learn
     token = _LOSSES.set(losses)
     try:
-        hidden_states(model, input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), use_cache=False)
+        hidden_states(
+            model, input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), use_cache=False
+        )
     finally:
         _LOSSES.reset(token)
     return torch.stack(losses).mean()
@@ -72,30 +74,6 @@ def transferring(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model computes softmax attention and its kernels' error."""
     with attention(model, NAME):
         yield
-
-
-@contextmanager
-def original(student: Any) -> Iterator[None]:
-    """Inside, a converted model, with adapters or without, is the softmax model it was: no adapters, no dropout."""
-    model, training = causal_model(student), student.training
-    student.eval()
-    try:
-        with student.disable_adapter() if isinstance(student, PeftModel) else nullcontext(), attention(model, "sdpa"):
-            yield
-    finally:
-        student.train(training)
-
-
-@contextmanager
-def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Inside, the model runs another attention function: "sdpa" makes it the softmax model its base weights are."""
-    config = model.config
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 AttentionInterface.register(NAME, transfer_attention)

@@ -5,7 +5,7 @@ never there all at once: models run up to their last hidden state, and from ther
 computed right after its loss, and only the hidden states' (and a trained head's) is kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .gradients import gradients, with_gradients
 
-# Logits of a chunk; a few tensors of this size are alive at a time. Fewer rows than LEAST_ROWS make matrix products slow.
+# Logits of a chunk: a few tensors of this size are alive at a time. Matrix products of fewer rows would be slow.
 CHUNK_ELEMENTS = 2**24
 LEAST_ROWS = 128
 
@@ -95,9 +95,7 @@ def mean_loss(model: Any, inputs: dict[str, Any], loss: ChunkLoss) -> Tensor:
     trained = head_parameters(model) if torch.is_grad_enabled() else []
     total = torch.zeros((), device=hidden.device)
     of_hidden, of_head = torch.zeros_like(hidden), [torch.zeros_like(p) for p in trained]
-    rows = max(CHUNK_ELEMENTS // causal_model(model).config.get_text_config().vocab_size, LEAST_ROWS)
-    for start in range(0, len(hidden), rows):
-        part = slice(start, start + rows)
+    for part in parts(model, len(hidden)):
         chunk = hidden[part].detach().requires_grad_(torch.is_grad_enabled())
         value = loss(head(model, chunk), part)
         total += value.detach()
@@ -106,6 +104,12 @@ def mean_loss(model: Any, inputs: dict[str, Any], loss: ChunkLoss) -> Tensor:
             for sum_, gradient in zip(of_head, more, strict=True):
                 sum_ += gradient
     return with_gradients(total, [hidden, *trained], [of_hidden, *of_head]) / max(len(hidden), 1)
+
+
+def parts(model: Any, positions: int) -> Iterator[slice]:
+    """Cuts positions into chunks that the model's vocabulary leaves small enough."""
+    rows = max(CHUNK_ELEMENTS // causal_model(model).config.get_text_config().vocab_size, LEAST_ROWS)
+    yield from (slice(start, start + rows) for start in range(0, positions, rows))
 
 
 def tokens(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -151,10 +155,14 @@ def head(model: Any, hidden: Tensor) -> Tensor:
 
 def head_parameters(model: Any) -> list[nn.Parameter]:
     """What trains in the head: an embedding too where the two are tied."""
-    whole, body = causal_model(model), _body(model)
-    (prefix,) = (name for name, module in whole.named_modules() if module is body)
-    named = whole.named_parameters(remove_duplicate=False)
-    return [p for name, p in named if p.requires_grad and not name.startswith(f"{prefix}.")]
+    named, body = causal_model(model).named_parameters(remove_duplicate=False), body_name(model)
+    return [p for name, p in named if p.requires_grad and not name.startswith(f"{body}.")]
+
+
+def body_name(model: Any) -> str:
+    """Of what lies before the head, as in gpt_neox or model.decoder."""
+    body = _body(model)
+    return next(name for name, module in causal_model(model).named_modules() if module is body)
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
