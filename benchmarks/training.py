@@ -9,7 +9,8 @@ CUDA the allocator's), and how much of it came after the model was loaded.
 - distill: the converted model with the same LoRA and its kernels, distilled from itself
 - full-copy, full-cached: the whole converted model, distilled from a frozen copy or from the cached top 64
 
-Time of a step, medians of steps that take turns in one process:
+Time of a step, medians of steps that take turns in one process; on the CPU the processor's time, in one thread with
+OMP_NUM_THREADS=1, so that what else runs on the machine does not count:
 
 - distill over plain: LoRA, as above
 - transfer over softmax: attention transfer against one forward and backward pass of the softmax model (all gradients)
@@ -34,16 +35,18 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, default_data_collator
 
 from dijiang_convert import convert
 from dijiang_convert.distill.attention import original, recomputing
 from dijiang_convert.distill.attention_transfer import attention_transfer_loss, transferring
 from dijiang_convert.distill.logits import causal_model, distillation_loss, live_teacher
+from dijiang_convert.distill.teacher_cache import cache_teacher, cached_teacher
 from dijiang_convert.distill.trainer import lora_targets
 from dijiang_convert.models import default_device, load_converted
 
 WAYS = ("plain", "distill", "full-copy", "full-cached")
+TIMED = ("plain", "distill", "transfer", "softmax")
 STEPS = 3
 TOP = 64
 
@@ -86,7 +89,9 @@ def with_lora(model: Any, targets: list[str], kernels: bool) -> Any:
     return get_peft_model(model, config)
 
 
-def way(name: str, source: Path, converted: Path, args: argparse.Namespace) -> tuple[Any, Callable[..., Tensor]]:
+def way(
+    name: str, source: Path, converted: Path, inputs: dict[str, Tensor], args: argparse.Namespace
+) -> tuple[Any, Callable[..., Tensor]]:
     """(what trains, its loss of a batch) of one of WAYS, "transfer" or "softmax"."""
     if name == "softmax":
         return softmax_model(source), plain_loss
@@ -102,7 +107,21 @@ def way(name: str, source: Path, converted: Path, args: argparse.Namespace) -> t
         return with_lora(model, targets, kernels=True), lambda student, inputs: distillation_loss(
             student, live_teacher(student, inputs, within=lambda: original(student)), inputs, 0.0
         )
-    raise ValueError(name)
+    if name == "full-copy":
+        teacher = load_converted(converted, attention="sdpa").eval().requires_grad_(False)
+        return model, lambda student, inputs: distillation_loss(student, live_teacher(teacher, inputs), inputs, 0.0)
+    rows: Any = [{key: x[i].cpu() for key, x in inputs.items()} for i in range(args.batch)]
+    cached = cache_teacher(
+        rows, args.batch, lambda: load_converted(converted, attention="sdpa").eval(), top=TOP,
+        folder=source.parent / "teacher",
+    )  # fmt: skip
+
+    def loss(student: Any, inputs: dict[str, Tensor]) -> Tensor:
+        whole = default_data_collator([cached[i] for i in range(len(cached))])
+        whole = {key: x.to(default_device()) for key, x in whole.items()}
+        return distillation_loss(student, cached_teacher(whole), inputs, 0.0)
+
+    return model, loss
 
 
 def stepper(name: str, model: Any, loss: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Callable[[], None]:
@@ -140,9 +159,10 @@ def resident() -> int:
 def measure_memory(name: str, folder: Path, vocabulary: int, args: argparse.Namespace) -> dict[str, int]:
     """Of this process, which does nothing else."""
     torch.manual_seed(0)
-    model, loss = way(name, folder / "source", folder / "converted", args)
+    inputs = batch(vocabulary, args)
+    model, loss = way(name, folder / "source", folder / "converted", inputs, args)
     loaded = resident()
-    step = stepper(name, model, loss, batch(vocabulary, args))
+    step = stepper(name, model, loss, inputs)
     for _ in range(STEPS):
         step()
     peak = peak_memory()
@@ -150,7 +170,7 @@ def measure_memory(name: str, folder: Path, vocabulary: int, args: argparse.Name
 
 
 def clock() -> float:
-    """Seconds: on the CPU those that this process computed, so that others on the machine don't count."""
+    """Seconds: on the CPU those that the processor gave this process."""
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
@@ -158,7 +178,7 @@ def measure_times(names: tuple[str, ...], folder: Path, vocabulary: int, args: a
     """Median seconds a step."""
     torch.manual_seed(0)
     inputs = batch(vocabulary, args)
-    steps = {n: stepper(n, *way(n, folder / "source", folder / "converted", args), inputs) for n in names}
+    steps = {n: stepper(n, *way(n, folder / "source", folder / "converted", inputs, args), inputs) for n in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(args.repeats + 1):
         for name, step in steps.items():
@@ -178,10 +198,11 @@ def worker(name: str, folder: Path, vocabulary: int, argv: list[str]) -> Any:
 
 def ratios(memory: dict[str, dict[str, int]], times: dict[str, float]) -> dict[str, float]:
     values = {}
-    for a, b in (("distill", "plain"), ("full-cached", "full-copy")):
+    for a, b, key in (
+        ("distill", "plain", "peak"), ("distill", "plain", "growth"), ("full-cached", "full-copy", "peak"),
+    ):  # fmt: skip
         if a in memory and b in memory:
-            for key in ("peak", "growth"):
-                values[f"{a}_over_{b}_{key}"] = memory[a][f"{key}_bytes"] / memory[b][f"{key}_bytes"]
+            values[f"{a}_over_{b}_{key}"] = memory[a][f"{key}_bytes"] / memory[b][f"{key}_bytes"]
     for a, b in (("distill", "plain"), ("transfer", "softmax")):
         if a in times and b in times:
             values[f"{a}_over_{b}_time"] = times[a] / times[b]
@@ -198,8 +219,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--recipe", default="default")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--memory", nargs="*", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--times", nargs="*", default=["plain", "distill", "transfer", "softmax"])
+    parser.add_argument("--memory", nargs="*", choices=WAYS, default=WAYS)
+    parser.add_argument("--times", nargs="*", choices=TIMED, default=TIMED)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", nargs=3, metavar=("WAY", "FOLDER", "VOCABULARY"), help=argparse.SUPPRESS)
     args = parser.parse_args()

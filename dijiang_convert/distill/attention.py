@@ -34,9 +34,12 @@ def original(student: Any) -> Iterator[None]:
     """Inside, a converted model, with adapters or without, is the softmax model it was: no adapters, no dropout."""
     training = student.training
     student.eval()
-    adapters = student.disable_adapter() if isinstance(student, PeftModel) else nullcontext()
+    adapted = next((module for module in student.modules() if isinstance(module, PeftModel)), None)
     try:
-        with adapters, attention(causal_model(student), "sdpa"):
+        with (
+            nullcontext() if adapted is None else adapted.disable_adapter(),
+            attention(causal_model(student), "sdpa"),
+        ):
             yield
     finally:
         student.train(training)

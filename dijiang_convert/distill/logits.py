@@ -18,8 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from .gradients import gradients, with_gradients
 
 # Logits of a chunk: a few tensors of this size are alive at a time. Matrix products of fewer rows would be slow.
-CHUNK_ELEMENTS = 2**24
-LEAST_ROWS = 128
+CHUNK_ELEMENTS = 2**22
+LEAST_ROWS = 256
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 """The loss, summed over a chunk, of its logits [n, vocabulary] and which of all counted positions it holds."""
@@ -156,7 +156,8 @@ def head(model: Any, hidden: Tensor) -> Tensor:
 def head_parameters(model: Any) -> list[nn.Parameter]:
     """What trains in the head: an embedding too where the two are tied."""
     named, body = causal_model(model).named_parameters(remove_duplicate=False), body_name(model)
-    return [p for name, p in named if p.requires_grad and not name.startswith(f"{body}.")]
+    found = {id(p): p for name, p in named if p.requires_grad and not name.startswith(f"{body}.")}
+    return list(found.values())  # once each, though a head may have one under two names
 
 
 def body_name(model: Any) -> str:
