@@ -19,6 +19,8 @@ from .card import write_card
 from .checkpoint import check_out, new_folder, read_checkpoint, write_json
 from .convert import LEFT_BEHIND, write_code
 from .distill.data import Rows, token_rows
+from .distill.teacher_cache import CachedRows
+from .distill.teacher_cache import cache_teacher as write_cache
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
 from .models import load_any, load_converted, load_tokenizer, silence
@@ -48,6 +50,7 @@ def finetune(
     seq_len: int | None = None,
     settings: Sequence[str] = (),
     teacher: str | None = None,
+    cache_teacher: int | None = None,
     resume: bool = False,
     push: str | None = None,
     force: bool = False,
@@ -66,6 +69,8 @@ def finetune(
         seq_len: tokens a row.
         settings: ``key=value`` for every stage, ``stage.key=value`` for one.
         teacher: the original model, needed only where the checkpoint was trained before and its source is a folder.
+        cache_teacher: write down the teacher's so many likeliest tokens of every position first, so that training needs
+            no second model in memory. For stages that have one: LoRA's teacher is the model itself.
         resume: go on where a run with the same ``out`` stopped.
         push: a Hub repository to push the result to.
 
@@ -78,6 +83,11 @@ def finetune(
     target = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}-finetuned")
     recipe = _recipe(config["dijiang"])
     plan = _plan(recipe, stages, tokens, train, seq_len, settings)
+    section = config["dijiang"]
+    teachers = [
+        _teacher(stage, folder, section, [*section["history"], *plan[:i]], teacher) for i, stage in enumerate(plan)
+    ]
+    _check_cache(cache_teacher, teachers)
     check_out(target, force)
     if push:
         check_repo(push)
@@ -91,10 +101,16 @@ def finetune(
     for i, stage in enumerate(plan):
         if i < len(results):
             continue
-        guide = _teacher(stage, model, folder, config["dijiang"], [*config["dijiang"]["history"], *plan[:i]], teacher)
-        model, result = run_stage(
-            model, stage, rows[stage.seq_len], teacher=guide, folder=run.stage(i), resume=resume, seed=seed
-        )
+        text: Rows | CachedRows = rows[stage.seq_len]
+        source, guide = teachers[i], None
+        if source is not None and cache_teacher is not None:
+            text = write_cache(
+                rows[stage.seq_len], -(-stage.tokens // stage.seq_len), source.load, top=cache_teacher,
+                folder=run.cache(i), name=source.name,
+            )  # fmt: skip
+        elif source is not None:
+            guide = source.load()
+        model, result = run_stage(model, stage, text, teacher=guide, folder=run.stage(i), resume=resume, seed=seed)
         results.append(result)
         if i + 1 < len(plan):
             run.record(i, results, lambda path: _write(path, model, folder, config, plan, results))  # noqa: B023
@@ -166,32 +182,48 @@ def _gather(
     return rows
 
 
+@dataclass(frozen=True)
+class _Teacher:
+    """A softmax model to learn from, not loaded: a converted folder's base weights, or the original by its name."""
+
+    name: str
+    is_converted: bool = False
+
+    def load(self) -> PreTrainedModel:
+        model = load_converted(self.name, attention="sdpa") if self.is_converted else load_any(self.name)
+        return model.eval().requires_grad_(False)  # type: ignore[return-value]
+
+
 def _teacher(
-    stage: Stage,
-    model: PreTrainedModel,
-    folder: Path,
-    section: dict[str, Any],
-    before: Sequence[Any],
-    given: str | None,
-) -> PreTrainedModel | None:
-    """The softmax model to learn from, or None where the model itself is it once adapters and kernels are off."""
+    stage: Stage, folder: Path, section: dict[str, Any], before: Sequence[Any], given: str | None
+) -> _Teacher | None:
+    """None where there is none to load: the model itself is it, once adapters and kernels are off."""
     if stage.objective != "distillation":
         return None
-    trains = [step["train"] if isinstance(step, dict) else step.train for step in before]
+    trained = {step["train"] if isinstance(step, dict) else step.train for step in before}
     if given is not None:
-        guide = load_any(given, model.device)
-    elif any(step["train"] != "kernel" for step in section["history"]):
+        return _Teacher(given)
+    if any(step["train"] != "kernel" for step in section["history"]):
         if not is_hub_id(str(section["source"])):
             raise DijiangError(
                 f"{folder} was trained before, so its base weights are not the original's: "
                 f"give that model with --teacher (it was {section['source']})"
             )
-        guide = load_any(section["source"], model.device)
-    elif stage.train == "lora" and all(kind == "kernel" for kind in trains):
+        return _Teacher(section["source"])
+    if stage.train != "full" and trained <= {"kernel"}:
         return None
-    else:
-        guide = load_converted(folder, attention="sdpa", device=model.device)
-    return guide.eval().requires_grad_(False)  # type: ignore[return-value]
+    return _Teacher(str(folder), is_converted=True)
+
+
+def _check_cache(top: int | None, teachers: Sequence[_Teacher | None]) -> None:
+    if top is None:
+        return
+    if top < 1:
+        raise DijiangError(f"--cache-teacher {top}: give how many tokens to keep, 64 for example")
+    if not any(teachers):
+        raise DijiangError(
+            "--cache-teacher is of no use here: no stage loads a teacher (LoRA's is the model itself); leave it out"
+        )
 
 
 class _Run:
@@ -224,12 +256,17 @@ class _Run:
     def stage(self, index: int) -> Path:
         return self.folder / f"stage-{index}"
 
+    def cache(self, index: int) -> Path:
+        """Of a stage's teacher."""
+        return self.folder / f"teacher-{index}"
+
     def record(self, index: int, results: list[StageResult], write: Any) -> None:
         """Keeps the model after a stage; what came before it is no longer needed."""
         with new_folder(self.folder / f"after-{index}", force=True) as folder:
             write(folder)
             write_json(folder / "results.json", [dataclasses.asdict(result) for result in results])
         shutil.rmtree(self.folder / f"after-{index - 1}", ignore_errors=True)
+        shutil.rmtree(self.cache(index), ignore_errors=True)
         for checkpoint in self.stage(index).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 

@@ -9,6 +9,7 @@ from dijiang_convert import convert, finetune
 from dijiang_convert.demo import MODEL
 from dijiang_convert.demo_text import documents
 from dijiang_convert.models import load_converted
+from tests.test_losses import memory_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -31,3 +32,9 @@ def test_finetune(tmp_path: Path) -> None:
     convert(str(MODEL), tmp_path / "out", dtype="bfloat16")
     result = finetune(tmp_path / "out", data=documents("train")[:20], seq_len=256, tokens=40_000)
     assert result.stages[0].last_loss < result.stages[0].first_loss
+
+
+def test_distillation_takes_the_memory_of_plain_lora() -> None:
+    """By the allocator, each in a process of its own."""
+    ratios = memory_of("plain", "distill", vocabularies=50_304, hidden=1024, layers=8, length=2048, batch=4)
+    assert ratios["distill_over_plain_peak"] < 1.25

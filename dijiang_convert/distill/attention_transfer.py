@@ -16,7 +16,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..modeling.modeling_dijiang import dijiang_attention, dijiang_mask, softmax_attention
-from .logits import tokens
+from .attention import attention
+from .gradients import gradients, with_gradients
+from .logits import hidden_states, tokens
 
 NAME = "dijiang_transfer"
 
@@ -35,14 +37,21 @@ _COLLECTED: ContextVar[_Collected | None] = ContextVar("collected", default=None
 def transfer_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Softmax attention that notes how far the module's kernel is from it."""
+    """Softmax attention that notes how far the module's kernel is from it.
+
+    The error's gradient is computed here too, so that only one layer's graph is alive at a time.
+    """
     call = kwargs.pop("dijiang", None)
     with torch.no_grad():
         target, _ = softmax_attention(module, query, key, value, attention_mask, **kwargs)
     collected = _COLLECTED.get()
     if collected is not None and hasattr(module, "dijiang"):
         output, _ = dijiang_attention(module, query, key, value, attention_mask, dijiang=call, **kwargs)
-        collected.losses.append(normalized_error(output, target, collected.real))
+        loss = normalized_error(output, target, collected.real)
+        if loss.requires_grad:
+            parameters = [p for p in module.dijiang.parameters() if p.requires_grad]  # type: ignore[union-attr]
+            loss = with_gradients(loss.detach(), parameters, gradients(loss, parameters))
+        collected.losses.append(loss)
     return target, None
 
 
@@ -57,11 +66,12 @@ def normalized_error(output: Tensor, target: Tensor, mask: Tensor | None = None)
 
 
 def attention_transfer_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """The mean over layers of `normalized_error`. The model must be `transferring`."""
+    """The mean over layers of `normalized_error`. The model must be `transferring`, its base frozen."""
     collected = _Collected([], inputs.get("attention_mask"))
+    model.eval()  # the original's dropout is no part of what there is to learn
     token = _COLLECTED.set(collected)
     try:
-        model(**tokens(inputs))
+        hidden_states(model, **tokens(inputs))
     finally:
         _COLLECTED.reset(token)
     return torch.stack(collected.losses).mean()
@@ -72,18 +82,6 @@ def transferring(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model computes softmax attention and its kernels' error."""
     with attention(model, NAME):
         yield
-
-
-@contextmanager
-def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Inside, the model runs another attention function: "sdpa" makes it the softmax model its base weights are."""
-    config = model.config
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 AttentionInterface.register(NAME, transfer_attention)

@@ -1,38 +1,115 @@
-"""Stage 2, logit distillation: the whole model learns the softmax model's distribution of the next token."""
+"""Stage 2, logit distillation: the whole model learns the softmax model's distribution of the next token.
 
+Logits take more memory than anything else in training (tokens × vocabulary, several times in float32), so they are
+never there all at once: models run up to their last hidden state, and from there chunk by chunk. A chunk's gradient is
+computed right after its loss, and only the hidden states' (and a trained head's) is kept.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from .gradients import gradients, with_gradients
+
+# Logits of a chunk: a few tensors of this size are alive at a time. Matrix products of fewer rows would be slow.
+CHUNK_ELEMENTS = 2**22
+LEAST_ROWS = 256
+
+ChunkLoss = Callable[[Tensor, slice], Tensor]
+"""The loss, summed over a chunk, of its logits [n, vocabulary] and which of all counted positions it holds."""
+
+
+# ----------------------------------------------------------------------------------------------- plain definitions
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """KL(teacher ‖ student) a token, averaged over those that ``mask`` [B, N] marks. Logits [B, N, vocabulary]."""
     real = mask.bool()
-    log_p, log_q = student[real].float().log_softmax(-1), teacher[real].float().log_softmax(-1)
-    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    return _kl_sum(student[real], teacher[real]) / real.sum()
 
 
 def cross_entropy(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Next-token loss, averaged over the targets that ``mask`` marks. Logits [B, N, vocabulary], input_ids and mask [B, N]."""
+    """Next-token loss, averaged over the targets that ``mask`` marks. Logits [B, N, vocabulary], others [B, N]."""
     real = mask[:, 1:].bool()
     return F.cross_entropy(logits[:, :-1][real].float(), input_ids[:, 1:][real])
 
 
-def distillation_loss(student: Any, teacher: Any, inputs: dict[str, Any], cross_entropy_weight: float) -> Tensor:
-    """KL to the teacher's logits, with a share of next-token loss mixed in. ``teacher`` gives logits for ``tokens``.
+def _kl_sum(student: Tensor, teacher: Tensor) -> Tensor:
+    log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
-    Both judge the prediction of every target that loss_mask marks.
+
+# ---------------------------------------------------------------------------------------------------------- losses
+
+
+def distillation_loss(student: Any, teacher: ChunkLoss, inputs: dict[str, Any], cross_entropy_weight: float) -> Tensor:
+    """KL to the teacher, with a share of next-token loss mixed in: what `kl_divergence` and `cross_entropy` give.
+
+    Both judge the prediction of every target that loss_mask marks. ``teacher`` is `live_teacher` or a cache's.
     """
-    input_ids, mask = inputs["input_ids"], inputs["loss_mask"]
-    with torch.no_grad():
-        target = teacher(**tokens(inputs))
-    logits = student(**tokens(inputs)).logits
-    loss = kl_divergence(logits[:, :-1], target[:, :-1], mask[:, 1:])
-    if cross_entropy_weight:
-        loss = (1 - cross_entropy_weight) * loss + cross_entropy_weight * cross_entropy(logits, input_ids, mask)
-    return loss
+    labels = inputs["input_ids"][:, 1:][counted(inputs)]
+
+    def loss(logits: Tensor, part: slice) -> Tensor:
+        total = teacher(logits, part)
+        if cross_entropy_weight:
+            plain = F.cross_entropy(logits.float(), labels[part], reduction="sum")
+            total = (1 - cross_entropy_weight) * total + cross_entropy_weight * plain
+        return total
+
+    return mean_loss(student, inputs, loss)
+
+
+def cross_entropy_loss(student: Any, inputs: dict[str, Any]) -> Tensor:
+    """Plain language modelling: what `cross_entropy` gives."""
+    labels = inputs["input_ids"][:, 1:][counted(inputs)]
+    return mean_loss(
+        student, inputs, lambda logits, part: F.cross_entropy(logits.float(), labels[part], reduction="sum")
+    )
+
+
+def live_teacher(
+    teacher: Any, inputs: dict[str, Any], within: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> ChunkLoss:
+    """KL to a model that runs here. ``within`` makes it the teacher, where it is the student otherwise; the head is
+    the same in both."""
+    with torch.no_grad(), within():
+        hidden = hidden_states(teacher, **tokens(inputs))[:, :-1][counted(inputs)]
+
+    def divergence(logits: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            target = head(teacher, hidden[part])
+        return _kl_sum(logits, target)
+
+    return divergence
+
+
+def mean_loss(model: Any, inputs: dict[str, Any], loss: ChunkLoss) -> Tensor:
+    """The mean of ``loss`` over all targets of a batch, 0 where there is none, without holding all their logits."""
+    hidden = hidden_states(model, **tokens(inputs))[:, :-1][counted(inputs)]
+    trained = head_parameters(model) if torch.is_grad_enabled() else []
+    total = torch.zeros((), device=hidden.device)
+    of_hidden, of_head = torch.zeros_like(hidden), [torch.zeros_like(p) for p in trained]
+    for part in parts(model, len(hidden)):
+        chunk = hidden[part].detach().requires_grad_(torch.is_grad_enabled())
+        value = loss(head(model, chunk), part)
+        total += value.detach()
+        if value.requires_grad:
+            of_hidden[part], *more = gradients(value, [chunk, *trained])
+            for sum_, gradient in zip(of_head, more, strict=True):
+                sum_ += gradient
+    return with_gradients(total, [hidden, *trained], [of_hidden, *of_head]) / max(len(hidden), 1)
+
+
+def parts(model: Any, positions: int) -> Iterator[slice]:
+    """Cuts positions into chunks that the model's vocabulary leaves small enough."""
+    rows = max(CHUNK_ELEMENTS // causal_model(model).config.get_text_config().vocab_size, LEAST_ROWS)
+    yield from (slice(start, start + rows) for start in range(0, positions, rows))
 
 
 def tokens(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +117,67 @@ def tokens(inputs: dict[str, Any]) -> dict[str, Any]:
     return {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
 
 
-def cross_entropy_loss(student: Any, inputs: dict[str, Any]) -> Tensor:
-    """Plain language modelling."""
-    logits = student(**tokens(inputs)).logits
-    return cross_entropy(logits, inputs["input_ids"], inputs["loss_mask"])
+def counted(inputs: dict[str, Any]) -> Tensor:
+    """[B, N − 1], True where the next token counts as a target."""
+    return inputs["loss_mask"][:, 1:].bool()
+
+
+# ---------------------------------------------------------------------------------------------- a model in two parts
+
+
+def hidden_states(model: Any, **inputs: Any) -> Tensor:
+    """The last hidden state [B, N, hidden], before the output head. The whole forward pass runs, so that whatever
+    wraps the model has its say, but its head sees one position."""
+    found: list[Tensor] = []
+
+    def keep(body: nn.Module, args: Any, output: Any) -> None:
+        found.append(output.last_hidden_state)
+        output.last_hidden_state = output.last_hidden_state[:, :1]
+
+    handle = _body(model).register_forward_hook(keep)
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    return torch.cat(found, 1)
+
+
+def head(model: Any, hidden: Tensor) -> Tensor:
+    """Logits [n, vocabulary] of hidden states [n, hidden], by the model's own code: its forward pass runs with a body
+    that gives them, so that scaling, soft-capping and whatever else lies behind it is the model's."""
+    body: Any = _body(model)
+    body.forward = lambda *args, **kwargs: _Output(last_hidden_state=hidden[None])  # hides the class' own
+    try:
+        return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+    finally:
+        del body.forward
+
+
+def head_parameters(model: Any) -> list[nn.Parameter]:
+    """What trains in the head: an embedding too where the two are tied."""
+    named, body = causal_model(model).named_parameters(remove_duplicate=False), body_name(model)
+    found = {id(p): p for name, p in named if p.requires_grad and not name.startswith(f"{body}.")}
+    return list(found.values())  # once each, though a head may have one under two names
+
+
+def body_name(model: Any) -> str:
+    """Of what lies before the head, as in gpt_neox or model.decoder."""
+    body = _body(model)
+    return next(name for name, module in causal_model(model).named_modules() if module is body)
+
+
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """transformers' model inside of peft's and other wrappers."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _body(model: Any) -> nn.Module:
+    return causal_model(model).get_decoder()
+
+
+class _Output(BaseModelOutput):
+    """A body's output of which only the last hidden state is known."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)

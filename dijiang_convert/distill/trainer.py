@@ -1,11 +1,11 @@
 """Runs one stage of a recipe on transformers' Trainer: which parameters train, how fast, on what loss."""
 
-import contextlib
 import importlib.util
 import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from ..errors import DijiangError
 from ..models import hidden_size
 from ..progress import console
 from ..recipe import Stage
-from .attention_transfer import attention, attention_transfer_loss, transferring
+from .attention import original, recomputing
+from .attention_transfer import attention_transfer_loss, transferring
 from .data import Rows
-from .logits import cross_entropy_loss, distillation_loss
+from .logits import body_name, cross_entropy_loss, distillation_loss, live_teacher
+from .teacher_cache import CachedRows, cached_teacher
 
 REFERENCE_WIDTH = 1024  # hidden_size that a recipe's learning_rate is given for; Adam wants it ∝ 1 / width
 LEAST_STEPS = 150  # short runs take smaller batches rather than fewer steps
@@ -50,7 +52,7 @@ class StageResult:
 def run_stage(
     model: PreTrainedModel,
     stage: Stage,
-    rows: Rows,
+    rows: Rows | CachedRows,
     *,
     teacher: PreTrainedModel | None,
     folder: Path,
@@ -60,6 +62,7 @@ def run_stage(
     """Trains ``model`` on rows of text and returns it, adapters merged, with what happened.
 
     teacher: a frozen softmax model for distillation; None lets the model be its own, with adapters and kernels off.
+        Rows that come with a cached teacher need none.
     folder: where the Trainer keeps its checkpoints, for ``resume``.
     """
     start = time.perf_counter()
@@ -83,7 +86,7 @@ def run_stage(
         callbacks=[progress],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    with transferring(model) if stage.objective == "attention_transfer" else contextlib.nullcontext():
+    with _attention(stage, model, trainer.args):
         checkpoints = list(folder.glob("checkpoint-*"))
         trainer.train(resume_from_checkpoint=bool(resume and checkpoints))
     losses = progress.losses
@@ -134,7 +137,13 @@ def lora_targets(model: nn.Module, which: str) -> list[str]:
     linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     if which == "attention":
         return [name for name in linear if name.startswith(tuple(attentions))]
-    return [name for name in linear if "." in name]  # the head is at the top level
+    return [name for name in linear if name.startswith(f"{body_name(model)}.")]
+
+
+def _attention(stage: Stage, model: PreTrainedModel, args: TrainingArguments) -> AbstractContextManager[None]:
+    if stage.objective == "attention_transfer":
+        return transferring(model)
+    return nullcontext() if args.activation_checkpointing else recomputing(model)
 
 
 def _loss(stage: Stage, model: PreTrainedModel, teacher: PreTrainedModel | None) -> Loss:
@@ -143,17 +152,16 @@ def _loss(stage: Stage, model: PreTrainedModel, teacher: PreTrainedModel | None)
     if stage.objective == "cross_entropy":
         return cross_entropy_loss
 
-    def teach(student: Any) -> Callable[..., Tensor]:
-        if teacher is not None:
-            return lambda **tokens: teacher(**tokens).logits
+    def distil(student: Any, inputs: dict[str, Any]) -> Tensor:
+        if "teacher_indices" in inputs:
+            target = cached_teacher(inputs)
+        elif teacher is not None:
+            target = live_teacher(teacher, inputs)
+        else:
+            target = live_teacher(student, inputs, within=lambda: original(student))
+        return distillation_loss(student, target, inputs, stage.cross_entropy_weight)
 
-        def own(**tokens: Any) -> Tensor:
-            with student.disable_adapter(), attention(model, "sdpa"):
-                return student(**tokens).logits
-
-        return own
-
-    return lambda student, inputs: distillation_loss(student, teach(student), inputs, stage.cross_entropy_weight)
+    return distil
 
 
 class _StageTrainer(Trainer):

@@ -318,9 +318,10 @@ def _far_chunks(
     added = (k * weight[..., None]).mT @ v  # [B, G, n, F, V + 1]
     gate = _masked_exp(last_top - end - last_total, keeps)[..., None, None]
     s, starts = state.s, []
-    for n in range(added.shape[2]):
+    # Not by index: the gradient of each index is as large as all chunks together, and so the time would be quadratic.
+    for gate_n, added_n in zip(gate.unbind(2), added.unbind(2), strict=True):
         starts.append(s)
-        s = s * gate[:, :, n] + added[:, :, n]
+        s = s * gate_n + added_n
     start = torch.stack(starts, 2)
 
     # Inside a chunk.
@@ -514,10 +515,8 @@ def _rescaled(s: Tensor, top: Tensor, total: Tensor) -> FarState:
 
 
 def softmax_with_lse(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(softmax, log-sum-exp) over the last dimension. One fused pass: the log-softmax of the largest entry is that
-    entry less the log-sum-exp. (The same entry of both, or the gradient is wrong where rounding made them tie.)"""
-    log_p, largest = x.log_softmax(-1), x.argmax(-1, keepdim=True)
-    return log_p.exp(), (x.gather(-1, largest) - log_p.gather(-1, largest))[..., 0]
+    """(softmax, log-sum-exp) over the last dimension."""
+    return x.softmax(-1), x.logsumexp(-1)
 
 
 def _add_reads(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,251 @@
+"""Memory and time of distillation beside those of training the softmax model, on random weights.
+
+    python benchmarks/training.py --out benchmarks/results/training-cpu.json
+
+Memory, every way of training in a process of its own, three steps of AdamW: the peak resident size of the process (on
+CUDA the allocator's), and how much of it came after the model was loaded.
+
+- plain: the softmax model (SDPA) with peft's LoRA and its own cross-entropy loss
+- distill: the converted model with the same LoRA and its kernels, distilled from itself
+- full-copy, full-cached: the whole converted model, distilled from a frozen copy or from the cached top 64
+
+Time of a step, medians of steps that take turns in one process; on the CPU the processor's time, in one thread with
+OMP_NUM_THREADS=1, so that what else runs on the machine does not count:
+
+- distill over plain: LoRA, as above
+- transfer over softmax: attention transfer against one forward and backward pass of the softmax model (all gradients)
+
+Each for a large vocabulary and a small one, where no output head hides what the layers cost.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, default_data_collator
+
+from dijiang_convert import convert
+from dijiang_convert.distill.attention import original, recomputing
+from dijiang_convert.distill.attention_transfer import attention_transfer_loss, transferring
+from dijiang_convert.distill.logits import causal_model, distillation_loss, live_teacher
+from dijiang_convert.distill.teacher_cache import cache_teacher, cached_teacher
+from dijiang_convert.distill.trainer import lora_targets
+from dijiang_convert.models import default_device, load_converted
+
+WAYS = ("plain", "distill", "full-copy", "full-cached")
+TIMED = ("plain", "distill", "transfer", "softmax")
+STEPS = 3
+TOP = 64
+
+
+def make_models(folder: Path, args: argparse.Namespace, vocabulary: int) -> tuple[Path, Path]:
+    """A GPT-NeoX of random weights, and it converted."""
+    source, converted = folder / "source", folder / "converted"
+    config = GPTNeoXConfig(
+        vocab_size=vocabulary, hidden_size=args.hidden, intermediate_size=4 * args.hidden,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // args.head_dim,
+        max_position_embeddings=args.length, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    GPTNeoXForCausalLM(config).save_pretrained(source)
+    (source / "tokenizer.json").write_text("{}")
+    convert(str(source), converted, recipe=args.recipe)
+    return source, converted
+
+
+def batch(vocabulary: int, args: argparse.Namespace) -> dict[str, Tensor]:
+    """One batch as the trainer gives it."""
+    ids = torch.randint(vocabulary, (args.batch, args.length), device=default_device())
+    ones, positions = torch.ones_like(ids), torch.arange(args.length, device=ids.device).expand_as(ids)
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": ones, "loss_mask": ones}
+
+
+# ----------------------------------------------------------------------------------------------- ways of training
+
+
+def softmax_model(source: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa").to(default_device()).train()
+
+
+def plain_loss(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    return model(input_ids=inputs["input_ids"], labels=inputs["input_ids"], use_cache=False).loss
+
+
+def with_lora(model: Any, targets: list[str], kernels: bool) -> Any:
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=targets, modules_to_save=["dijiang"] if kernels else None)
+    return get_peft_model(model, config)
+
+
+def way(
+    name: str, source: Path, converted: Path, inputs: dict[str, Tensor], args: argparse.Namespace
+) -> tuple[Any, Callable[..., Tensor]]:
+    """(what trains, its loss of a batch) of one of WAYS, "transfer" or "softmax"."""
+    if name == "softmax":
+        return softmax_model(source), plain_loss
+    model = load_converted(converted).train()
+    if name == "transfer":
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(".dijiang." in key)
+        return model, attention_transfer_loss
+    targets = lora_targets(model, "attention")
+    if name == "plain":
+        return with_lora(softmax_model(source), targets, kernels=False), plain_loss
+    if name == "distill":
+        return with_lora(model, targets, kernels=True), lambda student, inputs: distillation_loss(
+            student, live_teacher(student, inputs, within=lambda: original(student)), inputs, 0.0
+        )
+    if name == "full-copy":
+        teacher = load_converted(converted, attention="sdpa").eval().requires_grad_(False)
+        return model, lambda student, inputs: distillation_loss(student, live_teacher(teacher, inputs), inputs, 0.0)
+    rows: Any = [{key: x[i].cpu() for key, x in inputs.items()} for i in range(args.batch)]
+    cached = cache_teacher(
+        rows, args.batch, lambda: load_converted(converted, attention="sdpa").eval(), top=TOP,
+        folder=source.parent / "teacher",
+    )  # fmt: skip
+
+    def loss(student: Any, inputs: dict[str, Tensor]) -> Tensor:
+        whole = default_data_collator([cached[i] for i in range(len(cached))])
+        whole = {key: x.to(default_device()) for key, x in whole.items()}
+        return distillation_loss(student, cached_teacher(whole), inputs, 0.0)
+
+    return model, loss
+
+
+def stepper(name: str, model: Any, loss: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Callable[[], None]:
+    """Runs one step; of "softmax" the two passes alone, which is what transfer is held against."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    inside = {"transfer": transferring, "plain": nullcontext, "softmax": nullcontext}.get(name, recomputing)
+
+    def step() -> None:
+        with inside(causal_model(model)):
+            loss(model, inputs).backward()
+        if name != "softmax":
+            optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+def peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident() -> int:
+    """Bytes in use now: of the GPU, or resident (Linux)."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure_memory(name: str, folder: Path, vocabulary: int, args: argparse.Namespace) -> dict[str, int]:
+    """Of this process, which does nothing else."""
+    torch.manual_seed(0)
+    inputs = batch(vocabulary, args)
+    model, loss = way(name, folder / "source", folder / "converted", inputs, args)
+    loaded = resident()
+    step = stepper(name, model, loss, inputs)
+    for _ in range(STEPS):
+        step()
+    peak = peak_memory()
+    return {"peak_bytes": peak, "loaded_bytes": loaded, "growth_bytes": peak - loaded}
+
+
+def clock() -> float:
+    """Seconds: on the CPU those that the processor gave this process."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
+def measure_times(names: tuple[str, ...], folder: Path, vocabulary: int, args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds a step."""
+    torch.manual_seed(0)
+    inputs = batch(vocabulary, args)
+    steps = {n: stepper(n, *way(n, folder / "source", folder / "converted", inputs, args), inputs) for n in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(args.repeats + 1):
+        for name, step in steps.items():
+            start = clock()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if i:  # the first warms up
+                times[name].append(clock() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def worker(name: str, folder: Path, vocabulary: int, argv: list[str]) -> Any:
+    command = [sys.executable, __file__, *argv, "--worker", name, str(folder), str(vocabulary)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+
+
+def ratios(memory: dict[str, dict[str, int]], times: dict[str, float]) -> dict[str, float]:
+    values = {}
+    for a, b, key in (
+        ("distill", "plain", "peak"), ("distill", "plain", "growth"), ("full-cached", "full-copy", "peak"),
+    ):  # fmt: skip
+        if a in memory and b in memory:
+            values[f"{a}_over_{b}_{key}"] = memory[a][f"{key}_bytes"] / memory[b][f"{key}_bytes"]
+    for a, b in (("distill", "plain"), ("transfer", "softmax")):
+        if a in times and b in times:
+            values[f"{a}_over_{b}_time"] = times[a] / times[b]
+    return {key: round(value, 3) for key, value in values.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[50_304, 512])
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--recipe", default="default")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--memory", nargs="*", choices=WAYS, default=WAYS)
+    parser.add_argument("--times", nargs="*", choices=TIMED, default=TIMED)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker", nargs=3, metavar=("WAY", "FOLDER", "VOCABULARY"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        name, folder, vocabulary = args.worker[0], Path(args.worker[1]), int(args.worker[2])
+        if name == "times":
+            print(json.dumps(measure_times(tuple(args.times), folder, vocabulary, args)))
+        else:
+            print(json.dumps(measure_memory(name, folder, vocabulary, args)))
+        return
+    results = []
+    for vocabulary in args.vocabularies:
+        with tempfile.TemporaryDirectory() as name:
+            make_models(Path(name), args, vocabulary)
+            memory = {each: worker(each, Path(name), vocabulary, sys.argv[1:]) for each in args.memory}
+            times = worker("times", Path(name), vocabulary, sys.argv[1:]) if args.times else {}
+        shape = {"hidden": args.hidden, "layers": args.layers, "length": args.length, "batch": args.batch}
+        results.append({
+            "vocabulary": vocabulary, **shape, "recipe": args.recipe, "threads": torch.get_num_threads(),
+            "device": str(default_device()), "memory": memory, "seconds": times, "ratios": ratios(memory, times),
+        })  # fmt: skip
+        print(json.dumps(results[-1], indent=1), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
