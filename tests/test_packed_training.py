@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dijiang_convert.distill.attention_transfer import attention, attention_transfer_loss, transferring
-from dijiang_convert.distill.logits import cross_entropy_loss, distillation_loss
+from dijiang_convert.distill.attention import original
+from dijiang_convert.distill.attention_transfer import attention_transfer_loss, transferring
+from dijiang_convert.distill.logits import cross_entropy_loss, distillation_loss, live_teacher
 from dijiang_convert.distill.packing import check_packing
 from dijiang_convert.distill.trainer import lora_targets
 from dijiang_convert.errors import DijiangError
@@ -55,10 +56,7 @@ def adapters(model: Any) -> Any:
 
 
 def distillation(student: Any, batch: dict[str, Tensor]) -> Tensor:
-    def teacher(**inputs: Any) -> Tensor:
-        with student.disable_adapter(), attention(student.get_base_model(), "sdpa"):
-            return student(**inputs).logits
-
+    teacher = live_teacher(student, batch, lambda: original(student))
     return distillation_loss(student, teacher, batch, 0.3)
 
 

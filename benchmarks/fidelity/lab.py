@@ -24,7 +24,7 @@ from dijiang_convert.checkpoint import read_checkpoint
 from dijiang_convert.distill.data import Rows, token_rows
 from dijiang_convert.distill.trainer import run_stage
 from dijiang_convert.models import load_any, load_converted, load_tokenizer, silence
-from dijiang_convert.recipe import Stage, adjust_stages, load_recipe, parse_recipe, scale_tokens
+from dijiang_convert.recipe import Stage, adjust_stages, parse_recipe, scale_tokens
 
 from .baselines import BASELINES
 from .measures import fidelity, recall, transfer_errors
@@ -113,9 +113,7 @@ def main() -> None:
     finished = {(each["row"], each["seed"], each["budget"]) for each in done}
     for seed in args.seeds:
         for tokens in args.tokens:
-            train_rows = token_rows(
-                args.data, tokenizer, seq_len=args.seq_len, tokens=tokens, shuffle_seed=seed
-            )
+            train_rows = token_rows(args.data, tokenizer, seq_len=args.seq_len, tokens=tokens, shuffle_seed=seed)
             for row in args.rows:
                 if (row, seed, tokens) in finished:
                     continue

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 

@@ -59,7 +59,9 @@ def table(runs: Runs) -> str:
         if alone and not row.startswith("window-only"):
             closed = f"{1 - (mean(same, 'ratio') - 1) / (mean(alone, 'ratio') - 1):.0%}"
             removed = f"{1 - mean(same, 'kl') / mean(alone, 'kl'):.0%}"
-        errors = [statistics.mean(run["transfer_errors"]["trained"]) for run in same if run["transfer_errors"]["trained"]]
+        errors = [
+            statistics.mean(run["transfer_errors"]["trained"]) for run in same if run["transfer_errors"]["trained"]
+        ]
         untrained = statistics.mean(run["untrained"]["ratio"] for run in same)
         cells = [
             f"`{row}`", str(len(same)), f"{budget // 1000}K", f"{untrained:.3f}", with_error(same, "ratio", 4),

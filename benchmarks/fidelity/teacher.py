@@ -1,7 +1,7 @@
 """A teacher that remembers, and what a conversion keeps of that: head_dim 64, a long context, recall from afar.
 
     python -m benchmarks.fidelity.teacher --books FOLDER --tokenizer MODEL --out TEACHER.json
-    python -m benchmarks.fidelity.teacher --books FOLDER --tokenizer MODEL --out /tmp/dry.json --dry-run   # minutes, CPU
+    python -m benchmarks.fidelity.teacher --books FOLDER --tokenizer MODEL --out DRY.json --dry-run   # minutes on a CPU
 
 Trains a GPT-NeoX (27M parameters, context 2,048) on books with pairs of words planted into them and repeated, until it
 recalls such pairs; converts it with a window of 64; distils it on at most 1 % of the teacher's tokens; and measures
@@ -44,7 +44,9 @@ class Size:
     distances: tuple[int, ...] = (32, 128, 512, 1024, 1900)
 
 
-DRY = Size(hidden=64, layers=2, context=256, tokens=200_000, batch=8, window=16, eval_tokens=4_000, distances=(8, 64, 200))
+DRY = Size(
+    hidden=64, layers=2, context=256, tokens=200_000, batch=8, window=16, eval_tokens=4_000, distances=(8, 64, 200)
+)
 
 
 def documents(texts: list[str], seed: int) -> Iterator[str]:
