@@ -39,7 +39,7 @@ class Stream:
         self.source, self.number, self.tokenizer, self.size, self.held_out = source, number, tokenizer, size, held_out
         self.taken = 0  # tokens
         self.holds = 0  # tokens of one reading, once it has been read to the end
-        self.silent = 0  # chats without an answer
+        self.silent = 0  # chats without an answer, in the first reading
         self.before, self.after = _ends(tokenizer)
 
     def once(self, order: random.Random | None) -> Iterator[Tokens]:
@@ -53,7 +53,7 @@ class Stream:
                     ids, targets = chat_tokens(piece, self.tokenizer, answers=order is not None)
                     tokens = _context(ids, targets)
                     if not (tokens.marks & TARGET).any():
-                        self.silent += 1
+                        self.silent += not self.holds
                         continue
                 else:
                     tokens = _context([*self.before * piece.first, *next(encoded), *self.after * piece.last])
@@ -64,7 +64,7 @@ class Stream:
     def forever(self, seed: int) -> Iterator[Tokens]:
         """One reading after another, each in an order of its own."""
         for reading in itertools.count():
-            before, self.silent = self.taken, 0
+            before = self.taken
             yield from self.once(random.Random(f"{seed} {self.number} {reading}"))
             if self.taken == before:
                 what = "answer of an assistant to learn from" if self.silent else "text"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ..errors import DijiangError
+from ..sources import HUB_TIMEOUT, hub_errors
 
 HELD_OUT = {"valid", "validation", "val", "test", "dev", "eval", "evaluation"}  # in names of files and splits
 COLUMNS = ("text", "messages", "tools")
@@ -239,23 +240,23 @@ def _cut(text: str, size: int | None) -> Iterator[Piece]:
 def _hub_rows(name: str, order: random.Random | None, held_out: bool) -> Iterator[Any]:
     """The rows of a data set's split on the Hub, streamed."""
     import datasets
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
+    from huggingface_hub import HfApi
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as errors it raises as well
     path, _, config = name.partition(":")
-    try:
-        splits = load_dataset(path, config or None, streaming=True)
-        aside = [split for split in splits if _set_aside(str(split))]
-        others = [split for split in splits if split not in aside]
-        rows = splits[(aside or others if held_out else others or aside)[0]]
-        if order is not None:
-            rows = rows.shuffle(seed=order.randrange(2**32), buffer_size=1)  # its shards; pieces are shuffled later
-        yield from rows
-    except (DatasetsError, *UNREADABLE) as error:
-        reason = " ".join(str(error).split())[:200]
-        if "gated" in reason:
-            page = f"https://huggingface.co/datasets/{path}"
-            raise DijiangError(f"the data set {path} is gated: accept its terms at {page} and set HF_TOKEN") from error
-        raise DijiangError(f"can't read the data set {name} ({reason}): or give a file or folder") from error
+    with hub_errors(f"datasets/{path}"):
+        HfApi().dataset_info(path, timeout=HUB_TIMEOUT)  # it says why a data set can't be reached, `datasets` does not
+        try:
+            splits = datasets.load_dataset(path, config or None, streaming=True)
+            aside = [split for split in splits if _set_aside(str(split))]
+            others = [split for split in splits if split not in aside]
+            rows = splits[(aside or others if held_out else others or aside)[0]]
+            if order is not None:
+                rows = rows.shuffle(seed=order.randrange(2**32), buffer_size=1)  # its shards; pieces are shuffled later
+            yield from rows
+        except ValueError as error:
+            if isinstance(error, OSError):  # of the connection
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise DijiangError(f"can't read the data set {name}: {reason}") from error
