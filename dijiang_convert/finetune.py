@@ -90,16 +90,16 @@ def finetune(
     silence()
     run = _Run(target, plan, resume)
     tokenizer = load_tokenizer(folder)
-    process = PartialState()
-    with process.local_main_process_first():  # the others open what it has written
-        if process.is_local_main_process:
-            run.begin()
-        try:
-            rows = _gather(corpora, tokenizer, plan, seed, run.folder)
-        except DijiangError:
-            if not resume:
-                run.remove()
-            raise
+    here = PartialState()
+    if here.is_main_process:
+        run.begin()
+    here.wait_for_everyone()
+    try:
+        rows = _gather(corpora, tokenizer, plan, seed, run.folder, writes=here.is_main_process)
+    except DijiangError:
+        if not resume:
+            run.remove()
+        raise
     model = load_converted(run.latest or folder)
     results = list(run.results)
     for i, stage in enumerate(plan):
@@ -181,8 +181,9 @@ def _gather(
     plan: Sequence[Stage],
     seed: int,
     folder: Path,
+    writes: bool,
 ) -> list[Rows]:
-    """Rows for every stage, kept in the run's folder.
+    """Rows for every stage, kept in the run's folder: one process ``writes`` them there, the others open them.
 
     Stages of one corpus and row length share one reading of it, each with rows of its own.
     """
@@ -193,10 +194,13 @@ def _gather(
     for number, ((_, corpus, seq_len), members) in enumerate(groups.items()):
         counts = [max(-(-plan[i].tokens // seq_len), 1) for i in members]
         total = sum(counts) * seq_len
+        kept = folder / f"rows-{number}"
+        while not (writes or kept.is_dir()):  # a barrier would give up after some minutes: reading may take longer
+            time.sleep(0.5)
         with count_bar("reading text (tokens)", total) as advance:
             gathered = token_rows(
                 corpus, tokenizer, seq_len=seq_len, tokens=total, shuffle_seed=seed, progress=advance,
-                folder=folder / f"rows-{number}",
+                folder=kept,
             )  # fmt: skip
         rows |= zip(members, gathered.split(counts), strict=True)
     return [rows[i] for i in range(len(plan))]

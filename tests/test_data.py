@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
@@ -24,6 +25,7 @@ from dijiang_convert.cli import app
 from dijiang_convert.demo import MODEL
 from dijiang_convert.distill import contexts as contexts_module
 from dijiang_convert.distill import data as data_module
+from dijiang_convert.distill.chat import chat_tokens
 from dijiang_convert.distill.corpus import Chat, Piece, Source, Sources, parse_source
 from dijiang_convert.distill.data import Rows, token_rows
 from dijiang_convert.models import load_tokenizer
@@ -161,6 +163,19 @@ def test_folders_and_globs(tmp_path: Path) -> None:
     assert read(str(tmp_path / "b/five[1].txt")) == ["five[1]"]
 
 
+def test_an_order_shuffles_files_and_none_keeps_them(tmp_path: Path) -> None:
+    names = [f"{i}.txt" for i in range(8)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+
+    def first(order: random.Random | None) -> Any:
+        return next(Source(str(tmp_path)).pieces(None, order, False))
+
+    assert first(None).text == names[0]
+    assert first(random.Random(3)) == first(random.Random(3))
+    assert len({first(random.Random(seed)).text for seed in range(20)}) > 4
+
+
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("home")
@@ -214,10 +229,10 @@ def test_bad_weights(weight: str) -> None:
         ("a.txt", b"\xff\xfe\x00", "a.txt: "),
         ("a.txt.gz", b"no gzip", "a.txt.gz: "),
         ("a.txt.gz", gzip.compress(b"cut" * 1000)[:-12], "a.txt.gz: "),
-        ("a.jsonl", b"", "no text in"),
-        ("a.csv", b"", "no text in"),
-        ("a.txt", b"", "no text in"),
-        ("a.jsonl", b'{"text": null}\n{"text": ""}', "no text in"),
+        ("a.jsonl", b"", "has no word to learn from"),
+        ("a.csv", b"", "has no word to learn from"),
+        ("a.txt", b"", "has no word to learn from"),
+        ("a.jsonl", b'{"text": null}\n{"text": ""}', "has no word to learn from"),
     ],
 )
 def test_what_can_not_be_read_is_named(
@@ -376,6 +391,7 @@ def test_evaluation_rows_start_with_a_document_and_keep_their_order(tokenizer: A
         assert row["attention_mask"].tolist() == rows.mask[i].tolist() == [1] * length + [0] * (64 - length)
     few = token_rows(documents, tokenizer, seq_len=64, tokens=130, shuffle_seed=None)
     assert contexts(few) == expected[:3]
+    assert contexts(token_rows(documents, tokenizer, seq_len=64, tokens=1, shuffle_seed=None)) == expected[:1]
 
 
 def test_the_tokens_that_part_documents(tokenizer: Any) -> None:
@@ -408,11 +424,15 @@ def test_a_long_text_has_its_ends_once(tokenizer: Any) -> None:
 
 def test_less_than_a_row(tokenizer: Any, tmp_path: Path) -> None:
     for options in ({}, {"shuffle_seed": None}):
-        message = refusal(lambda options=options: token_rows(["few words"], tokenizer, seq_len=50, tokens=9, **options))
+        message = refusal(
+            lambda options=options: token_rows(["few words"], tokenizer, seq_len=50, tokens=99, **options)
+        )
         assert "the text has" in message and "less than one row of 50" in message
     names = Sources([write_texts(tmp_path / f"{i}.jsonl", ["few words"]) for i in range(2)])
     assert "less than one row of 50" in refusal(lambda: token_rows(names, tokenizer, seq_len=50, tokens=900))
-    assert "no text in the text" in refusal(lambda: token_rows(["", ""], tokenizer, seq_len=50, tokens=9))
+    assert "the text has no word to learn from" in refusal(
+        lambda: token_rows(["", ""], tokenizer, seq_len=50, tokens=9)
+    )
     assert "at least 2" in refusal(lambda: token_rows(["few words"], tokenizer, seq_len=1, tokens=9))
 
 
@@ -534,12 +554,16 @@ def test_only_answers_are_learnt(template: str, chatty: Any, tmp_path: Path) -> 
     assert answers(rows[0], chatty) == ["return a + b</s>", "  import this  \n</s>"]
 
 
-def test_prefixes_find_what_marks_tell(chatty: Any) -> None:
-    from dijiang_convert.distill.chat import chat_tokens
-
-    marked = chat_tokens(Chat(CHAT[:3], None, "x"), chatty)
+@pytest.mark.parametrize("spaces_have_extent", [True, False])
+def test_prefixes_find_what_marks_tell(spaces_have_extent: bool, chatty: Any) -> None:
+    chatty.backend_tokenizer.post_processor = ByteLevel(trim_offsets=not spaces_have_extent)
+    marked = chat_tokens(Chat(CHAT, None, "x"), chatty)
     chatty.chat_template = PLAIN
-    assert chat_tokens(Chat(CHAT[:3], None, "x"), chatty) == marked
+    assert chat_tokens(Chat(CHAT, None, "x"), chatty) == marked
+    ids, mask = marked
+    assert mask is not None
+    answers = chatty.decode([token for token, target in zip(ids, mask, strict=True) if target])
+    assert answers.replace("  import", " import") == "return a + b</s> import this  \n</s>"
 
 
 def test_chats_are_read_from_parquet_and_mixed_with_text(chatty: Any, tmp_path: Path) -> None:
@@ -575,8 +599,8 @@ def test_a_template_that_rewords_the_past_is_refused(chatty: Any, tmp_path: Path
         (None, CHAT, "has no chat template: give plain text"),
         ("{{ raise_exception('roles must\nalternate') }}", CHAT, "does not fit the tokenizer's chat template: roles"),
         ("{{ messages[0]['content']['x'].y }}", CHAT, "does not fit"),
-        (MARKED, CHAT[:2], "no answer of an assistant to learn from in"),
-        (PLAIN, [CHAT[2], CHAT[1]], "no answer of an assistant to learn from in"),
+        (MARKED, CHAT[:2], "has no answer of an assistant to learn from"),
+        (PLAIN, [CHAT[2], CHAT[1]], "has no answer of an assistant to learn from"),
     ],
 )
 def test_chats_that_teach_nothing(template: Any, messages: Any, expected: str, chatty: Any, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import DijiangError
 from .corpus import Chat
@@ -28,48 +29,58 @@ def chat_tokens(
     if not tokenizer.is_fast:
         raise DijiangError(f"{chat.where} holds chats, and this slow tokenizer can't tell where its tokens are from")
     try:
+        text = _render(chat, tokenizer, len(chat.messages))
         if not answers:
-            out: Any = tokenizer.apply_chat_template(
-                chat.messages, tools=chat.tools, tokenizer_kwargs={"verbose": False}
-            )
-            return out["input_ids"], None
-        if GENERATION.search(tokenizer.get_chat_template(tools=chat.tools)):
-            out = tokenizer.apply_chat_template(
-                chat.messages, tools=chat.tools, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
-            )
-            return out["input_ids"], out["assistant_masks"]
-        text, spans = _rendered(chat, tokenizer)
+            spans = []
+        elif GENERATION.search(tokenizer.get_chat_template(tools=chat.tools)):
+            spans = _marked(chat, tokenizer)
+        else:
+            spans = _found(chat, tokenizer, text)
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise DijiangError(f"a chat in {chat.where} does not fit the tokenizer's chat template: {reason}") from error
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    out: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    if not answers:
+        return out["input_ids"], None
     mask = [0] * len(out["input_ids"])
     for start, end in spans:
-        # Tokens of mere space may have no extent of their own: what lies between two of an answer belongs to it.
+        # Of many tokenizers, tokens of mere space have no extent: what lies between two of an answer belongs to it.
         inside = [i for i, (left, right) in enumerate(out["offset_mapping"]) if start <= left < end and left < right]
         if inside:
             mask[inside[0] : inside[-1] + 1] = [1] * (inside[-1] + 1 - inside[0])
     return out["input_ids"], mask
 
 
-def _rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and where its answers start and end."""
+def _marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+    """Where the template says that the answers of the conversation as text start and end.
 
-    def render(count: int, prompt: bool = False) -> str:
-        messages = chat.messages[:count]
-        return str(
-            tokenizer.apply_chat_template(messages, tools=chat.tools, tokenize=False, add_generation_prompt=prompt)
-        )
+    `apply_chat_template` can mark tokens by them, but loses an answer that starts with a space, and all after it, where
+    the tokenizer gives spaces no extent (transformers 5.23).
+    """
+    options: dict[str, Any] = {"tools": chat.tools, "return_assistant_tokens_mask": True}
+    options |= {"chat_template": tokenizer.get_chat_template(tools=chat.tools), **tokenizer.special_tokens_map}
+    messages = [{key: value for key, value in message.items() if value is not None} for message in chat.messages]
+    rendered: Any = render_jinja_template(conversations=[messages], **options)
+    return rendered[1][0]
 
-    text, answers = render(len(chat.messages)), []
+
+def _found(chat: Chat, tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    """Where the answers of the conversation as text start and end."""
+    spans = []
     for i, message in enumerate(chat.messages):
         if message["role"] != "assistant" or i == 0:  # nothing asks for what the assistant opens with
             continue
-        before, through = render(i, prompt=True), render(i + 1)
+        before, through = _render(chat, tokenizer, i, prompt=True), _render(chat, tokenizer, i + 1)
         if not (text.startswith(through) and through.startswith(before)):
             raise DijiangError(
                 f"can't tell the answers of the chats in {chat.where}: the tokenizer's chat template words a "
                 "conversation's start differently once it goes on; mark them in it by {% generation %}"
             )
-        answers.append((len(before), len(through)))
-    return text, answers
+        spans.append((len(before), len(through)))
+    return spans
+
+
+def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, count: int, prompt: bool = False) -> str:
+    """The first ``count`` messages as text."""
+    messages = chat.messages[:count]
+    return str(tokenizer.apply_chat_template(messages, tools=chat.tools, tokenize=False, add_generation_prompt=prompt))

@@ -18,7 +18,7 @@ from .corpus import Chat, Piece, Source
 
 SHUFFLE_CHARS = 2**26  # of pieces that wait to be drawn, a source
 BATCH_CHARS = 2**19  # of pieces that are tokenised together
-REAL, START, TARGET = 1, 2, 4  # bits of a token's mark; padding has none
+REAL, START, TARGET = 1, 2, 4  # bits of a token's mark; padding has none. START is of a context in a row
 
 Array = np.ndarray[Any, Any]
 
@@ -52,7 +52,7 @@ class Stream:
                 if isinstance(piece, Chat):
                     ids, targets = chat_tokens(piece, self.tokenizer, answers=order is not None)
                     tokens = _context(ids, targets)
-                    if not (tokens.marks & TARGET).any():
+                    if not (tokens.marks[1:] & TARGET).any():
                         self.silent += not self.holds
                         continue
                 else:
@@ -67,8 +67,8 @@ class Stream:
             before = self.taken
             yield from self.once(random.Random(f"{seed} {self.number} {reading}"))
             if self.taken == before:
-                what = "answer of an assistant to learn from" if self.silent else "text"
-                raise DijiangError(f"no {what} in {self.source.name}")
+                what = "answer of an assistant" if self.silent else "word"
+                raise DijiangError(f"{self.source.name} has no {what} to learn from: give another corpus")
             self.holds = self.holds or self.taken
 
     def tell(self) -> None:
@@ -138,11 +138,10 @@ def _batches(pieces: Iterable[Piece | Chat]) -> Iterator[list[Piece | Chat]]:
 
 
 def _context(ids: list[int], targets: list[int] | None = None) -> Tokens:
-    """All but the first token are targets, or of those the ones that ``targets`` marks."""
+    """All tokens are targets, or those that ``targets`` marks; packing takes the first of a context or row."""
     marks = np.full(len(ids), REAL | TARGET, np.uint8)
     if targets is not None:
         marks[np.asarray(targets) == 0] = REAL
-    marks[:1] = REAL | START
     return Tokens(np.asarray(ids, np.int32), marks)
 
 
