@@ -28,7 +28,15 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 Layers = Annotated[str, typer.Option(help="all, 0,3,8-23, every:N or not-last:N.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")]
 Push = Annotated[str | None, typer.Option(metavar="REPO", help="Push the result to this Hub repository.")]
-Data = Annotated[str | None, typer.Option(help="A file, a folder, or a Hub data set.")]
+Data = Annotated[str | None, typer.Option(help="A file, a folder, a quoted glob, or a Hub data set.")]
+Corpora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="SOURCE[@WEIGHT]",
+        help="A file, a folder, a quoted glob, or a Hub data set, with its share of the tokens; repeatable.",
+    ),
+]
 SeqLen = Annotated[int | None, typer.Option(min=2, help="Tokens a row.")]
 Baseline = Annotated[str | None, typer.Option(metavar="SOURCE", help="The original model, to compare with.")]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens of all stages together.")]
@@ -126,7 +134,7 @@ def convert(
 def finetune(
     checkpoint: Annotated[Path | None, typer.Argument(help="[default: the converted one in this folder]")] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder. [default: CHECKPOINT-finetuned]")] = None,
-    data: Data = None,
+    data: Corpora = None,
     tokens: Tokens = None,
     stage: Annotated[list[str] | None, typer.Option(help="Run only this stage; repeatable.")] = None,
     full: Annotated[bool | None, typer.Option("--full/--lora", help="Train all weights, or adapters.")] = None,
@@ -145,11 +153,12 @@ def finetune(
     debug: Debug = False,
 ) -> Any:
     """Distil the original's behaviour into a converted checkpoint."""
+    from .distill.corpus import Sources
     from .finetune import finetune
 
     result = finetune(
-        checkpoint, out, data=data, tokens=tokens, stages=stage or (), seq_len=seq_len, settings=settings or (),
-        train=None if full is None else "full" if full else "lora", teacher=teacher,
+        checkpoint, out, data=Sources(data) if data else None, tokens=tokens, stages=stage or (), seq_len=seq_len,
+        settings=settings or (), train=None if full is None else "full" if full else "lora", teacher=teacher,
         cache_teacher=cache_teacher, resume=resume, push=push, force=force, seed=seed,
     )  # fmt: skip
 

@@ -48,7 +48,7 @@ def evaluate(
     max_tokens: int = 100_000,
     tasks: Sequence[str] = (),
 ) -> EvalResult:
-    """Measures a checkpoint on text (a file, a folder's held-out files, a Hub data set, or documents).
+    """Measures a checkpoint on text (a file, the held-out ones of a folder or glob, a Hub data set, or documents).
 
     Args:
         checkpoint: converted, or any causal language model.
@@ -99,7 +99,7 @@ def measure(model: PreTrainedModel, rows: Rows, other: PreTrainedModel | None) -
     size = max(BATCH_TOKENS // length, 1)
     with count_bar("evaluating (rows)", len(rows)) as advance:
         for ids, mask in zip(rows.ids.split(size), rows.mask.split(size), strict=True):
-            ids, real = ids.to(model.device), mask[:, 1:].to(model.device)
+            ids, real = ids.to(model.device, torch.long), mask[:, 1:].to(model.device)
             log_p = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
             found = {"loss": -log_p.gather(-1, ids[:, 1:, None])[..., 0], "count": torch.ones_like(log_p[..., 0])}
             if other is not None:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import write_card
 from .checkpoint import check_out, new_folder, read_checkpoint, write_json
 from .convert import LEFT_BEHIND, write_code
-from .distill.data import Rows, token_rows
+from .distill.corpus import Sources
+from .distill.data import Rows, check_data, token_rows
 from .distill.teacher_cache import CachedRows
 from .distill.teacher_cache import cache_teacher as write_cache
 from .distill.trainer import StageResult, run_stage
@@ -61,8 +63,8 @@ def finetune(
     Args:
         checkpoint: its folder; None takes the one converted checkpoint in the current folder.
         out: by default CHECKPOINT-finetuned.
-        data: a file (.txt, .md, .jsonl, .json, .csv, .parquet), a folder of them, a Hub data set, or the documents
-            themselves; None takes the recipe's default corpus from the Hub.
+        data: a file (.txt, .md, .jsonl, .json, .csv, .parquet), a folder or glob of them, or a Hub data set; `Sources`
+            of several; or the documents themselves. None takes the recipe's and its stages' own.
         tokens: of all stages together; shortens or stretches each in proportion.
         stages: names of the stages to run; all by default.
         train: "lora" or "full", for all stages but attention transfer.
@@ -82,30 +84,42 @@ def finetune(
     config = read_checkpoint(folder)
     target = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}-finetuned")
     recipe = _recipe(config["dijiang"])
-    plan = _plan(recipe, stages, tokens, train, seq_len, settings)
+    plan = _plan(recipe, stages, tokens, train, seq_len, settings, own_data=data is None)
     section = config["dijiang"]
     teachers = [
         _teacher(stage, folder, section, [*section["history"], *plan[:i]], teacher) for i, stage in enumerate(plan)
     ]
     _check_cache(cache_teacher, teachers)
+    corpora = [_corpus(stage.data, data, recipe) for stage in plan]
+    if not resume:  # whose rows are kept, whatever has happened to the corpus
+        for corpus in corpora:
+            check_data(corpus)
     check_out(target, force)
     if push:
         check_repo(push)
     silence()
     run = _Run(target, plan, resume)
     tokenizer = load_tokenizer(folder)
-    rows = _gather(data if data is not None else recipe.data, tokenizer, plan, seed)
-    run.begin()
+    here = PartialState()
+    if here.is_main_process:
+        run.begin()
+    here.wait_for_everyone()
+    try:
+        rows = _gather(corpora, tokenizer, plan, seed, run.folder, writes=here.is_main_process)
+    except DijiangError:
+        if not resume:
+            run.remove()
+        raise
     model = load_converted(run.latest or folder)
     results = list(run.results)
     for i, stage in enumerate(plan):
         if i < len(results):
             continue
-        text: Rows | CachedRows = rows[stage.seq_len]
+        text: Rows | CachedRows = rows[i]
         source, guide = teachers[i], None
         if source is not None and cache_teacher is not None:
             text = write_cache(
-                rows[stage.seq_len], -(-stage.tokens // stage.seq_len), source.load, top=cache_teacher,
+                rows[i], -(-stage.tokens // stage.seq_len), source.load, top=cache_teacher,
                 folder=run.cache(i), name=source.name,
             )  # fmt: skip
         elif source is not None:
@@ -152,6 +166,7 @@ def _plan(
     train: str | None,
     seq_len: int | None,
     settings: Sequence[str],
+    own_data: bool,
 ) -> tuple[Stage, ...]:
     known = [stage.name for stage in recipe.stages]
     for name in names:
@@ -164,22 +179,49 @@ def _plan(
         plan = tuple(s if s.train == "kernel" else dataclasses.replace(s, train=train) for s in plan)
     if seq_len is not None:
         plan = tuple(dataclasses.replace(s, seq_len=seq_len) for s in plan)
+    if not own_data:
+        plan = tuple(dataclasses.replace(s, data=None) for s in plan)
     plan = adjust_stages(plan, settings)
     return plan if tokens is None else scale_tokens(plan, tokens)
 
 
+def _corpus(own: str | list[str] | None, data: str | Sequence[str] | None, recipe: Recipe) -> Sequence[str]:
+    """What a stage reads: its own corpora, those of the run, or the recipe's."""
+    if own is None and data is not None and not isinstance(data, str):
+        return data if isinstance(data, Sources) else tuple(data)
+    names = own or data or recipe.data
+    return Sources([names] if isinstance(names, str) else names)
+
+
 def _gather(
-    data: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, plan: Sequence[Stage], seed: int
-) -> dict[int, Rows]:
-    """Rows of every length in the plan. All stages draw from the same text."""
-    rows = {}
-    for seq_len in {stage.seq_len for stage in plan}:
-        total = sum(stage.tokens for stage in plan if stage.seq_len == seq_len)
+    corpora: Sequence[Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Sequence[Stage],
+    seed: int,
+    folder: Path,
+    writes: bool,
+) -> list[Rows]:
+    """Rows for every stage, kept in the run's folder: one process ``writes`` them there, the others open them.
+
+    Stages of one corpus and row length share one reading of it, each with rows of its own.
+    """
+    groups: dict[tuple[type, Sequence[str], int], list[int]] = {}
+    for i, (corpus, stage) in enumerate(zip(corpora, plan, strict=True)):
+        groups.setdefault((type(corpus), corpus, stage.seq_len), []).append(i)
+    rows: dict[int, Rows] = {}
+    for number, ((_, corpus, seq_len), members) in enumerate(groups.items()):
+        counts = [max(-(-plan[i].tokens // seq_len), 1) for i in members]
+        total = sum(counts) * seq_len
+        kept = folder / f"rows-{number}"
+        while not (writes or kept.is_dir()):  # a barrier would give up after some minutes: reading may take longer
+            time.sleep(0.5)
         with count_bar("reading text (tokens)", total) as advance:
-            rows[seq_len] = token_rows(
-                data, tokenizer, seq_len=seq_len, tokens=total, shuffle_seed=seed, progress=advance
-            )
-    return rows
+            gathered = token_rows(
+                corpus, tokenizer, seq_len=seq_len, tokens=total, shuffle_seed=seed, progress=advance,
+                folder=kept,
+            )  # fmt: skip
+        rows |= zip(members, gathered.split(counts), strict=True)
+    return [rows[i] for i in range(len(plan))]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from .modeling.configuration_dijiang import Kernel
 
 OBJECTIVES = ("attention_transfer", "distillation", "cross_entropy")
 TRAIN = ("kernel", "lora", "full")
+Data = str | list  # of str: one corpus, or several
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Stage:
     tokens: how many tokens it sees; seq_len and batch_tokens: a row's and an optimizer step's.
     learning_rate: for LoRA or the full model; kernel_learning_rate: for the kernel's parameters.
     cross_entropy_weight: share of the next-token loss mixed into distillation.
+    data: the stage's own corpora, instead of the recipe's.
     """
 
     name: str
@@ -45,9 +47,12 @@ class Stage:
     lora_alpha: int = 32
     lora_targets: str = "attention"
     cross_entropy_weight: float = 0.0
+    data: Data | None = None
 
     def __post_init__(self) -> None:
         _check_types(self, f"stage {self.name}")
+        if self.data is not None:
+            _check_data(self.data, f"stage {self.name}")
         if self.objective not in OBJECTIVES:
             near = _nearest(self.objective, OBJECTIVES)
             raise DijiangError(f"stage {self.name}: no objective {self.objective!r}{near}")
@@ -70,18 +75,24 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A kernel and how to train it. ``data`` is the Hub data set used where the user names none: id or id:config."""
+    """A kernel and how to train it.
+
+    data: the corpus used where the user names none, or a list of several: each a Hub data set (``owner/name`` or
+        ``owner/name:config``), a file, a folder or a glob, with ``@weight`` behind it for more or less than an equal
+        share of the tokens.
+    """
 
     name: str
     kernel: Kernel
     stages: tuple[Stage, ...]
     description: str = ""
-    data: str = "HuggingFaceFW/fineweb-edu:sample-10BT"
+    data: Data = "HuggingFaceFW/fineweb-edu:sample-10BT"
 
     def __post_init__(self) -> None:
-        for key in ("name", "description", "data"):
+        for key in ("name", "description"):
             if not isinstance(getattr(self, key), str):
                 raise DijiangError(f"recipe: {key} is {getattr(self, key)!r}, not str")
+        _check_data(self.data, "recipe")
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "stages": [asdict(stage) for stage in self.stages]}
@@ -180,7 +191,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
     missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
     if missing:
         raise DijiangError(f"{where} lacks {', '.join(missing)}")
-    texts = [field.name for field in fields(cls) if field.type is str]
+    texts = [field.name for field in fields(cls) if field.type in (str, Data, Data | None)]
     try:
         return cls(**{key: value if key in texts else _number(value) for key, value in values.items()})
     except ValueError as error:  # the kernel's own words
@@ -209,6 +220,12 @@ def _check_types(record: Any, where: str) -> None:
         good = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)  # type: ignore[arg-type]
         if not good or isinstance(value, bool):
             raise DijiangError(f"{where}: {field.name} is {value!r}, not {kind.__name__}")  # type: ignore[union-attr]
+
+
+def _check_data(data: Any, where: str) -> None:
+    names = data if isinstance(data, list) else [data]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise DijiangError(f"{where}: data is {data!r}: give the name of a corpus, or a list of names")
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:

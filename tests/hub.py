@@ -1,12 +1,13 @@
 """A Hugging Face Hub on the loopback, for tests without a network.
 
 It speaks as much of the Hub's API as the unmodified `huggingface_hub` client needs to look up, download,
-create and push model repositories: look-ups and trees, downloads with ETag and Range, gated and missing
-repositories, branches, and uploads by LFS batch and commit. Repositories live in memory and are gone when it
-stops.
+create and push model repositories, and `datasets` to stream data sets: look-ups and trees, downloads with ETag
+and Range, gated and missing repositories, branches, and uploads by LFS batch and commit. Repositories live in
+memory and are gone when it stops.
 
-It has no datasets or spaces, no multipart uploads, no pull requests and no Xet: the client must run with
-HF_HUB_DISABLE_XET=1, or it would look for a Xet server to upload to.
+It tells data sets from models by nothing but their addresses. It has no spaces, no multipart uploads, no pull
+requests and no Xet: the client must run with HF_HUB_DISABLE_XET=1, or it would look for a Xet server to upload
+to.
 
     python -m tests.hub --port 8000 --repo owner/name=FOLDER
 """
@@ -31,6 +32,7 @@ import yaml
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".png", ".h5", ".msgpack", ".onnx", ".model")
 REPO = r"(?P<repo>[^/]+/[^/]+)"
+API = "/api/(?:models|datasets)"
 REVISION = r"(?P<revision>[^/]+)"
 
 
@@ -291,7 +293,7 @@ class Handler(BaseHTTPRequestHandler):
         self.need_token()
         self.answer_json({"type": "user", "name": self.hub.user, "orgs": []})
 
-    @route("GET", rf"/api/models/{REPO}(/revision/{REVISION})?")
+    @route("GET", rf"{API}/{REPO}(/revision/{REVISION})?")
     def info(self, repo: str, revision: str = "main") -> None:
         found = self.find(repo)
         commit = self.find_commit(found, revision)
@@ -307,7 +309,7 @@ class Handler(BaseHTTPRequestHandler):
             }
         )
 
-    @route("GET", rf"/api/models/{REPO}/tree/{REVISION}(/(?P<folder>.+))?")
+    @route("GET", rf"{API}/{REPO}/tree/{REVISION}(/(?P<folder>.+))?")
     def tree(self, repo: str, revision: str, folder: str = "") -> None:
         files = self.find_commit(self.find(repo), revision).files
         recursive = self.query.get("recursive", ["false"])[0].lower() == "true"
@@ -325,13 +327,13 @@ class Handler(BaseHTTPRequestHandler):
                 entries[path] = blob.listing(path)
         self.answer_json(list(entries.values()))
 
-    @route("POST", rf"/api/models/{REPO}/paths-info/{REVISION}")
+    @route("POST", rf"{API}/{REPO}/paths-info/{REVISION}")
     def paths_info(self, repo: str, revision: str) -> None:
         files = self.find_commit(self.find(repo), revision).files
         wanted = parse_qs(self.body.decode()).get("paths", [])
         self.answer_json([files[path].listing(path) for path in wanted if path in files])
 
-    @route("GET", rf"/api/models/{REPO}/refs")
+    @route("GET", rf"{API}/{REPO}/refs")
     def refs(self, repo: str) -> None:
         branches = [
             {"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha}
@@ -339,7 +341,7 @@ class Handler(BaseHTTPRequestHandler):
         ]
         self.answer_json({"branches": branches, "converts": [], "tags": [], "pullRequests": []})
 
-    @route("GET", rf"/{REPO}/resolve/{REVISION}/(?P<path>.+)")
+    @route("GET", rf"/(?:datasets/)?{REPO}/resolve/{REVISION}/(?P<path>.+)")
     def resolve(self, repo: str, revision: str, path: str) -> None:
         found = self.find(repo)
         if found.gated:

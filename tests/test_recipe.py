@@ -118,7 +118,11 @@ def test_unknown_words_name_the_nearest(content: Any, expected: str, refusal: Ca
         ("stages: [{name: a}]", "stage a lacks objective, tokens"),
         ("stages: [{tokens: 3}]", "stage ? lacks name, objective"),
         ("name: 5", "name is 5, not str"),
-        ("data: [a]", "data is ['a'], not str"),
+        ("data: 3", "recipe: data is 3: give the name of a corpus, or a list of names"),
+        ("data: []", "recipe: data is []"),
+        ("data: [a, 3]", "recipe: data is ['a', 3]"),
+        ("data: {a: 3}", "recipe: data is {'a': 3}"),
+        ("stages: [{name: a, objective: cross_entropy, tokens: 5, data: ['']}]", "stage a: data is ['']"),
     ],
 )
 def test_what_is_no_recipe(content: str | bytes, expected: str, refusal: Callable[..., str]) -> None:
@@ -212,6 +216,18 @@ STAGES = (
     Stage("a", "attention_transfer", 10_000_000, seq_len=512),
     Stage("b", "distillation", 30_000_000, "lora", seq_len=512),
 )
+
+
+def test_a_recipe_and_its_stages_name_one_corpus_or_several(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    stage = "{name: extend, objective: cross_entropy, tokens: 5, data: [long/*.txt@2, 1e3]}"
+    path.write_text(f"data: [a.txt, 'b.jsonl@0.5']\nstages: [{stage}]")
+    recipe = load_recipe(str(path))
+    assert recipe.data == ["a.txt", "b.jsonl@0.5"]
+    assert parse_recipe(recipe.to_dict()) == recipe
+    (adjusted,) = adjust_stages(recipe.stages, ["extend.data=[c.txt, d.txt]"])
+    assert adjusted.data == ["c.txt", "d.txt"]
+    assert adjust_stages(recipe.stages, ["data=c.txt"])[0].data == "c.txt"
 
 
 @pytest.mark.parametrize(

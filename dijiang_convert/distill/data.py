@@ -1,51 +1,78 @@
-"""Text in, rows of tokens out: files, folders or a Hub data set, streamed, shuffled, packed.
+"""Text in, rows of tokens out: shuffled, mixed, packed, and kept on disk.
 
 For training, documents are cut into pieces of a few rows before shuffling, so that a run of few tokens sees all of a
-corpus of long books, and packed end to end. For evaluation every document starts a row of its own.
+corpus of long books, and packed end to end; each piece is a context of its own, where positions restart. Several
+corpora share the tokens by weight, and one that runs out is read again. For evaluation every document starts a row of
+its own. Everything is a stream: memory does not grow with the number of tokens.
 """
 
+import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoint import new_folder, write_json
 from ..errors import DijiangError
+from .contexts import REAL, START, TARGET, Stream, Tokens, mixed, too_short
+from .corpus import Source, Sources, parse_source
 
-BUILDERS = {
-    ".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet",
-}  # fmt: skip
-HELD_OUT = ("valid", "val", "test", "dev", "eval")
-SHUFFLE_BUFFER = 10_000  # pieces
+PIECE_ROWS = 4  # a piece of text is about as many rows
 CHARS_PER_TOKEN = 4  # roughly; only sizes the pieces
+LOST_ROWS = 10_000  # without a target, one after another: there won't be any
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of tokens [n, seq_len], the first ``lengths`` [n] of each real and the rest padding."""
+    """Rows of tokens, in memory or mapped from a file.
+
+    ids: [n, seq_len] int32, padded on the right.
+    marks: [n, seq_len] uint8, bits of REAL, START (of a context) and TARGET (of the loss); 0 is padding.
+    """
 
     ids: Tensor
-    lengths: Tensor
+    marks: Tensor
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """attention_mask marks real tokens, loss_mask those that count as targets."""
-        ids, mask = self.ids[index], self.mask[index]
-        return {"input_ids": ids, "position_ids": torch.arange(len(ids)), "attention_mask": mask, "loss_mask": mask}
+        """All [seq_len] int64. position_ids restart with every context, attention_mask marks real tokens, loss_mask
+        those that count as targets: none is the first of its context."""
+        marks = self.marks[index]
+        at = torch.arange(len(marks))
+        starts = torch.where(marks & START > 0, at, 0).cummax(0).values
+        return {
+            "input_ids": self.ids[index].long(),
+            "position_ids": at - starts,
+            "attention_mask": (marks & REAL > 0).long(),
+            "loss_mask": (marks & TARGET > 0).long(),
+        }
 
     @property
     def mask(self) -> Tensor:
         """[n, seq_len], 1 for real tokens."""
-        return (torch.arange(self.ids.shape[1]) < self.lengths[:, None]).long()
+        return (self.marks & REAL > 0).long()
+
+    @property
+    def lengths(self) -> Tensor:
+        """[n] real tokens a row."""
+        return self.marks.count_nonzero(1)
 
     @property
     def tokens(self) -> int:
-        return int(self.lengths.sum())
+        return int(self.marks.count_nonzero())
+
+    def split(self, counts: Sequence[int]) -> list["Rows"]:
+        """Consecutive parts of so many rows each."""
+        parts = zip(self.ids.split(list(counts)), self.marks.split(list(counts)), strict=True)
+        return [Rows(ids, marks) for ids, marks in parts]
 
 
 def token_rows(
@@ -57,144 +84,145 @@ def token_rows(
     held_out: bool = False,
     shuffle_seed: int | None = 0,
     progress: Callable[[int], None] = lambda count: None,
+    folder: Path | None = None,
 ) -> Rows:
-    """About the first ``tokens`` tokens of a corpus as rows of seq_len.
+    """About ``tokens`` tokens of a corpus as rows of seq_len; for training always as many rows as hold them.
 
     Args:
-        data: a file, a folder, a Hub data set's id (``owner/name`` or ``owner/name:config``), or the documents.
+        data: a file, a folder, a glob or a Hub data set (``owner/name`` or ``owner/name:config``); `Sources` of them,
+            each with ``@weight`` behind it if it should give more or fewer tokens than others; or the documents.
         held_out: take the files (or the split) set aside for evaluation, where there are any.
-        shuffle_seed: None keeps the corpus' order and gives every document rows of its own, for evaluation.
+        shuffle_seed: decides the order of everything. None keeps the corpus' order and gives every document rows of
+            its own, for evaluation: then the rows end with the corpus.
         progress: called with every number of tokens gathered.
+        folder: where the rows are kept, mapped into memory and not loaded. If it has them already, from the same
+            request, they are taken as they are, and the corpus is not touched.
 
     Raises:
-        DijiangError: no such data, no text in it, or less than one row.
+        DijiangError: no such data, no text in it, less than one row, or ``folder`` holds rows of another request.
     """
-    rows: list[list[int]] = [[]]
-    count = 0
-    pieces = _pieces(_documents(data, tokenizer, held_out), seq_len, shuffle_seed)
-    # A document that would only get a scrap of a row starts the next one.
-    scrap = seq_len if shuffle_seed is None else seq_len // 8
-    try:
-        for ids, first in _tokenized(pieces, tokenizer):
-            if rows[-1] and first and seq_len - len(rows[-1]) < scrap:
-                rows.append([])
-            while ids:
-                if len(rows[-1]) == seq_len:
-                    rows.append([])
-                taken = ids[: seq_len - len(rows[-1])]
-                rows[-1] += taken
-                ids = ids[len(taken) :]
-                count += len(taken)
-                progress(len(taken))
-            if count >= tokens + seq_len:
-                break
-    except (OSError, ValueError, UnicodeDecodeError) as error:
-        raise DijiangError(f"can't read {_name(data)}: {' '.join(str(error).split())[:200]}") from error
-    if count < seq_len:
-        raise DijiangError(
-            f"{_name(data)} has {count} tokens, less than one row of {seq_len}: give more text or a smaller --seq-len"
-        )
-    rows = [row for row in rows if len(row) > 1][: max(-(-tokens // seq_len), 1)]
+    if seq_len < 2:
+        raise DijiangError(f"seq_len is {seq_len}: a row needs at least 2 tokens to have one to predict")
+    names = [data] if isinstance(data, str) else list(data) if isinstance(data, Sources) else "documents"
+    request = {"data": names, "held_out": held_out, "tokens": tokens, "seq_len": seq_len, "seed": shuffle_seed}
+    if folder is not None and folder.is_dir():
+        return _stored(folder, request)
+    size = PIECE_ROWS * seq_len * CHARS_PER_TOKEN
+    streams = [Stream(source, i, tokenizer, size, held_out) for i, source in enumerate(_sources(data))]
+    contexts: Iterable[Tokens]
+    if shuffle_seed is None:
+        contexts = itertools.chain.from_iterable(stream.once(None) for stream in streams)
+    else:
+        contexts = mixed(streams, seq_len, shuffle_seed)
+    wanted = max(-(-tokens // seq_len), 1)
+    packed = _with_targets(_packed(contexts, tokenizer, seq_len, alone=shuffle_seed is None))
+    rows = _counted(itertools.islice(packed, wanted), progress)
+    if folder is None:
+        found = _rows(list(rows), seq_len)
+    else:
+        with new_folder(folder) as new:
+            _write(rows, new, request)
+        found = _stored(folder, request)
+    if len(found) < wanted and found.tokens < seq_len:
+        raise too_short(streams, found.tokens, seq_len)
+    for stream in streams:
+        stream.tell()
+    return found
+
+
+def check_data(data: str | Sequence[str]) -> None:
+    """Raises DijiangError where there is no such file or folder, or no file of text in it. Asks no Hub."""
+    for source in _sources(data):
+        if source.texts is None:
+            source.files()
+
+
+def _sources(data: str | Sequence[str]) -> list[Source]:
+    if isinstance(data, str):
+        return [parse_source(data)]
+    if isinstance(data, Sources):
+        return [parse_source(text) for text in data]
+    return [Source("the text", texts=data)]
+
+
+def _packed(
+    contexts: Iterable[Tokens], tokenizer: PreTrainedTokenizerBase, seq_len: int, alone: bool
+) -> Iterator[Tokens]:
+    """Rows of seq_len, filled with one context after another, or each ``alone``; padded where they end early.
+
+    A context that goes on in the next row starts anew there. One that would only get a scrap of a row starts the next.
+    """
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    lengths = torch.tensor([len(row) for row in rows])
-    return Rows(torch.tensor([row + [padding] * (seq_len - len(row)) for row in rows]), lengths)
+
+    def empty() -> Tokens:
+        return Tokens(np.full(seq_len, padding, np.int32), np.zeros(seq_len, np.uint8))
+
+    row, used = empty(), 0
+    for context in contexts:
+        done, length, room = 0, len(context.ids), seq_len - used
+        if used and (alone or length > room < seq_len // 8):
+            yield row
+            row, used = empty(), 0
+        while done < length:
+            count = min(length - done, seq_len - used)
+            row.ids[used : used + count] = context.ids[done : done + count]
+            row.marks[used : used + count] = context.marks[done : done + count]
+            row.marks[used] = REAL | START
+            used, done = used + count, done + count
+            if used == seq_len:
+                yield row
+                row, used = empty(), 0
+    if used:
+        yield row
 
 
-def _documents(data: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Iterator[str]:
-    if not isinstance(data, str):
-        yield from (text for text in data if text)
-        return
-    for rows in _tables(data, held_out):
+def _with_targets(rows: Iterable[Tokens]) -> Iterator[Tokens]:
+    """Without the rows that have nothing to learn from, such as a part of a chat before its answers."""
+    lost = 0
+    for row in rows:
+        if (row.marks & TARGET).any():
+            lost = 0
+            yield row
+        elif (lost := lost + 1) == LOST_ROWS:
+            raise DijiangError(f"{lost:,} rows one after another have nothing to learn from: give a longer --seq-len")
+
+
+def _counted(rows: Iterable[Tokens], progress: Callable[[int], None]) -> Iterator[Tokens]:
+    for row in rows:
+        progress(int(np.count_nonzero(row.marks)))
+        yield row
+
+
+def _rows(rows: Sequence[Tokens], seq_len: int) -> Rows:
+    ids = np.array([row.ids for row in rows], np.int32).reshape(-1, seq_len)
+    marks = np.array([row.marks for row in rows], np.uint8).reshape(-1, seq_len)
+    return Rows(torch.from_numpy(ids), torch.from_numpy(marks))
+
+
+def _write(rows: Iterable[Tokens], folder: Path, request: dict[str, Any]) -> None:
+    """Their arrays one after another in ids.bin and marks.bin, 5 bytes a token, and what they are in rows.json."""
+    count = 0
+    with open(folder / "ids.bin", "wb") as ids, open(folder / "marks.bin", "wb") as marks:
         for row in rows:
-            if isinstance(row.get("text"), str):
-                if row["text"]:
-                    yield row["text"]
-            elif row.get("messages") is not None:
-                if not tokenizer.chat_template:
-                    raise DijiangError(f"{data} holds chats, and the tokenizer has no chat template: give plain text")
-                yield str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
-            else:
-                raise DijiangError(f"{data} has no column 'text' or 'messages', only {', '.join(map(str, row))}")
+            ids.write(row.ids.tobytes())
+            marks.write(row.marks.tobytes())
+            count += 1
+    write_json(folder / "rows.json", {**request, "rows": count})
 
 
-def _tables(data: str, held_out: bool) -> Iterator[Iterable[dict[str, Any]]]:
-    """Row streams of a file, of each kind of file in a folder, or of a Hub data set."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    path = Path(data).expanduser()
-    if path.exists():
-        by_builder: dict[str, list[str]] = {}
-        for file in _files(path, held_out):
-            by_builder.setdefault(BUILDERS[file.suffix], []).append(str(file))
-        for builder, files in by_builder.items():
-            options = {"sample_by": "document"} if builder == "text" else {}
-            yield load_dataset(builder, data_files=files, split="train", streaming=True, **options)
-        return
-    if "/" not in data or data.startswith(("/", ".", "~")):
-        raise DijiangError(f"no such file, folder or data set: {data}")
-    name, _, config = data.partition(":")
-    try:
-        splits = load_dataset(name, config or None, streaming=True)
-        aside = [split for split in splits if any(word in str(split).lower() for word in HELD_OUT)]
-        others = [split for split in splits if split not in aside]
-        yield splits[(aside or others if held_out else others or aside)[0]]
-    except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DijiangError(f"can't reach the data set {data} ({reason}): give a file or folder with --data") from None
-
-
-def _files(path: Path, held_out: bool) -> list[Path]:
-    if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise DijiangError(f"{path} is not text: give {', '.join(BUILDERS)}")
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in BUILDERS and file.is_file())
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    aside = [file for file in files if any(word in file.stem.lower() for word in HELD_OUT)]
-    chosen = aside if held_out and aside else [file for file in files if file not in aside] or files
-    if not chosen:
-        raise DijiangError(f"no text in {path}: it needs files ending in {', '.join(BUILDERS)}")
-    return chosen
-
-
-def _pieces(documents: Iterator[str], seq_len: int, seed: int | None) -> Iterator[tuple[str, bool, bool]]:
-    """(text, starts a document, ends it), shuffled through a buffer unless the seed is None."""
-
-    def cut() -> Iterator[tuple[str, bool, bool]]:
-        size = 4 * seq_len * CHARS_PER_TOKEN
-        for text in documents:
-            starts = range(0, len(text), size)
-            for start in starts:
-                yield text[start : start + size], start == 0, start == starts[-1]
-
-    if seed is None:
-        yield from ((text, True, True) for text in documents)
-        return
-    generator = torch.Generator().manual_seed(seed)
-    buffer: list[tuple[str, bool, bool]] = []
-    for piece in cut():
-        buffer.append(piece)
-        if len(buffer) > SHUFFLE_BUFFER:
-            yield buffer.pop(_random_index(len(buffer), generator))
-    for index in torch.randperm(len(buffer), generator=generator).tolist():
-        yield buffer[index]
-
-
-def _random_index(length: int, generator: torch.Generator) -> int:
-    return int(torch.randint(length, (1,), generator=generator))
-
-
-def _tokenized(
-    pieces: Iterable[tuple[str, bool, bool]], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[int], bool]]:
-    """(ids, starts a document). One token parts documents: the one that the tokenizer starts them with, or its end."""
-    starts_with = tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
-    end = [] if starts_with or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for text, first, last in pieces:
-        ids = tokenizer(text, add_special_tokens=first, verbose=False)["input_ids"]
-        yield ids + end if last else ids, first
-
-
-def _name(data: str | Sequence[str]) -> str:
-    return data if isinstance(data, str) else "the text"
+def _stored(folder: Path, request: dict[str, Any]) -> Rows:
+    """What `_write` wrote, mapped into memory. Raises DijiangError where it was asked for something else."""
+    kept = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    count = kept.pop("rows")
+    other = [key for key in request if kept.get(key) != request[key]]
+    if other:
+        raise DijiangError(
+            f"{folder} holds rows of another run ({other[0]} was {kept.get(other[0])}, is {request[other[0]]}): "
+            "repeat that run's options, or drop --resume"
+        )
+    shape = count, request["seq_len"]
+    size = count * request["seq_len"]
+    return Rows(
+        torch.from_file(str(folder / "ids.bin"), size=size, dtype=torch.int32).reshape(shape),
+        torch.from_file(str(folder / "marks.bin"), size=size, dtype=torch.uint8).reshape(shape),
+    )
