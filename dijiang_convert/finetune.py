@@ -5,6 +5,8 @@ The recipe's stages come from the checkpoint, where `convert` recorded them. Whi
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 import shutil
 import time
@@ -13,15 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import write_card
-from .checkpoint import check_out, new_folder, read_checkpoint, write_json
+from .checkpoint import check_out, read_checkpoint, write_json
 from .convert import LEFT_BEHIND, write_code
 from .distill.data import Rows, token_rows
+from .distill.processes import check_launch, is_sharded
+from .distill.run_folder import RunFolder
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
-from .models import load_any, load_converted, load_tokenizer, silence
+from .models import default_device, load_any, load_converted, load_tokenizer, silence
 from .progress import console, count_bar
 from .push import check_repo
 from .push import push as push_checkpoint
@@ -73,37 +79,49 @@ def finetune(
         DijiangError: with one line that says what is wrong and what to do.
     """
     start = time.perf_counter()
+    check_launch()
+    here = PartialState()
+    console.quiet = not here.is_main_process
     folder = Path(checkpoint).expanduser() if checkpoint is not None else _only_checkpoint()
     config = read_checkpoint(folder)
     target = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}-finetuned")
     recipe = _recipe(config["dijiang"])
     plan = _plan(recipe, stages, tokens, train, seq_len, settings)
-    check_out(target, force)
     if push:
         check_repo(push)
     silence()
-    run = _Run(target, plan, resume)
+    options = {"data": _fingerprint(data if data is not None else recipe.data), "seed": seed}
+    run = RunFolder(target, plan, options, resume)
+    if not run.finished:
+        check_out(target, force)
     tokenizer = load_tokenizer(folder)
     rows = _gather(data if data is not None else recipe.data, tokenizer, plan, seed)
     run.begin()
-    model = load_converted(run.latest or folder)
+    device = torch.device("cpu") if is_sharded() else here.device if here.num_processes > 1 else default_device()
     results = list(run.results)
     for i, stage in enumerate(plan):
         if i < len(results):
             continue
-        guide = _teacher(stage, model, folder, config["dijiang"], [*config["dijiang"]["history"], *plan[:i]], teacher)
+        # Each stage starts from what the one before wrote: so a resumed run can't differ from an unbroken one.
+        load = functools.partial(load_converted, run.latest or folder, device=device)
+        trained = [*config["dijiang"]["history"], *plan[:i]]
+        guide = _teacher(stage, folder, config["dijiang"], trained, teacher, device)
         model, result = run_stage(
-            model, stage, rows[stage.seq_len], teacher=guide, folder=run.stage(i), resume=resume, seed=seed
-        )
+            load(), stage, rows[stage.seq_len], teacher=guide, folder=run.stage(i), reload=load, resume=resume,
+            seed=seed,
+        )  # fmt: skip
         results.append(result)
-        if i + 1 < len(plan):
-            run.record(i, results, lambda path: _write(path, model, folder, config, plan, results))  # noqa: B023
-    with new_folder(target, force) as new:
-        _write(new, model, folder, config, plan, results)
-        run.move_logs(new)
-    run.remove()
-    pushed = push_checkpoint(target, push).url if push else None
+        run.record(i, results, functools.partial(_write, model, folder, config, plan, results))
+        del model, guide
+    run.finish(target, force)
+    pushed = push_checkpoint(target, push).url if push and here.is_main_process else None
+    here.wait_for_everyone()
     return FinetuneResult(str(target), results, time.perf_counter() - start, pushed)
+
+
+def _fingerprint(data: str | Sequence[str]) -> str:
+    """What tells a corpus from another: its name, or a hash of documents."""
+    return data if isinstance(data, str) else hashlib.blake2b("\0".join(data).encode()).hexdigest()
 
 
 def _only_checkpoint() -> Path:
@@ -168,92 +186,42 @@ def _gather(
 
 def _teacher(
     stage: Stage,
-    model: PreTrainedModel,
     folder: Path,
     section: dict[str, Any],
     before: Sequence[Any],
     given: str | None,
+    device: torch.device,
 ) -> PreTrainedModel | None:
     """The softmax model to learn from, or None where the model itself is it once adapters and kernels are off."""
     if stage.objective != "distillation":
         return None
     trains = [step["train"] if isinstance(step, dict) else step.train for step in before]
     if given is not None:
-        guide = load_any(given, model.device)
+        guide = load_any(given, device)
     elif any(step["train"] != "kernel" for step in section["history"]):
         if not is_hub_id(str(section["source"])):
             raise DijiangError(
                 f"{folder} was trained before, so its base weights are not the original's: "
                 f"give that model with --teacher (it was {section['source']})"
             )
-        guide = load_any(section["source"], model.device)
+        guide = load_any(section["source"], device)
     elif stage.train == "lora" and all(kind == "kernel" for kind in trains):
         return None
     else:
-        guide = load_converted(folder, attention="sdpa", device=model.device)
+        guide = load_converted(folder, attention="sdpa", device=device)
     return guide.eval().requires_grad_(False)  # type: ignore[return-value]
 
 
-class _Run:
-    """The folder OUT.run: finished stages, and the Trainer's checkpoints of the one under way."""
-
-    def __init__(self, target: Path, plan: Sequence[Stage], resume: bool) -> None:
-        self.folder = target.with_name(target.name + ".run")
-        self.plan = [dataclasses.asdict(stage) for stage in plan]
-        self.results: list[StageResult] = []
-        self.latest: Path | None = None
-        self.resumed = resume
-        if resume:
-            if not (self.folder / "plan.json").is_file():
-                raise DijiangError(f"nothing to resume: no {self.folder}; run without --resume")
-            if json.loads((self.folder / "plan.json").read_text()) != self.plan:
-                raise DijiangError(f"{self.folder} is from another run: repeat its options, or drop --resume")
-            for i in range(len(plan)):
-                done = self.folder / f"after-{i}"
-                if done.is_dir():
-                    self.latest = done
-                    self.results = [StageResult(**r) for r in json.loads((done / "results.json").read_text())]
-
-    def begin(self) -> None:
-        """Makes the folder of a new run; one that is resumed has it."""
-        if not self.resumed:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            write_json(self.folder / "plan.json", self.plan)
-
-    def stage(self, index: int) -> Path:
-        return self.folder / f"stage-{index}"
-
-    def record(self, index: int, results: list[StageResult], write: Any) -> None:
-        """Keeps the model after a stage; what came before it is no longer needed."""
-        with new_folder(self.folder / f"after-{index}", force=True) as folder:
-            write(folder)
-            write_json(folder / "results.json", [dataclasses.asdict(result) for result in results])
-        shutil.rmtree(self.folder / f"after-{index - 1}", ignore_errors=True)
-        for checkpoint in self.stage(index).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-
-    def move_logs(self, target: Path) -> None:
-        """TensorBoard's files, to runs/STAGE in the result; `push` leaves them at home."""
-        for i, stage in enumerate(self.plan):
-            for logs in (self.stage(i) / "runs").glob("*"):
-                folder = target / "runs" / stage["name"]
-                folder.mkdir(parents=True, exist_ok=True)
-                shutil.move(logs, folder)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
 def _write(
-    target: Path,
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     source: Path,
     config: dict[str, Any],
     plan: Sequence[Stage],
     results: Sequence[StageResult],
+    target: Path,
 ) -> None:
     """A checkpoint as `convert` writes it, with the trained weights and the history of how they came to be."""
+    assert model is not None  # on the main process, which alone writes
     model.save_pretrained(target, max_shard_size="5GB")
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND):
