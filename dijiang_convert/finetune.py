@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import write_card
 from .checkpoint import check_out, read_checkpoint, write_json
 from .convert import LEFT_BEHIND, write_code
+from .distill import processes
 from .distill.data import Rows, token_rows
-from .distill.processes import check_launch, is_sharded
 from .distill.run_folder import RunFolder
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
@@ -79,8 +78,7 @@ def finetune(
         DijiangError: with one line that says what is wrong and what to do.
     """
     start = time.perf_counter()
-    check_launch()
-    here = PartialState()
+    here = processes.start()
     console.quiet = not here.is_main_process
     folder = Path(checkpoint).expanduser() if checkpoint is not None else _only_checkpoint()
     config = read_checkpoint(folder)
@@ -90,14 +88,16 @@ def finetune(
     if push:
         check_repo(push)
     silence()
-    options = {"data": _fingerprint(data if data is not None else recipe.data), "seed": seed}
+    options = {"data": _fingerprint(data if data is not None else recipe.data), "seed": seed, "teacher": teacher}
     run = RunFolder(target, plan, options, resume)
     if not run.finished:
         check_out(target, force)
     tokenizer = load_tokenizer(folder)
     rows = _gather(data if data is not None else recipe.data, tokenizer, plan, seed)
     run.begin()
-    device = torch.device("cpu") if is_sharded() else here.device if here.num_processes > 1 else default_device()
+    device = default_device() if here.num_processes == 1 else here.device
+    if processes.is_sharded():  # the whole model may not fit a GPU
+        device = torch.device("cpu")
     results = list(run.results)
     for i, stage in enumerate(plan):
         if i < len(results):

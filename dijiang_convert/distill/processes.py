@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import fsdp2_prepare_model, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -24,16 +24,27 @@ from ..errors import DijiangError
 KERNELS = r".*\.dijiang"
 
 
-def check_launch() -> None:
-    """Raises DijiangError for what `accelerate launch` was asked for and can't be had here."""
+def start() -> PartialState:
+    """Joins the processes that were launched together; without a GPU they train on CPUs.
+
+    Raises DijiangError for what `accelerate launch` was asked for and can't be had here.
+    """
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
         raise DijiangError("the launch asks for DeepSpeed, which is not installed: pip install deepspeed, or use FSDP2")
     if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
         raise DijiangError("the launch asks for Megatron-LM: use DDP, FSDP2 or DeepSpeed")
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise DijiangError("the launch asks for FSDP 1: set fsdp_version: 2 in its configuration")
-    if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING") and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise DijiangError("kernels must be loaded on every process: set fsdp_cpu_ram_efficient_loading: false")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise DijiangError("the launch asks for FSDP 1: set fsdp_version: 2 in its configuration")
+        if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+            raise DijiangError("every process loads its own kernels: set fsdp_cpu_ram_efficient_loading: false")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    here = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if here.num_processes != launched:
+        raise DijiangError(f"{launched} processes were launched and {here.num_processes} can work together here")
+    return here
 
 
 def is_sharded() -> bool:
@@ -102,6 +113,8 @@ def gather(accelerator: Accelerator, wrapped: nn.Module, build: Callable[[], nn.
 
 
 def supported(accelerator: Accelerator) -> bool:
-    """DDP on any device, FSDP2, DeepSpeed, or one process."""
+    """DDP on any device, FSDP2, DeepSpeed, or one process; and what was asked for, or it would be DDP in silence."""
     kind = accelerator.distributed_type
-    return kind in (DistributedType.NO, DistributedType.DEEPSPEED, DistributedType.FSDP) or kind.startswith("MULTI_")
+    if is_sharded():
+        return kind in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    return kind == DistributedType.NO or kind.startswith("MULTI_")

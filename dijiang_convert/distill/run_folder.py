@@ -1,6 +1,7 @@
 """What a finetune run keeps beside its result until that is written, so that it can be resumed."""
 
 import dataclasses
+import glob
 import json
 import os
 import shutil
@@ -52,13 +53,13 @@ class RunFolder:
 
     def _compare(self, before: dict[str, Any]) -> None:
         """Learning rates may change, as a run that diverged needs it; anything else makes another run of it."""
-        stages = zip(before.get("stages", []), self.content["stages"], strict=False)
-        for stage, now in list(stages)[len(self.results) :]:
+        if _fixed(before) != _fixed(self.content):
+            raise DijiangError(f"{self.folder} is from another run: repeat its options, or drop --resume")
+        to_do = slice(len(self.results), None)
+        for stage, now in zip(before["stages"][to_do], self.content["stages"][to_do], strict=True):
             for key in MAY_CHANGE:
                 if stage[key] != now[key]:
                     console.print(f"stage {now['name']}: {key} is {now[key]} from here on, it was {stage[key]}")
-        if _fixed(before) != _fixed(self.content):
-            raise DijiangError(f"{self.folder} is from another run: repeat its options, or drop --resume")
 
     @property
     def finished(self) -> bool:
@@ -75,7 +76,8 @@ class RunFolder:
                 (self.folder / PLAN).unlink(missing_ok=True)
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.folder.mkdir(parents=True)
-            for folder in [*self.folder.glob(".*.partial"), *self.target.parent.glob(f".{self.target.name}.*.partial")]:
+            beside = self.target.parent.glob(f".{glob.escape(self.target.name)}.*.partial")
+            for folder in [*self.folder.glob(".*.partial"), *beside]:
                 shutil.rmtree(folder, ignore_errors=True)
             for i in range(len(self.content["stages"])):
                 remove_broken(self.stage(i))

@@ -225,7 +225,7 @@ class _StageTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides accumulated ones
         self.step_inputs: list[dict[str, Any]] = []
         if not processes.supported(self.accelerator):
-            raise DijiangError(f"can't train on {self.accelerator.distributed_type}: use DDP, FSDP2 or DeepSpeed")
+            raise DijiangError(f"can't shard or share a model on {self.args.device}: FSDP2 and DeepSpeed need GPUs")
         processes.keep_kernels_whole(self.accelerator)
         if teacher is not None:
             teacher = processes.prepare_teacher(self.accelerator, teacher)
