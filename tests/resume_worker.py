@@ -1,6 +1,7 @@
 """A finetune run that is killed where a test says so. Each runs in a process forked from a server that has imported
 all this, so that it starts at once."""
 
+import contextlib
 import functools
 import io
 import os
@@ -15,6 +16,9 @@ import torch
 
 from dijiang_convert.cli import app
 from dijiang_convert.distill import checkpoints, run_folder, trainer
+
+with contextlib.suppress(ImportError):  # what the Trainer imports late
+    import torch.utils.tensorboard
 
 Moment = tuple[str, int]  # what is killed, the how manieth time it happens
 

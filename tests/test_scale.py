@@ -23,7 +23,7 @@ from dijiang_convert.distill.attention_transfer import normalized_error
 from dijiang_convert.paths import ACCELERATE
 from dijiang_convert.recipe import Stage
 from tests import scale_worker
-from tests.models import checkpoint
+from tests.models import WINDOW, checkpoint, load, tokens
 
 ROOT = Path(__file__).parents[1]
 LAUNCHES = ("ddp", "fsdp2")
@@ -115,6 +115,15 @@ def test_rows_come_in_rounds_of_all() -> None:
     assert len(order) == 13
     assert order[:5] != order[5:10]
     assert order == trainer.row_order(5, 13, seed=1) != trainer.row_order(5, 13, seed=2)
+
+
+@pytest.mark.parametrize("variant", ["default", "pure", "paper", "window-only"])
+@pytest.mark.parametrize("length", [WINDOW // 2, WINDOW + 8])
+def test_everything_trained_gets_a_gradient(variant: str, length: int) -> None:
+    """DDP waits for all of them, also where no key is far."""
+    model = load("llama", variant).train()
+    model(tokens(2, length), use_cache=False).logits.logsumexp(-1).mean().backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
 @pytest.mark.parametrize(
