@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 from . import __version__
 from .errors import DijiangError
+from .paths import ACCELERATE
 
 app = typer.Typer(
     help="Convert any pretrained Transformer to DiJiang attention: O(1) per generated token.",
@@ -42,11 +44,11 @@ Baseline = Annotated[str | None, typer.Option(metavar="SOURCE", help="The origin
 Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens of all stages together.")]
 
 
-def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+def command(name: str, epilog: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Registers a command whose function returns (result, how to show it to a person)."""
 
     def register(function: Callable[..., Any]) -> Callable[..., None]:
-        @app.command(name)
+        @app.command(name, epilog=epilog)
         @functools.wraps(function)
         def run(*args: Any, json_output: bool = False, debug: bool = False, **kwargs: Any) -> None:
             try:
@@ -60,6 +62,8 @@ def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., None]]:
             except Exception as error:
                 reason = " ".join(str(error).split())[:300]
                 _fail(f"unexpected {type(error).__name__}: {reason}: --debug shows where", debug)
+            if os.environ.get("RANK", "0") != "0":  # the first of the processes of a launch speaks for all
+                return
             if json_output:
                 print(json.dumps(dataclasses.asdict(result)))
             else:
@@ -73,7 +77,8 @@ def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., None]]:
 def _fail(message: str, debug: bool) -> None:
     if debug:
         raise  # the one being handled
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0" or message.startswith("unexpected"):
+        print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(1) from None
 
 
@@ -130,7 +135,11 @@ def convert(
     return result, show
 
 
-@command("finetune")
+@command(
+    "finetune",
+    "Several GPUs: accelerate launch --config_file FILE --num_processes N -m dijiang_convert finetune CHECKPOINT …, "
+    f"FILE one of ddp.yaml, fsdp2.yaml and deepspeed-zero3.yaml in {ACCELERATE}",
+)
 def finetune(
     checkpoint: Annotated[Path | None, typer.Argument(help="[default: the converted one in this folder]")] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder. [default: CHECKPOINT-finetuned]")] = None,

@@ -5,6 +5,8 @@ The recipe's stages come from the checkpoint, where `convert` recorded them. Whi
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 import shutil
 import time
@@ -13,19 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState  # type: ignore[import-untyped]
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import write_card
-from .checkpoint import check_out, new_folder, read_checkpoint, write_json
+from .checkpoint import check_out, read_checkpoint, write_json
 from .convert import LEFT_BEHIND, write_code
+from .distill import processes
 from .distill.corpus import Sources
 from .distill.data import Rows, check_data, token_rows
+from .distill.run_folder import RunFolder
 from .distill.teacher_cache import CachedRows
 from .distill.teacher_cache import cache_teacher as write_cache
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
-from .models import load_any, load_converted, load_tokenizer, silence
+from .models import default_device, load_any, load_converted, load_tokenizer, silence
 from .progress import console, count_bar
 from .push import check_repo
 from .push import push as push_checkpoint
@@ -80,6 +84,8 @@ def finetune(
         DijiangError: with one line that says what is wrong and what to do.
     """
     start = time.perf_counter()
+    here = processes.start()
+    console.quiet = not here.is_main_process
     folder = Path(checkpoint).expanduser() if checkpoint is not None else _only_checkpoint()
     config = read_checkpoint(folder)
     target = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}-finetuned")
@@ -94,46 +100,58 @@ def finetune(
     if not resume:  # whose rows are kept, whatever has happened to the corpus
         for corpus in corpora:
             check_data(corpus)
-    check_out(target, force)
     if push:
         check_repo(push)
     silence()
-    run = _Run(target, plan, resume)
+    options = {
+        "data": [_fingerprint(corpus) for corpus in corpora], "seed": seed, "teacher": teacher,
+        "cache_teacher": cache_teacher,
+    }  # fmt: skip
+    run = RunFolder(target, plan, options, resume)
+    if not run.finished:
+        check_out(target, force)
     tokenizer = load_tokenizer(folder)
-    here = PartialState()
-    if here.is_main_process:
-        run.begin()
-    here.wait_for_everyone()
+    run.begin()
     try:
-        rows = _gather(corpora, tokenizer, plan, seed, run.folder, writes=here.is_main_process)
+        rows = _gather(corpora, tokenizer, plan, seed, run)
     except DijiangError:
         if not resume:
-            run.remove()
+            run.discard()
         raise
-    model = load_converted(run.latest or folder)
+    device = default_device() if here.num_processes == 1 else here.device
+    if processes.is_sharded():  # the whole model may not fit a GPU
+        device = torch.device("cpu")
     results = list(run.results)
     for i, stage in enumerate(plan):
         if i < len(results):
             continue
+        # Each stage starts from what the one before wrote: so a resumed run can't differ from an unbroken one.
+        load = functools.partial(load_converted, run.latest or folder, device=device)
         text: Rows | CachedRows = rows[i]
         source, guide = teachers[i], None
         if source is not None and cache_teacher is not None:
+            run.wait_for(run.cache(i))
             text = write_cache(
-                rows[i], -(-stage.tokens // stage.seq_len), source.load, top=cache_teacher,
+                rows[i], -(-stage.tokens // stage.seq_len), functools.partial(source.load, device), top=cache_teacher,
                 folder=run.cache(i), name=source.name,
             )  # fmt: skip
         elif source is not None:
-            guide = source.load()
-        model, result = run_stage(model, stage, text, teacher=guide, folder=run.stage(i), resume=resume, seed=seed)
+            guide = source.load(device)
+        model, result = run_stage(
+            load(), stage, text, teacher=guide, folder=run.stage(i), reload=load, resume=resume, seed=seed
+        )
         results.append(result)
-        if i + 1 < len(plan):
-            run.record(i, results, lambda path: _write(path, model, folder, config, plan, results))  # noqa: B023
-    with new_folder(target, force) as new:
-        _write(new, model, folder, config, plan, results)
-        run.move_logs(new)
-    run.remove()
-    pushed = push_checkpoint(target, push).url if push else None
+        run.record(i, results, functools.partial(_write, model, folder, config, plan, results))
+        del model, guide
+    run.finish(target, force)
+    pushed = push_checkpoint(target, push).url if push and here.is_main_process else None
+    here.wait_for_everyone()
     return FinetuneResult(str(target), results, time.perf_counter() - start, pushed)
+
+
+def _fingerprint(corpus: Sequence[str]) -> str:
+    """What tells a corpus from another: its names, or a hash of documents."""
+    return " ".join(corpus) if isinstance(corpus, Sources) else hashlib.blake2b("\0".join(corpus).encode()).hexdigest()
 
 
 def _only_checkpoint() -> Path:
@@ -198,10 +216,9 @@ def _gather(
     tokenizer: PreTrainedTokenizerBase,
     plan: Sequence[Stage],
     seed: int,
-    folder: Path,
-    writes: bool,
+    run: RunFolder,
 ) -> list[Rows]:
-    """Rows for every stage, kept in the run's folder: one process ``writes`` them there, the others open them.
+    """Rows for every stage, kept in the run's folder: one process writes them there, the others open them.
 
     Stages of one corpus and row length share one reading of it, each with rows of its own.
     """
@@ -212,9 +229,8 @@ def _gather(
     for number, ((_, corpus, seq_len), members) in enumerate(groups.items()):
         counts = [max(-(-plan[i].tokens // seq_len), 1) for i in members]
         total = sum(counts) * seq_len
-        kept = folder / f"rows-{number}"
-        while not (writes or kept.is_dir()):  # a barrier would give up after some minutes: reading may take longer
-            time.sleep(0.5)
+        kept = run.folder / f"rows-{number}"
+        run.wait_for(kept)
         with count_bar("reading text (tokens)", total) as advance:
             gathered = token_rows(
                 corpus, tokenizer, seq_len=seq_len, tokens=total, shuffle_seed=seed, progress=advance,
@@ -231,8 +247,11 @@ class _Teacher:
     name: str
     is_converted: bool = False
 
-    def load(self) -> PreTrainedModel:
-        model = load_converted(self.name, attention="sdpa") if self.is_converted else load_any(self.name)
+    def load(self, device: torch.device) -> PreTrainedModel:
+        if self.is_converted:
+            model = load_converted(self.name, attention="sdpa", device=device)
+        else:
+            model = load_any(self.name, device)
         return model.eval().requires_grad_(False)  # type: ignore[return-value]
 
 
@@ -268,71 +287,16 @@ def _check_cache(top: int | None, teachers: Sequence[_Teacher | None]) -> None:
         )
 
 
-class _Run:
-    """The folder OUT.run: finished stages, and the Trainer's checkpoints of the one under way."""
-
-    def __init__(self, target: Path, plan: Sequence[Stage], resume: bool) -> None:
-        self.folder = target.with_name(target.name + ".run")
-        self.plan = [dataclasses.asdict(stage) for stage in plan]
-        self.results: list[StageResult] = []
-        self.latest: Path | None = None
-        self.resumed = resume
-        if resume:
-            if not (self.folder / "plan.json").is_file():
-                raise DijiangError(f"nothing to resume: no {self.folder}; run without --resume")
-            if json.loads((self.folder / "plan.json").read_text()) != self.plan:
-                raise DijiangError(f"{self.folder} is from another run: repeat its options, or drop --resume")
-            for i in range(len(plan)):
-                done = self.folder / f"after-{i}"
-                if done.is_dir():
-                    self.latest = done
-                    self.results = [StageResult(**r) for r in json.loads((done / "results.json").read_text())]
-
-    def begin(self) -> None:
-        """Makes the folder of a new run; one that is resumed has it."""
-        if not self.resumed:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            write_json(self.folder / "plan.json", self.plan)
-
-    def stage(self, index: int) -> Path:
-        return self.folder / f"stage-{index}"
-
-    def cache(self, index: int) -> Path:
-        """Of a stage's teacher."""
-        return self.folder / f"teacher-{index}"
-
-    def record(self, index: int, results: list[StageResult], write: Any) -> None:
-        """Keeps the model after a stage; what came before it is no longer needed."""
-        with new_folder(self.folder / f"after-{index}", force=True) as folder:
-            write(folder)
-            write_json(folder / "results.json", [dataclasses.asdict(result) for result in results])
-        shutil.rmtree(self.folder / f"after-{index - 1}", ignore_errors=True)
-        shutil.rmtree(self.cache(index), ignore_errors=True)
-        for checkpoint in self.stage(index).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-
-    def move_logs(self, target: Path) -> None:
-        """TensorBoard's files, to runs/STAGE in the result; `push` leaves them at home."""
-        for i, stage in enumerate(self.plan):
-            for logs in (self.stage(i) / "runs").glob("*"):
-                folder = target / "runs" / stage["name"]
-                folder.mkdir(parents=True, exist_ok=True)
-                shutil.move(logs, folder)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
 def _write(
-    target: Path,
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     source: Path,
     config: dict[str, Any],
     plan: Sequence[Stage],
     results: Sequence[StageResult],
+    target: Path,
 ) -> None:
     """A checkpoint as `convert` writes it, with the trained weights and the history of how they came to be."""
+    assert model is not None  # on the main process, which alone writes
     model.save_pretrained(target, max_shard_size="5GB")
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND):

@@ -75,7 +75,7 @@ def _converted_config(folder: str | Path, **options: Any) -> Any:
 
 def silence() -> None:
     """The libraries' own bars and notes go; ours tell what a user needs."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\b")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
 

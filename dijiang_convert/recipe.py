@@ -14,6 +14,7 @@ import yaml
 
 from .errors import DijiangError
 from .modeling.configuration_dijiang import Kernel
+from .paths import RECIPES
 
 OBJECTIVES = ("attention_transfer", "distillation", "cross_entropy")
 TRAIN = ("kernel", "lora", "full")
@@ -99,7 +100,7 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    return sorted(path.stem for path in _folder().glob("*.yaml"))
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
@@ -109,7 +110,7 @@ def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
-        path = _folder() / f"{name}.yaml"
+        path = RECIPES / f"{name}.yaml"
         if not path.is_file():
             raise DijiangError(f"no recipe {name!r}{_nearest(name, recipe_names())}; or give a .yaml file")
     try:
@@ -176,12 +177,6 @@ def scale_tokens(stages: Iterable[Stage], tokens: int) -> tuple[Stage, ...]:
     stages = tuple(stages)
     total = sum(stage.tokens for stage in stages)
     return tuple(replace(s, tokens=max(round(s.tokens * tokens / total), s.seq_len)) for s in stages)
-
-
-def _folder() -> Path:
-    """recipes/ lies inside the installed package; in a source checkout beside it."""
-    inside = Path(__file__).parent / "recipes"
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
 
 
 def _build(cls: type, values: Any, where: str) -> Any:

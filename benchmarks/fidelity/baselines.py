@@ -2,9 +2,10 @@
 
 Each is called as `dijiang_convert.modeling.attention.DiJiangAttention` is, so that one trainer and one evaluation serve
 all. They are written for comparison at short lengths: quadratic where that is shorter, causal, right padding, no cache.
-A state has as many numbers as DiJiang's (2·head_dim features a head) unless a class says otherwise.
+A state has as many numbers as DiJiang's (2·head_dim features a key/value head, shared by its query heads) unless a
+class says otherwise.
 
-Shape legend: B batch, H query heads, N tokens, D head_dim, V value head_dim, F features, M slots.
+Shape legend: B batch, H query heads, G key/value heads, N tokens, D head_dim, V value head_dim, F features, M slots.
 """
 
 import math
@@ -30,9 +31,12 @@ class Baseline(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool, call: Call
     ) -> Tensor:
         assert causal and call.cache is None and call.hidden_states is not None
-        repeats = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(repeats, 1).float() for x in (k, v))
+        k, v = self.shared(k.float()), self.shared(v.float())
         return self.attend(q.float(), k, v, scaling, call.hidden_states.float()).to(q.dtype)
+
+    def shared(self, x: Tensor) -> Tensor:
+        """[B, G, …] or [G, …] for every query head: what a state is made of belongs to its key/value head."""
+        return x.repeat_interleave(self.layers.heads // self.layers.kv_heads, x.dim() - 3)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, x: Tensor) -> Tensor:
         """q, k [B, H, N, D], v [B, H, N, V], hidden states x [B, N, hidden] → [B, H, N, V]."""
@@ -54,14 +58,14 @@ class Hedgehog(Baseline):
     def __init__(self, kernel: Kernel, layers: Layers) -> None:
         super().__init__(kernel, layers)
         self.q_map = nn.Parameter(torch.eye(layers.head_dim).repeat(layers.heads, 1, 1))
-        self.k_map = nn.Parameter(torch.eye(layers.head_dim).repeat(layers.heads, 1, 1))
+        self.k_map = nn.Parameter(torch.eye(layers.head_dim).repeat(layers.kv_heads, 1, 1))
 
     def features(self, x: Tensor, weight: Tensor) -> Tensor:
         y = x @ weight.mT
         return torch.cat([y, -y], -1).softmax(-1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, x: Tensor) -> Tensor:
-        return _normalized(self.features(q, self.q_map) @ self.features(k, self.k_map).mT, v)
+        return _normalized(self.features(q, self.q_map) @ self.features(k, self.shared(self.k_map)).mT, v)
 
 
 class LoLCATs(Hedgehog):
@@ -77,7 +81,7 @@ class LoLCATs(Hedgehog):
         near = (j <= i) & (i - j < self.window)
         scores = (q @ k.mT * scaling).masked_fill(~near, -torch.inf)
         weights = (scores - scores.amax(-1, keepdim=True)).exp() * self.window_factor.sigmoid()[:, None, None]
-        far = self.features(q, self.q_map) @ self.features(k, self.k_map).mT
+        far = self.features(q, self.q_map) @ self.features(k, self.shared(self.k_map)).mT
         weights = weights + far * (i - j >= self.window)
         return weights / weights.sum(-1, keepdim=True) @ v
 
@@ -88,13 +92,14 @@ class T2R(Baseline):
     def __init__(self, kernel: Kernel, layers: Layers) -> None:
         super().__init__(kernel, layers)
         start = torch.cat([torch.eye(layers.head_dim), -torch.eye(layers.head_dim)])
-        self.q_map, self.k_map = (nn.Parameter(start.repeat(layers.heads, 1, 1)) for _ in range(2))
-        self.q_bias, self.k_bias = (nn.Parameter(torch.full((layers.heads, 1, len(start)), 0.1)) for _ in range(2))
+        self.q_map, self.k_map = (nn.Parameter(start.repeat(n, 1, 1)) for n in (layers.heads, layers.kv_heads))
+        shapes = [(heads, 1, len(start)) for heads in (layers.heads, layers.kv_heads)]
+        self.q_bias, self.k_bias = (nn.Parameter(torch.full(shape, 0.1)) for shape in shapes)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, x: Tensor) -> Tensor:
         root = math.sqrt(scaling)
         fq = (root * q @ self.q_map.mT + self.q_bias).relu()
-        fk = (root * k @ self.k_map.mT + self.k_bias).relu()
+        fk = (root * k @ self.shared(self.k_map).mT + self.shared(self.k_bias)).relu()
         return _normalized(fq @ fk.mT, v)
 
 
@@ -104,15 +109,16 @@ class Performer(Baseline):
     def __init__(self, kernel: Kernel, layers: Layers) -> None:
         super().__init__(kernel, layers)
         size = layers.head_dim
-        blocks = [torch.linalg.qr(torch.randn(layers.heads, size, size))[0].mT for _ in range(2)]
-        rows = torch.randn(layers.heads, 2 * size, size).norm(dim=-1, keepdim=True)
+        blocks = [torch.linalg.qr(torch.randn(layers.kv_heads, size, size))[0].mT for _ in range(2)]
+        rows = torch.randn(layers.kv_heads, 2 * size, size).norm(dim=-1, keepdim=True)
         self.register_buffer("random", torch.cat(blocks, 1) * rows)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, x: Tensor) -> Tensor:
         root = math.sqrt(scaling)
         q, k = q * root, k * root
-        log_q = q @ self.random.mT  # type: ignore[operator]
-        log_k = k @ self.random.mT - k.square().sum(-1, keepdim=True) / 2  # type: ignore[operator]
+        random = self.shared(self.random)  # type: ignore[arg-type]
+        log_q = q @ random.mT
+        log_k = k @ random.mT - k.square().sum(-1, keepdim=True) / 2
         fq = (log_q - log_q.amax(-1, keepdim=True)).exp()
         fk = (log_k - log_k.amax((-2, -1), keepdim=True)).exp()
         return _normalized(fq @ fk.mT, v)
@@ -124,13 +130,13 @@ class RetNet(Baseline):
 
     def __init__(self, kernel: Kernel, layers: Layers) -> None:
         super().__init__(kernel, layers)
-        spread = torch.linspace(math.log(1 / 32), math.log(1 / 512), layers.heads)
-        self.register_buffer("log_decay", torch.log1p(-spread.exp()))
+        spread = torch.linspace(math.log(1 / 32), math.log(1 / 512), layers.kv_heads)
+        self.register_buffer("log_decay", torch.log1p(-spread.exp())[:, None, None])
         self.out = GatedNorm(layers, gate=True)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, x: Tensor) -> Tensor:
         i, j = _indices(q)
-        decay = ((i - j) * self.log_decay[:, None, None]).exp()  # type: ignore[index]
+        decay = ((i - j) * self.shared(self.log_decay)).exp()  # type: ignore[arg-type]
         return self.out((q @ k.mT * scaling * decay).tril() @ v, x)
 
 
@@ -142,16 +148,16 @@ class ReGLA(Baseline):
         super().__init__(kernel, layers)
         size, features = layers.head_dim, 2 * layers.head_dim
         start = torch.cat([torch.eye(size), -torch.eye(size)])
-        self.q_map, self.k_map = (nn.Parameter(start.repeat(layers.heads, 1, 1)) for _ in range(2))
-        self.forget = Gate(layers, features, bias=5.0)
-        self.refine = Gate(layers, features, bias=0.0)
+        self.q_map, self.k_map = (nn.Parameter(start.repeat(n, 1, 1)) for n in (layers.heads, layers.kv_heads))
+        self.forget = Gate(layers, layers.kv_heads, features, bias=5.0)
+        self.refine = Gate(layers, layers.kv_heads, features, bias=0.0)
         self.out = GatedNorm(layers, gate=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, x: Tensor) -> Tensor:
         root = math.sqrt(scaling)
-        fq, fk = root * q @ self.q_map.mT, root * k @ self.k_map.mT
+        fq, fk = root * q @ self.q_map.mT, root * k @ self.shared(self.k_map).mT
         fq, fk = ((y - y.amax(-1, keepdim=True)).exp() for y in (fq, fk))
-        g, r = self.forget(x).sigmoid(), self.refine(x).sigmoid()
+        g, r = self.shared(self.forget(x)).sigmoid(), self.shared(self.refine(x)).sigmoid()
         gate = (1 - r) * g.square() + r * (1 - (1 - g).square())
         scale = 1 / (math.e * math.sqrt(fq.shape[-1] * (math.e**2 - 1)))
         return self.out(gated(fq * scale, fk, v, gate.clamp_min(1e-6).log()), x)
@@ -162,11 +168,11 @@ class GatedSlots(Baseline):
 
     def __init__(self, kernel: Kernel, layers: Layers) -> None:
         super().__init__(kernel, layers)
-        self.forget = Gate(layers, layers.head_dim, bias=0.0)
+        self.forget = Gate(layers, layers.kv_heads, layers.head_dim, bias=0.0)
         self.out = GatedNorm(layers, gate=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, x: Tensor) -> Tensor:
-        log_gate = F.logsigmoid(self.forget(x)) / 8  # the paper's damping
+        log_gate = F.logsigmoid(self.shared(self.forget(x))) / 8  # the paper's damping
         write = -torch.expm1(log_gate)
         slots = gated(write, k, q, log_gate, by_slot=True) * scaling  # [B, H, N, M]
         return self.out(gated(slots.softmax(-1), write, v, log_gate), x)
@@ -178,12 +184,17 @@ class Additive(Baseline):
     def __init__(self, kernel: Kernel, layers: Layers) -> None:
         super().__init__(kernel, layers)
         self.q_features = FeatureMap(layers.heads, layers.head_dim, kernel, scaled=False)
-        self.k_features = FeatureMap(layers.heads, layers.head_dim, kernel, scaled=False)
+        self.k_features = FeatureMap(layers.kv_heads, layers.head_dim, kernel, scaled=False)
         self.q_features.reset_parameters()
         self.k_features.reset_parameters()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, x: Tensor) -> Tensor:
-        return _normalized(self.q_features(q, scaling)[0] @ self.k_features(k, scaling)[0].mT, v)
+        fq, fk = self.features(q, k, scaling)
+        return _normalized(fq @ fk.mT, v)
+
+    def features(self, q: Tensor, k: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        own = k[:, :: self.layers.heads // self.layers.kv_heads]  # before they were shared
+        return self.q_features(q, scaling)[0], self.shared(self.k_features(own, scaling)[0])
 
 
 class DeltaRule(Additive):
@@ -192,22 +203,22 @@ class DeltaRule(Additive):
 
     def __init__(self, kernel: Kernel, layers: Layers) -> None:
         super().__init__(kernel, layers)
-        self.rate = Gate(layers, 1, bias=0.0)
+        self.rate = Gate(layers, layers.kv_heads, 1, bias=0.0)
         self.out = GatedNorm(layers, gate=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, x: Tensor) -> Tensor:
-        fq, fk = (F.normalize(f, dim=-1) for f in (self.q_features(q, scaling)[0], self.k_features(k, scaling)[0]))
-        return self.out(delta_rule(fq, fk, v, self.rate(x).sigmoid()), x)
+        fq, fk = (F.normalize(f, dim=-1) for f in self.features(q, k, scaling))
+        return self.out(delta_rule(fq, fk, v, self.shared(self.rate(x)).sigmoid()), x)
 
 
 class Gate(nn.Module):
-    """A linear map of the hidden states [B, N, hidden] to [B, H, N, size]."""
+    """A linear map of the hidden states [B, N, hidden] to [B, heads, N, size]."""
 
-    def __init__(self, layers: Layers, size: int, bias: float) -> None:
+    def __init__(self, layers: Layers, heads: int, size: int, bias: float) -> None:
         super().__init__()
-        self.heads = layers.heads
-        self.weight = nn.Parameter(torch.randn(layers.heads * size, layers.hidden_size) * 0.02)
-        self.bias = nn.Parameter(torch.full((layers.heads * size,), bias))
+        self.heads = heads
+        self.weight = nn.Parameter(torch.randn(heads * size, layers.hidden_size) * 0.02)
+        self.bias = nn.Parameter(torch.full((heads * size,), bias))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -220,7 +231,7 @@ class GatedNorm(nn.Module):
         super().__init__()
         shape = (layers.heads, 1, layers.value_dim)
         self.weight, self.bias = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
-        self.gate = Gate(layers, layers.value_dim, bias=1.0) if gate else None
+        self.gate = Gate(layers, layers.heads, layers.value_dim, bias=1.0) if gate else None
 
     def forward(self, out: Tensor, x: Tensor) -> Tensor:
         out = F.layer_norm(out, out.shape[-1:]) * self.weight + self.bias

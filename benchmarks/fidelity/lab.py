@@ -90,6 +90,13 @@ def trains(model: Any, stage: Stage) -> bool:
     return stage.train != "kernel" or any(".dijiang." in name for name, _ in model.named_parameters())
 
 
+class WholeRows(Rows):
+    """Rows that are one context each, whatever they hold: the baselines don't tell the documents of a row apart."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {**super().__getitem__(index), "position_ids": torch.arange(self.ids.shape[1])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -113,7 +120,8 @@ def main() -> None:
     finished = {(each["row"], each["seed"], each["budget"]) for each in done}
     for seed in args.seeds:
         for tokens in args.tokens:
-            train_rows = token_rows(args.data, tokenizer, seq_len=args.seq_len, tokens=tokens, shuffle_seed=seed)
+            rows = token_rows(args.data, tokenizer, seq_len=args.seq_len, tokens=tokens, shuffle_seed=seed)
+            train_rows = WholeRows(rows.ids, rows.marks)
             for row in args.rows:
                 if (row, seed, tokens) in finished:
                     continue

@@ -50,7 +50,7 @@ def transfer_errors(model: Any, rows: Rows, batch: int = 8) -> list[float]:
     AttentionMaskInterface.register("dijiang_compare", dijiang_mask)
     full = rows.ids[rows.lengths == rows.ids.shape[1]]
     with torch.no_grad(), attention(model.eval(), "dijiang_compare"):
-        model(input_ids=full[:batch], use_cache=False)
+        model(input_ids=full[:batch].long(), use_cache=False)
     return errors
 
 
@@ -63,8 +63,8 @@ def recall(model: Any, rows: Rows, distances: list[int], samples: int = 100) -> 
     """
     generator = torch.Generator().manual_seed(0)
     full = rows.ids[rows.lengths == rows.ids.shape[1]]
-    full = full[torch.randint(len(full), (samples,), generator=generator)]
-    pool = rows.ids[0].new_tensor(sorted(set(rows.ids[rows.mask.bool()].tolist())))
+    full = full[torch.randint(len(full), (samples,), generator=generator)].long()
+    pool = torch.tensor(sorted(set(rows.ids[rows.mask.bool()].tolist())))
     pairs = pool[torch.randint(len(pool), (2, samples), generator=generator)]
     plain = full.clone()
     plain[:, -1] = pairs[0]

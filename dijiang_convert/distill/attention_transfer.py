@@ -56,13 +56,16 @@ def transfer_attention(
 
 
 def normalized_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """‖o − ô‖² / ‖ô‖² a head over all real tokens, averaged over heads. Shapes [B, N, H, V], mask [B, N]."""
+    """‖o − ô‖² / ‖ô‖² a head and row over all real tokens, averaged over both. Shapes [B, N, H, V], mask [B, N].
+
+    A row by itself: so the mean over a batch is the same however the batch is divided.
+    """
     output, target = output.float(), target.float()
     if mask is not None:
         real = mask[..., None, None]
         output, target = output * real, target * real
-    error = (output - target).square().sum((0, 1, 3))
-    return (error / target.square().sum((0, 1, 3)).clamp_min(1e-12)).mean()
+    error = (output - target).square().sum((1, 3))
+    return (error / target.square().sum((1, 3)).clamp_min(1e-12)).mean()
 
 
 def attention_transfer_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -90,7 +91,14 @@ def live_teacher(
 
 
 def mean_loss(model: Any, inputs: dict[str, Any], loss: ChunkLoss) -> Tensor:
-    """The mean of ``loss`` over all targets of a batch, 0 where there is none, without holding all their logits."""
+    """The mean of ``loss`` over all targets of a batch, 0 where there is none, without holding all their logits.
+
+    model: the one whose forward pass synchronises gradients, where several processes share the batch.
+    """
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        # Sharded over processes, the head's weights are whole only within the forward pass they belong to.
+        logits = model(**tokens(inputs)).logits[:, :-1][counted(inputs)]
+        return loss(logits, slice(None)) / max(len(logits), 1)
     hidden = hidden_states(model, **tokens(inputs))[:, :-1][counted(inputs)]
     trained = head_parameters(model) if torch.is_grad_enabled() else []
     total = torch.zeros((), device=hidden.device)
@@ -145,7 +153,7 @@ def hidden_states(model: Any, **inputs: Any) -> Tensor:
 def head(model: Any, hidden: Tensor) -> Tensor:
     """Logits [n, vocabulary] of hidden states [n, hidden], by the model's own code: its forward pass runs with a body
     that gives them, so that scaling, soft-capping and whatever else lies behind it is the model's."""
-    body: Any = _body(model)
+    model, body = causal_model(model), _body(model)
     body.forward = lambda *args, **kwargs: _Output(last_hidden_state=hidden[None])  # hides the class' own
     try:
         return model(inputs_embeds=hidden[None], use_cache=False).logits[0]

@@ -1,6 +1,11 @@
-"""Runs one stage of a recipe on transformers' Trainer: which parameters train, how fast, on what loss."""
+"""Runs one stage of a recipe on transformers' Trainer: which parameters train, how fast, on what loss.
+
+Under `accelerate launch` several processes share each optimizer step's rows. The result does not depend on how many:
+the rows of a step, their order, and the weight of each target in the loss are the same.
+"""
 
 import importlib.util
+import math
 import resource
 import sys
 import time
@@ -12,9 +17,11 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
@@ -22,15 +29,18 @@ from ..errors import DijiangError
 from ..models import hidden_size
 from ..progress import console
 from ..recipe import Stage
+from . import nonfinite, processes
 from .attention import original, recomputing
 from .attention_transfer import attention_transfer_loss, transferring
+from .checkpoints import Checkpoints, StopOnSignal, last_checkpoint
 from .data import Rows
-from .logits import body_name, cross_entropy_loss, distillation_loss, live_teacher
+from .logits import body_name, causal_model, cross_entropy_loss, distillation_loss, live_teacher
 from .teacher_cache import CachedRows, cached_teacher
 
 REFERENCE_WIDTH = 1024  # hidden_size that a recipe's learning_rate is given for; Adam wants it ∝ 1 / width
-LEAST_STEPS = 150  # short runs take smaller batches rather than fewer steps
+LEAST_STEPS = 600  # short runs take smaller batches rather than fewer steps
 MICRO_BATCH_TOKENS = 16384  # of one forward pass; larger batches are accumulated
+LONGEST_GRADIENT = 1.0  # longer ones are clipped to this norm
 
 Loss = Callable[[Any, dict[str, Any]], Tensor]
 
@@ -49,6 +59,34 @@ class StageResult:
     losses: list[tuple[int, float]]
 
 
+@dataclass(frozen=True)
+class Batches:
+    """How a stage's rows are shared out: ``rows`` an optimizer step, over all processes, in ``accumulation`` forward
+    passes of ``micro`` rows on each."""
+
+    rows: int
+    micro: int
+    accumulation: int
+    steps: int
+
+
+def share_out(stage: Stage, count: int = 1) -> Batches:
+    """The batches of a stage on ``count`` processes. A step's rows don't depend on it, unless they can't be divided."""
+    rows = max(min(stage.batch_tokens // stage.seq_len, stage.tokens // stage.seq_len // LEAST_STEPS), 1)
+    rows = max(rows - rows % count, count)
+    each = rows // count
+    most = max(MICRO_BATCH_TOKENS // stage.seq_len, 1)
+    micro = next(n for n in range(min(each, most), 0, -1) if each % n == 0)
+    return Batches(rows, micro, each // micro, max(stage.tokens // (rows * stage.seq_len), 1))
+
+
+def row_order(rows: int, count: int, seed: int) -> list[int]:
+    """Which rows to take, one after the other: all of them in random order, then in another, until there are enough."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(rows, generator=generator) for _ in range(-(-count // rows))]
+    return torch.cat(rounds)[:count].tolist()
+
+
 def run_stage(
     model: PreTrainedModel,
     stage: Stage,
@@ -56,51 +94,53 @@ def run_stage(
     *,
     teacher: PreTrainedModel | None,
     folder: Path,
+    reload: Callable[[], PreTrainedModel] | None = None,
     resume: bool = False,
     seed: int = 0,
-) -> tuple[PreTrainedModel, StageResult]:
+) -> tuple[PreTrainedModel | None, StageResult]:
     """Trains ``model`` on rows of text and returns it, adapters merged, with what happened.
 
     teacher: a frozen softmax model for distillation; None lets the model be its own, with adapters and kernels off.
         Rows that come with a cached teacher need none.
     folder: where the Trainer keeps its checkpoints, for ``resume``.
+    reload: gives ``model`` as it was once more; needed where it is sharded over processes. Then the result is on the
+        main process' CPU, and None on the others.
+
+    Raises DijiangError at the first gradient or loss that is not finite, KeyboardInterrupt after a signal. Both leave
+    a checkpoint of the last good step to resume from, if there was one to save.
     """
     start = time.perf_counter()
-    dtype = model.dtype
-    if stage.train == "full":
-        model.float()  # optimizer steps are smaller than half precision can tell
-    transformers.set_seed(seed)  # adapters start at random
-    trained: Any = _prepare(model, stage)
-    batch = max(min(stage.batch_tokens // stage.seq_len, stage.tokens // stage.seq_len // LEAST_STEPS), 1)
-    micro = max(min(batch, MICRO_BATCH_TOKENS // stage.seq_len), 1)
-    accumulation = batch // micro
-    step_tokens = micro * accumulation * stage.seq_len
-    steps = max(stage.tokens // step_tokens, 1)
-    progress = _ProgressCallback(stage, steps, step_tokens)
+    dtype, count = model.dtype, PartialState().num_processes
+    trained = _prepare(model, stage, seed)
+    batches, alone = share_out(stage, count), share_out(stage)
+    if batches.rows != alone.rows:
+        console.print(f"{stage.name}: {alone.rows} rows a step can't be shared by {count} processes: {batches.rows}")
+    step_tokens = batches.rows * stage.seq_len
+    progress, stop = _ProgressCallback(stage, batches.steps, step_tokens), StopOnSignal()
     trainer = _StageTrainer(
         stage=stage,
-        loss=_loss(stage, model, teacher),
+        teacher=teacher,
         model=trained,
-        args=_arguments(stage, folder, steps, micro, accumulation, seed),
-        train_dataset=rows,
-        callbacks=[progress],
+        args=_arguments(stage, folder, batches, seed),
+        train_dataset=Subset(rows, row_order(len(rows), batches.steps * batches.rows, seed)),  # type: ignore[arg-type]
+        callbacks=[progress, Checkpoints(folder), stop],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    with _attention(stage, model, trainer.args):
-        checkpoints = list(folder.glob("checkpoint-*"))
-        trainer.train(resume_from_checkpoint=bool(resume and checkpoints))
+    latest = last_checkpoint(folder) if resume else None
+    with stop.listening(), _attention(stage, causal_model(trained), trainer.args):
+        try:
+            trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+        finally:
+            progress.stop()
+    if stop.stopped:
+        raise KeyboardInterrupt
     losses = progress.losses
-    if not all(torch.isfinite(torch.tensor(loss)) for _, loss in losses):
-        raise DijiangError(f"stage {stage.name} diverged: the loss is not finite; lower --set learning_rate")
-    if isinstance(trained, PeftModel):
-        model = trained.merge_and_unload()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(True)
-        parameter.grad = None
-        if ".dijiang." not in name:
-            parameter.data = parameter.data.to(dtype)
-    seconds, seen = time.perf_counter() - start, steps * step_tokens
-    return model, StageResult(
+    whole: Any = trained
+    if processes.is_sharded():
+        assert reload is not None
+        whole = processes.gather(trainer.accelerator, trainer.model_wrapped, lambda: _prepare(reload(), stage, seed))
+    seconds, seen = time.perf_counter() - start, batches.steps * step_tokens
+    return None if whole is None else _plain(whole, dtype), StageResult(
         name=stage.name,
         tokens=seen,
         first_loss=losses[0][1],
@@ -112,8 +152,22 @@ def run_stage(
     )
 
 
-def _prepare(model: PreTrainedModel, stage: Stage) -> PreTrainedModel | PeftModel:
+def _plain(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its adapters merged, in the dtype it had; kernels stay float32."""
+    model = trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(True)
+        parameter.grad = None
+        if ".dijiang." not in name:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _prepare(model: PreTrainedModel, stage: Stage, seed: int) -> PreTrainedModel | PeftModel:
     """Sets what trains. LoRA wraps the projections; the kernels train whole, as modules that peft saves."""
+    if stage.train == "full":
+        model.float()  # optimizer steps are smaller than half precision can tell
+    transformers.set_seed(seed)  # adapters start at random
     model.train()
     if stage.train == "lora":
         kernels = any(True for name, _ in model.named_parameters() if ".dijiang." in name)
@@ -146,7 +200,9 @@ def _attention(stage: Stage, model: PreTrainedModel, args: TrainingArguments) ->
     return nullcontext() if args.activation_checkpointing else recomputing(model)
 
 
-def _loss(stage: Stage, model: PreTrainedModel, teacher: PreTrainedModel | None) -> Loss:
+def _loss(stage: Stage, trained: Any, teacher: PreTrainedModel | None) -> Loss:
+    """The loss of a batch, a mean over its `targets`. The student it gets is what DDP and the like made of ``trained``:
+    gradients are synchronised only if its forward pass is the one that runs."""
     if stage.objective == "attention_transfer":
         return attention_transfer_loss
     if stage.objective == "cross_entropy":
@@ -158,25 +214,90 @@ def _loss(stage: Stage, model: PreTrainedModel, teacher: PreTrainedModel | None)
         elif teacher is not None:
             target = live_teacher(teacher, inputs)
         else:
-            target = live_teacher(student, inputs, within=lambda: original(student))
+            target = live_teacher(trained, inputs, within=lambda: original(trained))
         return distillation_loss(student, target, inputs, stage.cross_entropy_weight)
 
     return distil
 
 
+def targets(stage: Stage, inputs: dict[str, Tensor]) -> Tensor:
+    """How many things a batch's loss is the mean of: rows in attention transfer, else tokens to predict."""
+    if stage.objective == "attention_transfer":
+        return torch.tensor(len(inputs["input_ids"]))
+    return inputs["loss_mask"][:, 1:].sum()
+
+
 class _StageTrainer(Trainer):
     """Trainer with the stage's loss, and a learning rate of their own for the kernels."""
 
-    def __init__(self, stage: Stage, loss: Loss, **kwargs: Any) -> None:
+    def __init__(self, stage: Stage, teacher: PreTrainedModel | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.stage, self.loss = stage, loss
+        self.stage = stage
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides accumulated ones
+        self.step_inputs: list[dict[str, Any]] = []
+        if not processes.supported(self.accelerator):
+            raise DijiangError(f"can't shard or share a model on {self.args.device}: FSDP2 and DeepSpeed need GPUs")
+        processes.keep_kernels_whole(self.accelerator)
+        if teacher is not None:
+            teacher = processes.prepare_teacher(self.accelerator, teacher)
+        self.loss = _loss(stage, self.model, teacher)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """A step's batches, with the number of their targets over all processes."""
+        self.step_inputs, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.stack([targets(self.stage, inputs) for inputs in self.step_inputs]).sum()
+        return self.step_inputs, self.accelerator.reduce(count.to(device))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss = self.loss(self.accelerator.unwrap_model(model), inputs)
+        """The loss, weighed so that the mean over a step's forward passes and processes is one over its targets."""
+        loss = self.loss(model, inputs)
+        passes = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        loss = loss * (targets(self.stage, inputs).to(loss.device) * passes / num_items_in_batch.clamp(min=1))
         return (loss, None) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Runs before each optimizer step: one whose gradient is not finite is not taken."""
+        if self.is_deepspeed_enabled:  # clips, and steps, in its backward pass
+            norm = torch.as_tensor(super()._clip_grad_norm(model))
+        else:
+            if self.accelerator.is_fsdp2:
+                processes.average_whole_gradients(model.parameters())
+            norm = processes.gradient_norm(model.parameters())
+        if not norm.isfinite():
+            raise DijiangError(self._diverged(model))
+        if not self.is_deepspeed_enabled:
+            processes.clip_gradients(model.parameters(), norm, self.args.max_grad_norm)
+        return norm
+
+    def _diverged(self, model: nn.Module) -> str:
+        def rerun() -> None:
+            for inputs in self.step_inputs:
+                self.loss(model, self._prepare_inputs(inputs))
+
+        where = nonfinite.find(model, rerun)
+        rate = "kernel_learning_rate" if self.stage.train == "kernel" or ".dijiang" in where else "learning_rate"
+        return (
+            f"stage {self.stage.name}, step {self.state.global_step + 1}: not finite, first in {where}: go on from the "
+            f"last checkpoint with --resume --set {self.stage.name}.{rate}={getattr(self.stage, rate) / 3:.2g}"
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """A run may be resumed with other learning rates than the checkpoint's."""
+        optimizer: Any = self.optimizer
+        rates = [group.get("initial_lr") for group in optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler: Any = self.lr_scheduler
+        if checkpoint and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            scheduler.base_lrs = rates
+            for group, rate, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
+                group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise DijiangError(self._diverged(self.model_wrapped))
+        super().log(logs, start_time)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -194,25 +315,30 @@ class _StageTrainer(Trainer):
         return self.optimizer
 
 
-def _arguments(stage: Stage, folder: Path, steps: int, micro: int, accumulation: int, seed: int) -> TrainingArguments:
-    cuda = torch.cuda.is_available()
-    return TrainingArguments(
+def _arguments(stage: Stage, folder: Path, batches: Batches, seed: int) -> TrainingArguments:
+    cuda, steps = torch.cuda.is_available(), batches.steps
+    every = max(steps // 100, 1)
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=batches.micro,
+        gradient_accumulation_steps=batches.accumulation,
+        train_sampling_strategy="sequential",  # the rows come in `row_order`
         learning_rate=stage.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=round(stage.warmup * steps),
-        max_grad_norm=1.0,
+        max_grad_norm=LONGEST_GRADIENT,
         bf16=cuda and torch.cuda.is_bf16_supported(),
         activation_checkpointing=cuda and stage.objective != "attention_transfer",
         activation_checkpointing_kwargs={"use_reentrant": False} if cuda else None,
-        logging_steps=max(steps // 100, 1),
+        ddp_find_unused_parameters=False,  # looks in the output, and attention transfer's losses are not there
+        ddp_broadcast_buffers=False,
+        logging_steps=every,
         logging_first_step=True,
-        save_steps=max(min(steps // 4, 500), 1),
-        save_total_limit=1,
+        logging_nan_inf_filter=False,
+        save_steps=max(min(steps // 4, 500) // every, 1) * every,  # a loss is logged then: none is lost on resume
+        save_total_limit=None,  # `Checkpoints` removes older ones
         report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -220,6 +346,10 @@ def _arguments(stage: Stage, folder: Path, steps: int, micro: int, accumulation:
         seed=seed,
         data_seed=seed,
     )
+    # Several GPUs are used by `accelerate launch`; one process takes one, and never torch's DataParallel.
+    arguments._setup_devices  # noqa: B018
+    arguments._n_gpu = 1
+    return arguments
 
 
 class _ProgressCallback(TrainerCallback):
@@ -229,6 +359,7 @@ class _ProgressCallback(TrainerCallback):
         self.stage, self.steps, self.step_tokens = stage, steps, step_tokens
         self.losses: list[tuple[int, float]] = []
         self.first_step = 0
+        self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first_step, self.start = state.global_step, time.perf_counter()
@@ -236,7 +367,8 @@ class _ProgressCallback(TrainerCallback):
             (e["step"] * self.step_tokens, e["loss"]) for e in state.log_history if "loss" in e and "step" in e
         ]
         columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}")
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        shown = console.is_terminal and state.is_world_process_zero
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown)
         self.task = self.bar.add_task(self.stage.name, total=self.steps, completed=self.first_step, note="")
         self.bar.start()
 
@@ -249,11 +381,9 @@ class _ProgressCallback(TrainerCallback):
         if logs and "loss" in logs:
             self.losses.append((state.global_step * self.step_tokens, float(logs["loss"])))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stop()
-
     def stop(self) -> None:
-        self.bar.stop()
+        if self.bar is not None:
+            self.bar.stop()
 
 
 def peak_memory() -> int:
