@@ -14,6 +14,7 @@ from accelerate import DistributedType, PartialState
 
 from dijiang_convert.cli import app
 from dijiang_convert.distill import processes, trainer
+from dijiang_convert.distill.contexts import REAL, START, TARGET
 from dijiang_convert.distill.data import Rows
 from dijiang_convert.models import load_converted, silence
 from dijiang_convert.recipe import Stage
@@ -31,7 +32,10 @@ def rows() -> Rows:
     """Of very different lengths, so that a mean of means is not the mean."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 256, (20, SEQ_LEN), generator=generator)
-    return Rows(ids, torch.randint(4, SEQ_LEN + 1, (20,), generator=generator))
+    lengths = torch.randint(4, SEQ_LEN + 1, (20, 1), generator=generator)
+    marks = torch.where(torch.arange(SEQ_LEN) < lengths, REAL | TARGET, 0)
+    marks[:, 0] = REAL | START
+    return Rows(ids, marks.to(torch.uint8))
 
 
 def run(checkpoint: str, folder: Path, stage: Stage, **options: Any) -> Any:
