@@ -128,7 +128,8 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="Output folder. [default: CHECKPOINT-finetuned]")] = None,
     data: Data = None,
     tokens: Tokens = None,
-    stage: Annotated[list[str] | None, typer.Option(help="Run only this stage; repeatable.")] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="Run this stage; several run in the order given.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(metavar="STAGE", help="Leave out a stage; repeatable.")] = None,
     full: Annotated[bool | None, typer.Option("--full/--lora", help="Train all weights, or adapters.")] = None,
     seq_len: SeqLen = None,
     settings: Settings = None,
@@ -144,9 +145,9 @@ def finetune(
     from .finetune import finetune
 
     result = finetune(
-        checkpoint, out, data=data, tokens=tokens, stages=stage or (), seq_len=seq_len, settings=settings or (),
-        train=None if full is None else "full" if full else "lora", teacher=teacher, resume=resume, push=push,
-        force=force, seed=seed,
+        checkpoint, out, data=data, tokens=tokens, stages=stage or (), skip=skip or (), seq_len=seq_len,
+        settings=settings or (), train=None if full is None else "full" if full else "lora", teacher=teacher,
+        resume=resume, push=push, force=force, seed=seed,
     )  # fmt: skip
 
     def show(r: Any) -> None:

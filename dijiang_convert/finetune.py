@@ -21,11 +21,12 @@ from .convert import LEFT_BEHIND, write_code
 from .distill.data import Rows, token_rows
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
-from .models import load_any, load_converted, load_tokenizer, silence
+from .models import converted_config, load_any, load_converted, load_tokenizer, silence
+from .plan import check_context, extended_config, make_plan
 from .progress import console, count_bar
 from .push import check_repo
 from .push import push as push_checkpoint
-from .recipe import Recipe, Stage, adjust_stages, parse_recipe, scale_tokens
+from .recipe import Recipe, Stage, parse_recipe
 from .sources import is_hub_id
 
 
@@ -44,6 +45,7 @@ def finetune(
     data: str | Sequence[str] | None = None,
     tokens: int | None = None,
     stages: Sequence[str] = (),
+    skip: Sequence[str] = (),
     train: str | None = None,
     seq_len: int | None = None,
     settings: Sequence[str] = (),
@@ -61,7 +63,8 @@ def finetune(
         data: a file (.txt, .md, .jsonl, .json, .csv, .parquet), a folder of them, a Hub data set, or the documents
             themselves; None takes the recipe's default corpus from the Hub.
         tokens: of all stages together; shortens or stretches each in proportion.
-        stages: names of the stages to run; all by default.
+        stages: names of the stages to run, in this order, as often as they are named; the recipe's by default.
+        skip: names of stages to leave out.
         train: "lora" or "full", for all stages but attention transfer.
         seq_len: tokens a row.
         settings: ``key=value`` for every stage, ``stage.key=value`` for one.
@@ -77,7 +80,8 @@ def finetune(
     config = read_checkpoint(folder)
     target = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}-finetuned")
     recipe = _recipe(config["dijiang"])
-    plan = _plan(recipe, stages, tokens, train, seq_len, settings)
+    plan = make_plan(recipe, stages, skip, tokens=tokens, train=train, seq_len=seq_len, settings=settings)
+    check_context(plan, converted_config(folder))
     check_out(target, force)
     if push:
         check_repo(push)
@@ -93,7 +97,7 @@ def finetune(
             continue
         guide = _teacher(stage, model, folder, config["dijiang"], [*config["dijiang"]["history"], *plan[:i]], teacher)
         model, result = run_stage(
-            model, stage, rows[stage.seq_len], teacher=guide, folder=run.stage(i), resume=resume, seed=seed
+            model, stage, rows[stage.seq_len], teacher=guide, folder=run.stage(i), resume=resume, seed=seed + i
         )
         results.append(result)
         if i + 1 < len(plan):
@@ -127,29 +131,6 @@ def _only_checkpoint() -> Path:
 def _recipe(section: dict[str, Any]) -> Recipe:
     keys = ("kernel", "stages", "data")
     return parse_recipe({"name": section["recipe"], **{key: section[key] for key in keys if key in section}})
-
-
-def _plan(
-    recipe: Recipe,
-    names: Sequence[str],
-    tokens: int | None,
-    train: str | None,
-    seq_len: int | None,
-    settings: Sequence[str],
-) -> tuple[Stage, ...]:
-    known = [stage.name for stage in recipe.stages]
-    for name in names:
-        if name not in known:
-            raise DijiangError(f"the checkpoint's recipe has no stage {name!r}: valid are {', '.join(known)}")
-    plan = tuple(stage for stage in recipe.stages if not names or stage.name in names)
-    if not plan:
-        raise DijiangError(f"recipe {recipe.name} has no stages to run: give it some")
-    if train is not None:
-        plan = tuple(s if s.train == "kernel" else dataclasses.replace(s, train=train) for s in plan)
-    if seq_len is not None:
-        plan = tuple(dataclasses.replace(s, seq_len=seq_len) for s in plan)
-    plan = adjust_stages(plan, settings)
-    return plan if tokens is None else scale_tokens(plan, tokens)
 
 
 def _gather(
@@ -270,6 +251,8 @@ def _write(
         }
         for stage, result in zip(plan, results, strict=False)
     ]
+    longest = max(stage.seq_len for stage, _ in zip(plan, results, strict=False))
+    config = extended_config(config, converted_config(source), longest)
     section = {**config["dijiang"], "history": [*config["dijiang"]["history"], *done]}
     write_json(target / "config.json", {**config, "dijiang": section})
     write_code(target)
