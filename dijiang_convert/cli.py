@@ -137,6 +137,7 @@ def finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the last run stopped.")] = False,
     push: Push = None,
     force: Force = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Leave report.html and plots.")] = True,
     seed: Annotated[int, typer.Option(help="Of the data's order and the adapters.")] = 0,
     json_output: Json = False,
     debug: Debug = False,
@@ -147,7 +148,7 @@ def finetune(
     result = finetune(
         checkpoint, out, data=data, tokens=tokens, stages=stage or (), skip=skip or (), seq_len=seq_len,
         settings=settings or (), train=None if full is None else "full" if full else "lora", teacher=teacher,
-        resume=resume, push=push, force=force, seed=seed,
+        resume=resume, push=push, force=force, report=report, seed=seed,
     )  # fmt: skip
 
     def show(r: Any) -> None:

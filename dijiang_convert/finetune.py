@@ -19,14 +19,17 @@ from .card import write_card
 from .checkpoint import check_out, new_folder, read_checkpoint, write_json
 from .convert import LEFT_BEHIND, write_code
 from .distill.data import Rows, token_rows
+from .distill.log import TrainingLog
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
 from .models import converted_config, load_any, load_converted, load_tokenizer, silence
 from .plan import check_context, extended_config, make_plan
+from .probe import HeldOut, Probe, first_probes, hold_out, probe
 from .progress import console, count_bar
 from .push import check_repo
 from .push import push as push_checkpoint
 from .recipe import Recipe, Stage, parse_recipe
+from .report import LOG, REPORT, write_report
 from .sources import is_hub_id
 
 
@@ -53,6 +56,7 @@ def finetune(
     resume: bool = False,
     push: str | None = None,
     force: bool = False,
+    report: bool = True,
     seed: int = 0,
 ) -> FinetuneResult:
     """Trains a converted checkpoint by its recipe.
@@ -71,6 +75,7 @@ def finetune(
         teacher: the original model, needed only where the checkpoint was trained before and its source is a folder.
         resume: go on where a run with the same ``out`` stopped.
         push: a Hub repository to push the result to.
+        report: sets a little text aside, measures the model on it before and after, and leaves report.html and plots.
 
     Raises:
         DijiangError: with one line that says what is wrong and what to do.
@@ -89,15 +94,28 @@ def finetune(
     run = _Run(target, plan, resume)
     tokenizer = load_tokenizer(folder)
     rows = _gather(data if data is not None else recipe.data, tokenizer, plan, seed)
+    held = None
+    if report:
+        held, rows = hold_out(data if data is not None else recipe.data, tokenizer, rows, sum(s.tokens for s in plan))
     run.begin()
     model = load_converted(run.latest or folder)
+    if held is not None and run.latest is None and not run.probes:
+        intact = all(step["train"] == "kernel" for step in config["dijiang"]["history"])
+        run.keep_probes(first_probes(model, tokenizer, held, intact))
     results = list(run.results)
     for i, stage in enumerate(plan):
         if i < len(results):
             continue
         guide = _teacher(stage, model, folder, config["dijiang"], [*config["dijiang"]["history"], *plan[:i]], teacher)
         model, result = run_stage(
-            model, stage, rows[stage.seq_len], teacher=guide, folder=run.stage(i), resume=resume, seed=seed + i
+            model,
+            stage,
+            rows[stage.seq_len],
+            teacher=guide,
+            folder=run.stage(i),
+            resume=resume,
+            seed=seed + i,
+            log=TrainingLog(run.log, stage, i),
         )
         results.append(result)
         if i + 1 < len(plan):
@@ -105,6 +123,8 @@ def finetune(
     with new_folder(target, force) as new:
         _write(new, model, folder, config, plan, results)
         run.move_logs(new)
+    if report:  # once the result is safe
+        _report(target, model, tokenizer, recipe, plan, run.probes, held, data)
     run.remove()
     pushed = push_checkpoint(target, push).url if push else None
     return FinetuneResult(str(target), results, time.perf_counter() - start, pushed)
@@ -131,6 +151,33 @@ def _only_checkpoint() -> Path:
 def _recipe(section: dict[str, Any]) -> Recipe:
     keys = ("kernel", "stages", "data")
     return parse_recipe({"name": section["recipe"], **{key: section[key] for key in keys if key in section}})
+
+
+def _report(
+    target: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    plan: Sequence[Stage],
+    probes: dict[str, Probe],
+    held: HeldOut | None,
+    data: str | Sequence[str] | None,
+) -> None:
+    """Measures the result on the text set aside and draws what there is to see."""
+    note, prompts = "", list[str]()
+    if held is None:
+        note = "Not measured: the run is too short, or its text too little, to set some aside."
+    else:
+        prompts = [str(text) for text in tokenizer.batch_decode(held.prompts)]
+        probes = {**probes, "after": probe(model, tokenizer, held)}
+        note = f"{held.rows.tokens:,} tokens that no stage trained on."
+        if "original" not in probes:
+            note += " The original is not in this checkpoint: its weights were trained before."
+    name = data if data is not None else recipe.data
+    facts = {"text": (Path(name).name if Path(name).exists() else name) if isinstance(name, str) else "given documents"}
+    ran = {"name": recipe.name, "kernel": recipe.kernel.to_dict(), "stages": [dataclasses.asdict(s) for s in plan]}
+    write_report(target, probes, prompts, ran, facts, note)
+    write_card(target)  # which shows the plots
 
 
 def _gather(
@@ -184,11 +231,17 @@ class _Run:
         self.results: list[StageResult] = []
         self.latest: Path | None = None
         self.resumed = resume
+        self.log = self.folder / LOG
+        self.probes: dict[str, Probe] = {}
+        self._probes = self.folder / "probes.json"
         if resume:
             if not (self.folder / "plan.json").is_file():
                 raise DijiangError(f"nothing to resume: no {self.folder}; run without --resume")
             if json.loads((self.folder / "plan.json").read_text()) != self.plan:
                 raise DijiangError(f"{self.folder} is from another run: repeat its options, or drop --resume")
+            if self._probes.is_file():
+                read = json.loads(self._probes.read_text(encoding="utf-8"))
+                self.probes = {name: Probe(**values) for name, values in read.items()}
             for i in range(len(plan)):
                 done = self.folder / f"after-{i}"
                 if done.is_dir():
@@ -201,6 +254,11 @@ class _Run:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             write_json(self.folder / "plan.json", self.plan)
+
+    def keep_probes(self, probes: dict[str, Probe]) -> None:
+        """What was measured before training, for the report at the end of this run or of the one that resumes it."""
+        self.probes = probes
+        write_json(self._probes, {name: dataclasses.asdict(each) for name, each in probes.items()})
 
     def stage(self, index: int) -> Path:
         return self.folder / f"stage-{index}"
@@ -215,7 +273,9 @@ class _Run:
             shutil.rmtree(checkpoint)
 
     def move_logs(self, target: Path) -> None:
-        """TensorBoard's files, to runs/STAGE in the result; `push` leaves them at home."""
+        """The training log, and TensorBoard's files to runs/STAGE in the result; `push` leaves them at home."""
+        if self.log.is_file():
+            shutil.copyfile(self.log, target / LOG)
         for i, stage in enumerate(self.plan):
             for logs in (self.stage(i) / "runs").glob("*"):
                 folder = target / "runs" / stage["name"]
@@ -237,7 +297,8 @@ def _write(
     """A checkpoint as `convert` writes it, with the trained weights and the history of how they came to be."""
     model.save_pretrained(target, max_shard_size="5GB")
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND):
+        of_a_run = path.name in (LOG, REPORT)
+        if path.is_file() and not of_a_run and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND):
             shutil.copyfile(path, target / path.name)
     done = [
         {

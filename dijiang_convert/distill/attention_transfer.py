@@ -4,7 +4,7 @@ Both are computed on the same q, k, v; the softmax output is passed on, so that 
 and all learn at once, independently. Only the kernel's parameters train.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -19,6 +19,7 @@ from ..modeling.modeling_dijiang import dijiang_attention, dijiang_mask, softmax
 
 NAME = "dijiang_transfer"
 _LOSSES: ContextVar[list[Tensor] | None] = ContextVar("losses", default=None)
+_NOTE: ContextVar[Callable[[Tensor], None] | None] = ContextVar("note", default=None)
 
 
 def transfer_attention(
@@ -53,14 +54,22 @@ def attention_transfer_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> T
         model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), use_cache=False)
     finally:
         _LOSSES.reset(token)
-    return torch.stack(losses).mean()
+    errors, note = torch.stack(losses), _NOTE.get()
+    if note is not None:
+        note(errors.detach())
+    return errors.mean()
 
 
 @contextmanager
-def transferring(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model computes softmax attention and its kernels' error."""
-    with attention(model, NAME):
-        yield
+def transferring(model: PreTrainedModel, note: Callable[[Tensor], None] | None = None) -> Iterator[None]:
+    """Inside, the model computes softmax attention and its kernels' error. ``note`` gets that of every layer
+    [layers], once a batch."""
+    token = _NOTE.set(note)
+    try:
+        with attention(model, NAME):
+            yield
+    finally:
+        _NOTE.reset(token)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from ..progress import console
 from ..recipe import Stage
 from .attention_transfer import attention, attention_transfer_loss, transferring
 from .data import Rows
+from .log import TrainingLog
 from .logits import cross_entropy_loss, distillation_loss
 
 REFERENCE_WIDTH = 1024  # hidden_size that a recipe's learning_rate is given for; Adam wants it ∝ 1 / width
@@ -56,11 +57,13 @@ def run_stage(
     folder: Path,
     resume: bool = False,
     seed: int = 0,
+    log: TrainingLog | None = None,
 ) -> tuple[PreTrainedModel, StageResult]:
     """Trains ``model`` on rows of text and returns it, adapters merged, with what happened.
 
     teacher: a frozen softmax model for distillation; None lets the model be its own, with adapters and kernels off.
     folder: where the Trainer keeps its checkpoints, for ``resume``.
+    log: takes down every logged step.
     """
     start = time.perf_counter()
     dtype = model.dtype
@@ -80,10 +83,11 @@ def run_stage(
         model=trained,
         args=_arguments(stage, folder, steps, micro, accumulation, seed),
         train_dataset=rows,
-        callbacks=[progress],
+        callbacks=[progress, *([log] if log else [])],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    with transferring(model) if stage.objective == "attention_transfer" else contextlib.nullcontext():
+    note = log.note_errors if log else None
+    with transferring(model, note) if stage.objective == "attention_transfer" else contextlib.nullcontext():
         checkpoints = list(folder.glob("checkpoint-*"))
         trainer.train(resume_from_checkpoint=bool(resume and checkpoints))
     losses = progress.losses
