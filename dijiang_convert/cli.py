@@ -154,7 +154,9 @@ def finetune(
 
     def show(r: Any) -> None:
         if r.dry_run:
-            _show_plan(r)
+            from .estimate import told
+
+            print(*told(r.plan, r.free_bytes), sep="\n")
             return
         for s in r.stages:
             print(
@@ -312,14 +314,6 @@ def demo(
         print(f"loss and speed: {r.plot}")
 
     return result, show
-
-
-def _show_plan(r: Any) -> None:
-    from rich.console import Console
-
-    from .estimate import notes, table
-
-    Console().print(table(r.plan), *notes(r.plan, r.free_bytes), sep="\n")
 
 
 def _show_eval(r: Any) -> None:

@@ -4,12 +4,10 @@ Memory is that of the largest moment, the end of a forward pass and the backward
 
     weights          as loaded, adapters and a teacher's own copy with them
     training         gradients and Adam's two moments, 12 bytes a trained number
-    activations      what autograd keeps, tokens of a forward pass × numbers a token × bytes:
-                       of a layer's projections, what goes in and comes out;
-                       of its kernel, the tensors of `linear_attention.chunked` in float32 (`_kernel_numbers`);
-                       all layers' and half of one for the backward pass, or with activation checkpointing a hidden
-                       state a layer and two whole layers; attention transfer has one layer's kernel at a time;
-                       and a chunk of logits.
+    activations      tokens of a forward pass × numbers a token × bytes: what goes into and comes out of every layer's
+                     projections, or with activation checkpointing a hidden state a layer and one layer's projections;
+                     and the larger of one layer's kernel, which is computed again in the backward pass
+                     (`_kernel_numbers`), and a chunk of logits. Attention transfer has one layer's kernel at a time.
 
 `benchmarks/memory.py` compares it with what is measured. What Python and the libraries take is not counted.
 """
@@ -23,7 +21,6 @@ from typing import Any
 
 import psutil
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -36,7 +33,10 @@ from .modeling.configuration_dijiang import Kernel, Layers, read_section
 from .models import load_converted
 from .recipe import Stage
 
-LOGIT_CHUNK, LOGIT_COPIES = 2**24, 6  # numbers of a chunk of logits, and how many tensors of its size live at a time
+# Fitted to what `benchmarks/memory.py` measures:
+BACKWARD = 1.5  # of what a layer keeps, while its backward pass runs
+FROZEN = 0.8  # of what projections keep where most of their weights don't train
+LOGIT_CHUNK, LOGIT_COPIES = 2**24, {"distillation": 7, "cross_entropy": 4}  # numbers, and tensors of that size at once
 TRIAL_SECONDS = 5.0  # of a step that is timed; shorter ones take more rows, up to those of a forward pass
 
 
@@ -131,27 +131,26 @@ def stage_cost(
     )
 
 
-def _activations(
-    model: PreTrainedModel, kernel: Kernel, layers: Layers, stage: Stage, tokens: int, width: int
-) -> int:
+def _activations(model: PreTrainedModel, kernel: Kernel, layers: Layers, stage: Stage, tokens: int, width: int) -> int:
     """Bytes of a forward pass over so many tokens."""
     config: Any = model.config.get_text_config()
     depth, vocabulary = config.num_hidden_layers, config.vocab_size
+    of_kernel = int(4 * BACKWARD * tokens * _kernel_numbers(kernel, layers, stage.objective == "attention_transfer"))
+    if stage.objective == "attention_transfer":
+        return of_kernel
     cuda = torch.cuda.is_available()  # where the Trainer computes in bfloat16 and checkpoints activations
     width = 2 if cuda else 4 if stage.train == "full" else width
-    if stage.objective == "attention_transfer":
-        return tokens * (8 * _kernel_numbers(kernel, layers, transfer=True) + 8 * width * config.hidden_size)
-    of_kernel = 4 * _kernel_numbers(kernel, layers, transfer=False) * len(layers.layers) / depth
-    projections = sum(sum(_features(m)) for name, m in model.named_modules() if "." in name) * width / depth
-    layer = of_kernel + projections
-    kept = depth * width * config.hidden_size + 2 * layer if cuda else (depth + 0.5) * layer
-    logits = min(tokens * vocabulary, max(LOGIT_CHUNK, 128 * vocabulary))
-    return int(tokens * kept + 4 * LOGIT_COPIES * logits)
+    projections = width * sum(sum(_features(m)) for name, m in model.named_modules() if "." in name)
+    projections = int(projections * tokens * (1 if stage.train == "full" else FROZEN))
+    if cuda:
+        projections = int(tokens * depth * width * config.hidden_size + BACKWARD * projections / depth)
+    logits = 4 * LOGIT_COPIES[stage.objective] * min(tokens * vocabulary, max(LOGIT_CHUNK, 128 * vocabulary))
+    return projections + max(of_kernel, logits)
 
 
 def _kernel_numbers(kernel: Kernel, layers: Layers, transfer: bool) -> int:
     """What autograd keeps of a layer's kernel for a token, as numbers: the tensors of `feature_map` and
-    `linear_attention.chunked`, counted. In attention transfer q, k and v need no gradient, and the window keeps nothing.
+    `linear_attention.chunked`, counted. In attention transfer q, k and v need no gradient: the window keeps nothing.
     """
     query, key, value = layers.heads, layers.kv_heads, layers.value_dim
     dim, chunk = layers.head_dim, kernel.chunk_size
@@ -260,24 +259,6 @@ def _now() -> float:
 # ---------------------------------------------------------------------------------------------------------- showing
 
 
-def table(costs: Sequence[StageCost]) -> Table:
-    """The plan for a person."""
-    shown = Table("stage", "learns", "trains", "tokens", "steps", "rows a step", "parameters", "memory", "time")
-    for cost in costs:
-        shown.add_row(
-            cost.name,
-            cost.objective.replace("_", " "),
-            cost.train,
-            f"{cost.tokens:,} in rows of {cost.seq_len:,}",
-            f"{cost.steps:,}",
-            f"{cost.rows:,}",
-            f"{cost.trainable_parameters:,}",
-            f"{cost.memory_bytes / 1e9:.2f} GB",
-            "" if cost.seconds is None else duration(cost.seconds),
-        )
-    return shown
-
-
 def duration(seconds: float) -> str:
     """As many figures as an estimate has: 45 s, 12 min, 3.5 h."""
     if seconds < 99:
@@ -285,11 +266,18 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
 
 
-def notes(costs: Sequence[StageCost], free: int) -> Iterator[str]:
-    """Lines below the table."""
-    line = warning(costs, free)
-    if line is not None:
-        yield f"warning: {line}"
+def told(costs: Sequence[StageCost], free: int) -> Iterator[str]:
+    """The plan for a person, a line a stage, with a warning where it won't fit in ``free`` bytes."""
+    for cost in costs:
+        line = (
+            f"{cost.name}: {cost.objective.replace('_', ' ')} on {cost.tokens:,} tokens, {cost.steps:,} steps of "
+            f"{cost.rows:,} x {cost.seq_len:,}; {cost.trainable_parameters:,} parameters train; "
+            f"about {cost.memory_bytes / 1e9:.2g} GB"
+        )
+        yield line if cost.seconds is None else f"{line}, {duration(cost.seconds)}"
+    wont_fit = warning(costs, free)
+    if wont_fit is not None:
+        yield f"warning: {wont_fit}"
     seconds = [cost.seconds for cost in costs if cost.seconds is not None]
     if len(seconds) == len(costs):
         yield f"about {duration(sum(seconds))} in all, on this machine as busy as it is now"

@@ -22,7 +22,7 @@ from .distill.data import Rows, token_rows
 from .distill.log import TrainingLog
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
-from .estimate import StageCost, free_memory, notes, plan_costs, table, teacher_copies, timed, warning
+from .estimate import StageCost, free_memory, plan_costs, teacher_copies, timed, told, warning
 from .models import converted_config, load_any, load_converted, load_tokenizer, silence
 from .plan import check_context, extended_config, make_plan
 from .probe import PROBES, HeldOut, Probe, first_probes, hold_out, probe, read_probes, write_probes
@@ -107,7 +107,7 @@ def finetune(
         if warning(costs, free) is None:
             costs = timed(costs, plan, folder, copies)
         return FinetuneResult(str(target), [], time.perf_counter() - start, None, costs, free, dry_run=True)
-    console.print(table(costs), *notes(costs, free), sep="\n")
+    console.print(*told(costs, free), sep="\n", soft_wrap=True, highlight=False)
     run = _Run(target, plan, resume)
     tokenizer = load_tokenizer(folder)
     rows = _gather(data if data is not None else recipe.data, tokenizer, plan, seed)
