@@ -24,6 +24,13 @@ BIBTEX = """\
 SHAPE = ("heads", "kv_heads", "head_dim", "value_dim")
 STAGE = ("stage", "tokens", "first_loss", "last_loss")
 
+# Of a training run, as the report draws them.
+PLOTS = {
+    "loss.png": "loss of every stage against tokens",
+    "transfer.png": "error of every layer in attention transfer",
+    "perplexity.png": "perplexity on held-out text by position: original, before and after training",
+}
+
 # What the checkpoint's auto_map offers, best first, and the Hub's name for that task.
 TASKS = {
     "AutoModelForCausalLM": "text-generation",
@@ -54,7 +61,9 @@ def write_card(folder: Path) -> None:
         license=licence if isinstance(licence, str) else None,
         **base,
     )
-    body = "\n\n".join([_title(record), _usage(auto_class, record), _made(record), _limits(record), _cite()])
+    body = "\n\n".join(
+        [_title(record), _usage(auto_class, record), _made(record), *_plots(folder), _limits(record), _cite()]
+    )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
 
 
@@ -113,6 +122,12 @@ def _training(record: dict[str, Any]) -> str:
         return "Not trained since the conversion: expect poor text until `dijiang finetune` has run."
     header = tuple(name.replace("_", " ") for name in STAGE)
     return "Training since the conversion:\n\n" + _table(header, rows)
+
+
+def _plots(folder: Path) -> list[str]:
+    """What the last training run drew, if it did."""
+    shown = [f"![{alt}](plots/{name})" for name, alt in PLOTS.items() if (folder / "plots" / name).is_file()]
+    return ["\n\n".join(["## The last training run", *shown])] if shown else []
 
 
 def _limits(record: dict[str, Any]) -> str:

@@ -145,7 +145,8 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="Output folder. [default: CHECKPOINT-finetuned]")] = None,
     data: Corpora = None,
     tokens: Tokens = None,
-    stage: Annotated[list[str] | None, typer.Option(help="Run only this stage; repeatable.")] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="Run this stage; several run in the order given.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(metavar="STAGE", help="Leave out a stage; repeatable.")] = None,
     full: Annotated[bool | None, typer.Option("--full/--lora", help="Train all weights, or adapters.")] = None,
     seq_len: SeqLen = None,
     settings: Settings = None,
@@ -157,6 +158,8 @@ def finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the last run stopped.")] = False,
     push: Push = None,
     force: Force = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Leave report.html and plots.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it takes, and write nothing.")] = False,
     seed: Annotated[int, typer.Option(help="Of the data's order and the adapters.")] = 0,
     json_output: Json = False,
     debug: Debug = False,
@@ -166,12 +169,18 @@ def finetune(
     from .finetune import finetune
 
     result = finetune(
-        checkpoint, out, data=Sources(data) if data else None, tokens=tokens, stages=stage or (), seq_len=seq_len,
-        settings=settings or (), train=None if full is None else "full" if full else "lora", teacher=teacher,
-        cache_teacher=cache_teacher, resume=resume, push=push, force=force, seed=seed,
+        checkpoint, out, data=Sources(data) if data else None, tokens=tokens, stages=stage or (), skip=skip or (),
+        seq_len=seq_len, settings=settings or (), train=None if full is None else "full" if full else "lora",
+        teacher=teacher, cache_teacher=cache_teacher, resume=resume, push=push, force=force, report=report,
+        dry_run=dry_run, seed=seed,
     )  # fmt: skip
 
     def show(r: Any) -> None:
+        if r.dry_run:
+            from .estimate import told
+
+            print(*told(r.plan, r.free_bytes), sep="\n")
+            return
         for s in r.stages:
             print(
                 f"{s.name}: {s.tokens:,} tokens, loss {s.first_loss:.4f} to {s.last_loss:.4f}, "
@@ -277,7 +286,7 @@ def inspect(
             ["new parameters", f"{r.new_parameters:,} beside {r.parameters:,}"],
             ["state", f"{_size(r.state_bytes)} at any length"],
             ["softmax's cache", caches],
-            ["memory to finetune", f"{_size(r.finetune_bytes)} and activations"],
+            ["memory to finetune", _size(r.finetune_bytes)],
         ])  # fmt: skip
 
     return result, show

@@ -1,6 +1,5 @@
 """`dijiang demo`: the whole job on a small model and text that come with the package and with Python. No network."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from .evaluate import EvalResult, evaluate
 from .finetune import FinetuneResult, finetune
 from .generate import GenerateResult, generate
 from .progress import console
+from .report import running_mean
 
 MODEL = Path(__file__).parent / "demo_model"
 PROMPT = '    def __repr__(self):\n        """Return'
@@ -72,7 +72,7 @@ def _draw(trained: FinetuneResult, rows: list[BenchRow], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for stage in trained.stages:
         tokens, losses = zip(*stage.losses, strict=True)
-        (line,) = left.plot(tokens, _smooth(losses), label=stage.name)
+        (line,) = left.plot(tokens, running_mean(losses), label=stage.name)
         left.plot(tokens, losses, color=line.get_color(), alpha=0.25)
     left.set(xlabel="tokens", ylabel="loss", yscale="log", title="finetune")
     for name, style in (("dijiang", "o-"), ("softmax", "s--")):
@@ -84,8 +84,3 @@ def _draw(trained: FinetuneResult, rows: list[BenchRow], path: Path) -> None:
         axes.legend()
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
-
-
-def _smooth(values: Sequence[float], width: int = 10) -> list[float]:
-    """The mean of the last ``width`` values at each: rows of text differ more than a step changes."""
-    return [sum(values[max(i - width + 1, 0) : i + 1]) / min(width, i + 1) for i in range(len(values))]

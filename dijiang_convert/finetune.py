@@ -6,12 +6,11 @@ The recipe's stages come from the checkpoint, where `convert` recorded them. Whi
 
 import dataclasses
 import functools
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +22,38 @@ from .checkpoint import check_out, read_checkpoint, write_json
 from .convert import LEFT_BEHIND, write_code
 from .distill import processes
 from .distill.corpus import Sources
-from .distill.data import Rows, check_data, token_rows
+from .distill.data import Rows, check_data
+from .distill.gather import corpus_of, fingerprint, gather
+from .distill.log import TrainingLog
 from .distill.run_folder import RunFolder
 from .distill.teacher_cache import CachedRows
 from .distill.teacher_cache import cache_teacher as write_cache
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
-from .models import default_device, load_any, load_converted, load_tokenizer, silence
-from .progress import console, count_bar
+from .estimate import StageCost, free_memory, plan_costs, teacher_copies, timed, told, warning
+from .models import converted_config, default_device, load_any, load_converted, load_tokenizer, silence
+from .plan import check_context, extended_config, make_plan
+from .probe import PROBES, HeldOut, Probe, first_probes, kept_aside, probe, read_probes, write_probes
+from .progress import console
 from .push import check_repo
 from .push import push as push_checkpoint
-from .recipe import Recipe, Stage, adjust_stages, parse_recipe, scale_tokens
+from .recipe import Recipe, Stage, parse_recipe
+from .report import LOG, REPORT, write_report
 from .sources import is_hub_id
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
+    """What `finetune` did. plan: what it was going to take, and free_bytes of memory that there were; with ``dry_run``
+    there is nothing else, but the time is estimated."""
+
     out: str
     stages: list[StageResult]
     seconds: float
     pushed: str | None = None
+    plan: list[StageCost] = field(default_factory=list)
+    free_bytes: int = 0
+    dry_run: bool = False
 
 
 def finetune(
@@ -52,6 +63,7 @@ def finetune(
     data: str | Sequence[str] | None = None,
     tokens: int | None = None,
     stages: Sequence[str] = (),
+    skip: Sequence[str] = (),
     train: str | None = None,
     seq_len: int | None = None,
     settings: Sequence[str] = (),
@@ -60,6 +72,8 @@ def finetune(
     resume: bool = False,
     push: str | None = None,
     force: bool = False,
+    report: bool = True,
+    dry_run: bool = False,
     seed: int = 0,
 ) -> FinetuneResult:
     """Trains a converted checkpoint by its recipe.
@@ -70,7 +84,8 @@ def finetune(
         data: a file (.txt, .md, .jsonl, .json, .csv, .parquet), a folder or glob of them, or a Hub data set; `Sources`
             of several; or the documents themselves. None takes the recipe's and its stages' own.
         tokens: of all stages together; shortens or stretches each in proportion.
-        stages: names of the stages to run; all by default.
+        stages: names of the stages to run, in this order, as often as they are named; the recipe's by default.
+        skip: names of stages to leave out.
         train: "lora" or "full", for all stages but attention transfer.
         seq_len: tokens a row.
         settings: ``key=value`` for every stage, ``stage.key=value`` for one.
@@ -79,6 +94,8 @@ def finetune(
             no second model in memory. For stages that have one: LoRA's teacher is the model itself.
         resume: go on where a run with the same ``out`` stopped.
         push: a Hub repository to push the result to.
+        report: sets a little text aside, measures the model on it before and after, and leaves report.html and plots.
+        dry_run: tell what the run would take, timed by two steps of each stage, and write nothing.
 
     Raises:
         DijiangError: with one line that says what is wrong and what to do.
@@ -88,36 +105,59 @@ def finetune(
     console.quiet = not here.is_main_process
     folder = Path(checkpoint).expanduser() if checkpoint is not None else _only_checkpoint()
     config = read_checkpoint(folder)
-    target = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}-finetuned")
-    recipe = _recipe(config["dijiang"])
-    plan = _plan(recipe, stages, tokens, train, seq_len, settings, own_data=data is None)
     section = config["dijiang"]
+    target = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}-finetuned")
+    recipe = _recipe(section)
+    plan = make_plan(
+        recipe, stages, skip, tokens=tokens, train=train, seq_len=seq_len, settings=settings, own_data=data is None
+    )
+    parsed = converted_config(folder)
+    check_context(plan, parsed)
     teachers = [
         _teacher(stage, folder, section, [*section["history"], *plan[:i]], teacher) for i, stage in enumerate(plan)
     ]
     _check_cache(cache_teacher, teachers)
-    corpora = [_corpus(stage.data, data, recipe) for stage in plan]
-    if not resume:  # whose rows are kept, whatever has happened to the corpus
+    corpora = [corpus_of(stage.data, data, recipe) for stage in plan]
+    if not (resume or dry_run):  # a resumed run has its rows, whatever has happened to the corpus
         for corpus in corpora:
             check_data(corpus)
     if push:
         check_repo(push)
     silence()
+    copies = teacher_copies(plan, [step["train"] for step in section["history"]], teacher is not None)
+    costs, free = plan_costs(plan, parsed, copies), free_memory()
+    if dry_run:
+        check_out(target, force)
+        if warning(costs, free) is None:
+            costs = timed(costs, plan, folder, copies)
+        return FinetuneResult(str(target), [], time.perf_counter() - start, None, costs, free, dry_run=True)
     options = {
-        "data": [_fingerprint(corpus) for corpus in corpora], "seed": seed, "teacher": teacher,
-        "cache_teacher": cache_teacher,
+        "data": [fingerprint(corpus) for corpus in corpora], "seed": seed, "teacher": teacher,
+        "cache_teacher": cache_teacher, "report": report,
     }  # fmt: skip
     run = RunFolder(target, plan, options, resume)
     if not run.finished:
         check_out(target, force)
+    console.print(*told(costs, free), sep="\n", soft_wrap=True, highlight=False)
     tokenizer = load_tokenizer(folder)
     run.begin()
+    held, probes = None, dict[str, Probe]()
     try:
-        rows = _gather(corpora, tokenizer, plan, seed, run)
+        rows = gather(corpora, tokenizer, plan, seed, run)
+        if report:
+            aside = run.folder / "aside.pt"
+            run.wait_for(aside)
+            held, rows = kept_aside(aside, corpora[-1], tokenizer, rows, sum(stage.tokens for stage in plan))
     except DijiangError:
         if not resume:
             run.discard()
         raise
+    if held is not None and here.is_main_process:
+        probes = read_probes(run.folder / PROBES)
+        if not probes and run.latest is None:
+            probes = first_probes(folder, tokenizer, held)
+            write_probes(run.folder / PROBES, probes)
+    here.wait_for_everyone()
     device = default_device() if here.num_processes == 1 else here.device
     if processes.is_sharded():  # the whole model may not fit a GPU
         device = torch.device("cpu")
@@ -132,26 +172,26 @@ def finetune(
         if source is not None and cache_teacher is not None:
             run.wait_for(run.cache(i))
             text = write_cache(
-                rows[i], -(-stage.tokens // stage.seq_len), functools.partial(source.load, device), top=cache_teacher,
-                folder=run.cache(i), name=source.name,
+                rows[i], min(-(-stage.tokens // stage.seq_len), len(rows[i])), functools.partial(source.load, device),
+                top=cache_teacher, folder=run.cache(i), name=source.name,
             )  # fmt: skip
         elif source is not None:
             guide = source.load(device)
         model, result = run_stage(
-            load(), stage, text, teacher=guide, folder=run.stage(i), reload=load, resume=resume, seed=seed
-        )
+            load(), stage, text, teacher=guide, folder=run.stage(i), reload=load, resume=resume, seed=seed + i,
+            log=TrainingLog(run.log, stage, i),
+        )  # fmt: skip
         results.append(result)
         run.record(i, results, functools.partial(_write, model, folder, config, plan, results))
         del model, guide
     run.finish(target, force)
-    pushed = push_checkpoint(target, push).url if push and here.is_main_process else None
+    pushed = None
+    if here.is_main_process:
+        if report:  # once the result is safe
+            _report(target, tokenizer, recipe, plan, probes, held, corpora[-1])
+        pushed = push_checkpoint(target, push).url if push else None
     here.wait_for_everyone()
-    return FinetuneResult(str(target), results, time.perf_counter() - start, pushed)
-
-
-def _fingerprint(corpus: Sequence[str]) -> str:
-    """What tells a corpus from another: its names, or a hash of documents."""
-    return " ".join(corpus) if isinstance(corpus, Sources) else hashlib.blake2b("\0".join(corpus).encode()).hexdigest()
+    return FinetuneResult(str(target), results, time.perf_counter() - start, pushed, costs, free)
 
 
 def _only_checkpoint() -> Path:
@@ -177,67 +217,30 @@ def _recipe(section: dict[str, Any]) -> Recipe:
     return parse_recipe({"name": section["recipe"], **{key: section[key] for key in keys if key in section}})
 
 
-def _plan(
-    recipe: Recipe,
-    names: Sequence[str],
-    tokens: int | None,
-    train: str | None,
-    seq_len: int | None,
-    settings: Sequence[str],
-    own_data: bool,
-) -> tuple[Stage, ...]:
-    known = [stage.name for stage in recipe.stages]
-    for name in names:
-        if name not in known:
-            raise DijiangError(f"the checkpoint's recipe has no stage {name!r}: valid are {', '.join(known)}")
-    plan = tuple(stage for stage in recipe.stages if not names or stage.name in names)
-    if not plan:
-        raise DijiangError(f"recipe {recipe.name} has no stages to run: give it some")
-    if train is not None:
-        plan = tuple(s if s.train == "kernel" else dataclasses.replace(s, train=train) for s in plan)
-    if seq_len is not None:
-        plan = tuple(dataclasses.replace(s, seq_len=seq_len) for s in plan)
-    if not own_data:
-        plan = tuple(dataclasses.replace(s, data=None) for s in plan)
-    plan = adjust_stages(plan, settings)
-    return plan if tokens is None else scale_tokens(plan, tokens)
-
-
-def _corpus(own: str | list[str] | None, data: str | Sequence[str] | None, recipe: Recipe) -> Sequence[str]:
-    """What a stage reads: its own corpora, those of the run, or the recipe's."""
-    if own is None and data is not None and not isinstance(data, str):
-        return data if isinstance(data, Sources) else tuple(data)
-    names = own or data or recipe.data
-    return Sources([names] if isinstance(names, str) else names)
-
-
-def _gather(
-    corpora: Sequence[Sequence[str]],
+def _report(
+    target: Path,
     tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
     plan: Sequence[Stage],
-    seed: int,
-    run: RunFolder,
-) -> list[Rows]:
-    """Rows for every stage, kept in the run's folder: one process writes them there, the others open them.
-
-    Stages of one corpus and row length share one reading of it, each with rows of its own.
-    """
-    groups: dict[tuple[type, Sequence[str], int], list[int]] = {}
-    for i, (corpus, stage) in enumerate(zip(corpora, plan, strict=True)):
-        groups.setdefault((type(corpus), corpus, stage.seq_len), []).append(i)
-    rows: dict[int, Rows] = {}
-    for number, ((_, corpus, seq_len), members) in enumerate(groups.items()):
-        counts = [max(-(-plan[i].tokens // seq_len), 1) for i in members]
-        total = sum(counts) * seq_len
-        kept = run.folder / f"rows-{number}"
-        run.wait_for(kept)
-        with count_bar("reading text (tokens)", total) as advance:
-            gathered = token_rows(
-                corpus, tokenizer, seq_len=seq_len, tokens=total, shuffle_seed=seed, progress=advance,
-                folder=kept,
-            )  # fmt: skip
-        rows |= zip(members, gathered.split(counts), strict=True)
-    return [rows[i] for i in range(len(plan))]
+    probes: dict[str, Probe],
+    held: HeldOut | None,
+    corpus: Sequence[str],
+) -> None:
+    """Measures the result on the text set aside and draws what there is to see."""
+    note, prompts = "", list[str]()
+    if held is None:
+        note = "Not measured: the run is too short, or its text too little, to set some aside."
+    else:
+        prompts = [str(text) for text in tokenizer.batch_decode(held.prompts)]
+        probes = {**probes, "after": probe(load_converted(target), tokenizer, held)}
+        note = f"{held.rows.tokens:,} tokens that no stage trained on."
+        if "original" not in probes:
+            note += " The original is not in this checkpoint: its weights were trained before."
+    names = [Path(name).name if Path(name).exists() else name for name in corpus] if isinstance(corpus, Sources) else []
+    facts = {"text": ", ".join(names) or "given documents"}
+    ran = {"name": recipe.name, "kernel": recipe.kernel.to_dict(), "stages": [dataclasses.asdict(s) for s in plan]}
+    write_report(target, probes, prompts, ran, facts, note)
+    write_card(target)  # which shows the plots
 
 
 @dataclass(frozen=True)
@@ -299,7 +302,8 @@ def _write(
     assert model is not None  # on the main process, which alone writes
     model.save_pretrained(target, max_shard_size="5GB")
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND):
+        of_a_run = path.name in (LOG, REPORT)
+        if path.is_file() and not of_a_run and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND):
             shutil.copyfile(path, target / path.name)
     done = [
         {
@@ -313,6 +317,8 @@ def _write(
         }
         for stage, result in zip(plan, results, strict=False)
     ]
+    longest = max(stage.seq_len for stage, _ in zip(plan, results, strict=False))
+    config = extended_config(config, converted_config(source), longest)
     section = {**config["dijiang"], "history": [*config["dijiang"]["history"], *done]}
     write_json(target / "config.json", {**config, "dijiang": section})
     write_code(target)

@@ -29,7 +29,7 @@ def load_converted(
     """
     name = read_checkpoint(folder)["architectures"][0]
     try:
-        config = _converted_config(folder, attn_implementation=attention)
+        config = converted_config(folder, attn_implementation=attention)
         with quiet():
             model: Any = getattr(modeling_dijiang, name).from_pretrained(str(folder), config=config)
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
@@ -59,7 +59,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         found = download(resolve(str(source)))
         folder = found.folder or folder
     elif "dijiang" in read_json(folder / "config.json"):
-        options["config"] = _converted_config(folder)  # else AutoTokenizer would ask to run the folder's code
+        options["config"] = converted_config(folder)  # else AutoTokenizer would ask to run the folder's code
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(str(folder), **options)
@@ -68,7 +68,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         raise DijiangError(f"can't load the tokenizer of {source}: {reason}") from error
 
 
-def _converted_config(folder: str | Path, **options: Any) -> Any:
+def converted_config(folder: str | Path, **options: Any) -> Any:
+    """The config of a converted checkpoint, as transformers parses it."""
     name = read_checkpoint(folder)["auto_map"]["AutoConfig"].rpartition(".")[2]
     return getattr(configuration_dijiang, name).from_pretrained(str(folder), **options)
 

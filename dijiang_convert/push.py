@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
 
 from .errors import DijiangError
 from .sources import HUB_TIMEOUT, hub_errors, is_hub_id, read_index, read_json
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-# Beside the weights, which are those that the index names. Folders (checkpoint-*/, runs/) are never entered.
+# Beside the weights, which are those that the index names. Other folders (checkpoint-*/, runs/) are never entered; the
+# training log and the report, which quotes the text that was trained on, stay too.
 ALLOWED = ("*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.png", "README.md", "LICENSE*")
+PLOTS = "plots/*.png"  # which the card shows
 REFUSED = (".*", "trainer_state.json")
 
 SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -75,7 +78,7 @@ def push(checkpoint: str | Path, repo: str, *, private: bool = False, revision: 
             info = api.model_info(repo, revision=revision, timeout=HUB_TIMEOUT)
         head = info.sha
         assert head is not None  # the repository exists, so its branch has a commit
-        tree = api.list_repo_tree(repo, revision=head)
+        tree = api.list_repo_tree(repo, revision=head, recursive=True)
         remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     changed = {name: path for name, path in files.items() if not _same(path, remote.get(name))}
@@ -117,8 +120,12 @@ def _checkpoint_files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise DijiangError(f"no such folder: {folder}")
     config = folder / "config.json"
-    if not config.is_file() or "dijiang" not in read_json(config):
+    record = read_json(config).get("dijiang") if config.is_file() else None
+    if record is None:
         raise DijiangError(f"{folder} is not a converted checkpoint: make one with `dijiang convert`")
+    path = next(_local_paths(record), None)
+    if path is not None:
+        raise DijiangError(f"config.json of {folder} tells of {path} on this machine: take it out, then push")
 
     weights = _weights(folder)
     if not (folder / "README.md").is_file():
@@ -132,7 +139,17 @@ def _checkpoint_files(folder: Path) -> dict[str, Path]:
         and any(fnmatchcase(path.name, pattern) for pattern in ALLOWED)
         and not any(fnmatchcase(path.name, pattern) for pattern in REFUSED)
     }
-    return {name: folder / name for name in sorted(weights | companions)}
+    plots = {path.relative_to(folder).as_posix() for path in folder.glob(PLOTS) if path.is_file()}
+    return {name: folder / name for name in sorted(weights | companions | plots)}
+
+
+def _local_paths(record: Any) -> Iterator[str]:
+    """Absolute paths and those of a home folder among the values: a recipe of one's own may name one as its data."""
+    if isinstance(record, dict | list):
+        for value in record.values() if isinstance(record, dict) else record:
+            yield from _local_paths(value)
+    elif isinstance(record, str) and (record.startswith("~") or PureWindowsPath(record).root or Path(record).root):
+        yield record
 
 
 def _weights(folder: Path) -> set[str]:

@@ -753,12 +753,12 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Rows]]:
             raise KeyboardInterrupt
         return model, None
 
-    class Run(finetune.__globals__["_Run"]):  # type: ignore[misc]
+    class Run(finetune.__globals__["RunFolder"]):  # type: ignore[misc]
         def record(self, *arguments: Any) -> None:
             pass
 
     monkeypatch.setitem(finetune.__globals__, "run_stage", run_stage)
-    monkeypatch.setitem(finetune.__globals__, "_Run", Run)
+    monkeypatch.setitem(finetune.__globals__, "RunFolder", Run)
     yield found
 
 
@@ -766,7 +766,7 @@ def test_every_stage_has_rows_of_its_own_corpus_and_length(
     converted: Path, corpora: Path, stages: dict[str, Rows], tokenizer: Any
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        finetune(converted, "out")
+        finetune(converted, "out", report=False)
     assert {name: tuple(rows.ids.shape) for name, rows in stages.items()} == {
         "transfer": (63, 16), "distill": (188, 16), "extend": (15, 64),
     }  # fmt: skip
@@ -793,7 +793,7 @@ def test_data_given_replaces_that_of_recipe_and_stages(
     options: dict[str, Any], mine: set[str], converted: Path, corpora: Path, stages: dict[str, Rows], tokenizer: Any
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        finetune(converted, "out", **options)
+        finetune(converted, "out", report=False, **options)
     assert {name for name, rows in stages.items() if "mine" in tokenizer.decode(rows.ids.flatten())} == mine
 
 
@@ -801,7 +801,7 @@ def test_a_resumed_run_has_the_very_same_rows_whatever_happened_to_the_corpus(
     converted: Path, corpora: Path, stages: dict[str, Rows]
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        finetune(converted, "out")
+        finetune(converted, "out", report=False)
     before = dict(stages)
     for path in ("a.jsonl", "b.jsonl", "long.txt"):
         Path(path).unlink()
@@ -829,7 +829,7 @@ def test_a_run_stopped_while_gathering_gathers_again(
 
         patch.setattr(data_module, "_counted", stop)
         with pytest.raises(KeyboardInterrupt):
-            finetune(converted, "out")
+            finetune(converted, "out", report=False)
     assert not list(Path("out.run").glob("rows-*"))
     with pytest.raises(KeyboardInterrupt):
         finetune(converted, "out", resume=True)
@@ -841,7 +841,7 @@ def test_a_mistyped_corpus_costs_nothing(converted: Path, corpora: Path, stages:
     assert "no such file" in refusal(lambda: finetune(converted, "out", data="mne.txt"))
     assert not Path("out.run").exists()
     with pytest.raises(KeyboardInterrupt):
-        finetune(converted, "out")
+        finetune(converted, "out", report=False)
     assert "no such file" in refusal(lambda: finetune(converted, "out", settings=["extend.data=lng.txt"]))
     assert Path("out.run/rows-1/ids.bin").is_file()
     Path("mine.txt").write_text("short")

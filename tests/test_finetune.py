@@ -217,7 +217,8 @@ def test_without_a_checkpoint_it_takes_the_only_one_here(
         ({"settings": ["learning_rte=1"]}, "did you mean learning_rate"),
         ({"settings": ["distil.tokens=5"]}, "did you mean distill"),
         ({"data": "/no/such/folder"}, "no such file"),
-        ({"seq_len": 10_000_000}, "less than one row"),
+        ({"data": ["a few words"]}, "less than one row"),
+        ({"seq_len": 10_000_000}, "beyond the original's context of 2048"),
     ],
 )
 def test_bad_input_is_one_line(

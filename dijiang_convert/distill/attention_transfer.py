@@ -4,7 +4,7 @@ Both are computed on the same q, k, v; the softmax output is passed on, so that 
 and all learn at once, independently. Only the kernel's parameters train.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ class _Collected(NamedTuple):
 
 
 _COLLECTED: ContextVar[_Collected | None] = ContextVar("collected", default=None)
+_NOTE: ContextVar[Callable[[Tensor], None] | None] = ContextVar("note", default=None)
 
 
 def transfer_attention(
@@ -77,14 +78,22 @@ def attention_transfer_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> T
         hidden_states(model, **tokens(inputs))
     finally:
         _COLLECTED.reset(token)
-    return torch.stack(collected.losses).mean()
+    errors, note = torch.stack(collected.losses), _NOTE.get()
+    if note is not None:
+        note(errors.detach())
+    return errors.mean()
 
 
 @contextmanager
-def transferring(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model computes softmax attention and its kernels' error."""
-    with attention(model, NAME):
-        yield
+def transferring(model: PreTrainedModel, note: Callable[[Tensor], None] | None = None) -> Iterator[None]:
+    """Inside, the model computes softmax attention and its kernels' error. ``note`` gets that of every layer
+    [layers], once a batch."""
+    token = _NOTE.set(note)
+    try:
+        with attention(model, NAME):
+            yield
+    finally:
+        _NOTE.reset(token)
 
 
 AttentionInterface.register(NAME, transfer_attention)

@@ -86,6 +86,11 @@ class RunFolder:
             (self.folder / f".{PLAN}").replace(self.folder / PLAN)
         here.wait_for_everyone()
 
+    @property
+    def log(self) -> Path:
+        """Of all steps of all stages."""
+        return self.folder / "training.jsonl"
+
     def stage(self, index: int) -> Path:
         return self.folder / f"stage-{index}"
 
@@ -93,9 +98,9 @@ class RunFolder:
         """Of a stage's teacher."""
         return self.folder / f"teacher-{index}"
 
-    def wait_for(self, folder: Path) -> None:
+    def wait_for(self, path: Path) -> None:
         """Until the main process has put it there. (A barrier would give up after some minutes.)"""
-        while not (PartialState().is_main_process or folder.is_dir()):
+        while not (PartialState().is_main_process or path.exists()):
             time.sleep(0.5)
 
     def discard(self) -> None:
@@ -120,8 +125,8 @@ class RunFolder:
         self.latest = self._after(index)
 
     def finish(self, target: Path, force: bool) -> None:
-        """Puts the model after the last stage in its place, with TensorBoard's files in runs/STAGE, and removes the
-        run's folder."""
+        """Puts the model after the last stage in its place, with the log, and TensorBoard's files in runs/STAGE, and
+        removes the run's folder."""
         here = PartialState()
         if here.is_main_process:
             if not self.finished:
@@ -130,6 +135,8 @@ class RunFolder:
                     for path in self.latest.iterdir():
                         if path.name != RESULTS:
                             _link(path, new / path.name)
+                    if self.log.is_file():
+                        shutil.copyfile(self.log, new / self.log.name)
                     for i, stage in enumerate(self.content["stages"]):
                         if (self.stage(i) / "runs").is_dir():
                             shutil.copytree(self.stage(i) / "runs", new / "runs" / stage["name"])

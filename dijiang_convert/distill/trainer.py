@@ -34,6 +34,7 @@ from .attention import original, recomputing
 from .attention_transfer import attention_transfer_loss, transferring
 from .checkpoints import Checkpoints, StopOnSignal, last_checkpoint
 from .data import Rows
+from .log import StageCallback
 from .logits import body_name, causal_model, cross_entropy_loss, distillation_loss, live_teacher
 from .teacher_cache import CachedRows, cached_teacher
 
@@ -97,6 +98,7 @@ def run_stage(
     reload: Callable[[], PreTrainedModel] | None = None,
     resume: bool = False,
     seed: int = 0,
+    log: StageCallback | None = None,
 ) -> tuple[PreTrainedModel | None, StageResult]:
     """Trains ``model`` on rows of text and returns it, adapters merged, with what happened.
 
@@ -105,6 +107,7 @@ def run_stage(
     folder: where the Trainer keeps its checkpoints, for ``resume``.
     reload: gives ``model`` as it was once more; needed where it is sharded over processes. Then the result is on the
         main process' CPU, and None on the others.
+    log: takes down every logged step.
 
     Raises DijiangError at the first gradient or loss that is not finite, KeyboardInterrupt after a signal. Both leave
     a checkpoint of the last good step to resume from, if there was one to save.
@@ -123,11 +126,11 @@ def run_stage(
         model=trained,
         args=_arguments(stage, folder, batches, seed),
         train_dataset=Subset(rows, row_order(len(rows), batches.steps * batches.rows, seed)),  # type: ignore[arg-type]
-        callbacks=[progress, Checkpoints(folder), stop],
+        callbacks=[progress, Checkpoints(folder), stop, *([log] if log else [])],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     latest = last_checkpoint(folder) if resume else None
-    with stop.listening(), _attention(stage, causal_model(trained), trainer.args):
+    with stop.listening(), _attention(stage, causal_model(trained), trainer.args, log):
         try:
             trainer.train(resume_from_checkpoint=str(latest) if latest else None)
         finally:
@@ -194,9 +197,11 @@ def lora_targets(model: nn.Module, which: str) -> list[str]:
     return [name for name in linear if name.startswith(f"{body_name(model)}.")]
 
 
-def _attention(stage: Stage, model: PreTrainedModel, args: TrainingArguments) -> AbstractContextManager[None]:
+def _attention(
+    stage: Stage, model: PreTrainedModel, args: TrainingArguments, log: StageCallback | None
+) -> AbstractContextManager[None]:
     if stage.objective == "attention_transfer":
-        return transferring(model)
+        return transferring(model, log.note_errors if log else None)
     return nullcontext() if args.activation_checkpointing else recomputing(model)
 
 
