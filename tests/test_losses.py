@@ -60,7 +60,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last of them short."""
-    monkeypatch.setattr(logits, "CHUNK_ELEMENTS", 0)
+    monkeypatch.setattr(logits, "CHUNK_ELEMENTS", {"cuda": 0})
     monkeypatch.setattr(logits, "LEAST_ROWS", 7)
 
 
@@ -158,7 +158,7 @@ def test_the_teacher_has_no_dropout_and_the_student_keeps_its_mode() -> None:
         return given.sum()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logits, "_kl_sum", note)
+        patch.setattr(logits, "divergence_sum", note)
         for _ in range(2):
             distillation_loss(student, live_teacher(student, inputs, lambda: original(student)), inputs, 0.0)
     assert torch.equal(*seen)
@@ -308,10 +308,10 @@ def rows_of(count: int, length: int = 20) -> Any:
     return Text({key: x[i] for key, x in whole.items()} for i in range(count))
 
 
-def test_the_cache_belongs_to_its_rows_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_belongs_to_its_rows_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None
+) -> None:
     monkeypatch.setattr(teacher_cache, "BATCH_TOKENS", 40)  # two rows at once, of five
-    monkeypatch.setattr(logits, "LEAST_ROWS", 7)
-    monkeypatch.setattr(logits, "CHUNK_ELEMENTS", 0)
     teacher, student, rows = load("llama", attention="sdpa"), load("llama"), rows_of(5)
     cached = teacher_cache.cache_teacher(rows, 5, lambda: teacher, top=VOCABULARY, folder=tmp_path / "cache")
     assert len(cached) == 5
@@ -323,12 +323,12 @@ def test_the_cache_belongs_to_its_rows_in_any_order(tmp_path: Path, monkeypatch:
 
 
 def test_a_finished_cache_is_used_again_and_another_is_not(tmp_path: Path) -> None:
-    calls: list[int] = []
+    calls, model = [], load("llama", attention="sdpa")
 
     def build(rows: Any, top: int, name: str = "") -> Any:
         def teacher() -> Any:
             calls.append(1)
-            return load("llama", attention="sdpa")
+            return model
 
         return teacher_cache.cache_teacher(rows, 3, teacher, top=top, folder=tmp_path / "cache", name=name)
 

@@ -130,7 +130,7 @@ def _write(folder: Path, rows: Rows, count: int, teacher: Any, top: int) -> None
             batch = [rows[i] for i in range(start, min(start + step, count))]
             inputs = {key: torch.stack([row[key] for row in batch]).to(teacher.device) for key in batch[0]}
             hidden = hidden_states(teacher, **tokens(inputs)).flatten(0, 1)
-            pieces = [top_distribution(head(teacher, hidden[part]), top) for part in parts(teacher, len(hidden))]
+            pieces = [top_distribution(head(teacher, hidden[part]), top) for part in parts(teacher, hidden)]
             for name, values in zip(DTYPES, zip(*pieces, strict=True), strict=True):
                 written = torch.cat(values).cpu().numpy().astype(DTYPES[name])
                 arrays[name][start : start + len(batch)] = written.reshape(len(batch), *shapes[name][1:])
