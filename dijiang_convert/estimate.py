@@ -28,15 +28,16 @@ from transformers.pytorch_utils import Conv1D
 from .architecture import skeleton
 from .distill import trainer
 from .distill.log import StageCallback
+from .distill.logits import CHUNK_ELEMENTS, LEAST_ROWS
 from .modeling import modeling_dijiang
 from .modeling.configuration_dijiang import Kernel, Layers, read_section
 from .models import load_converted
 from .recipe import Stage
 
 # Fitted to what `benchmarks/memory.py` measures:
-BACKWARD = 1.5  # of what a layer keeps, while its backward pass runs
+BACKWARD = 1.4  # of what a layer keeps, while its backward pass runs
 FROZEN = 0.8  # of what projections keep where most of their weights don't train
-LOGIT_CHUNK, LOGIT_COPIES = 2**24, {"distillation": 7, "cross_entropy": 4}  # numbers, and tensors of that size at once
+LOGIT_COPIES = {"distillation": 5, "cross_entropy": 2}  # tensors of a chunk of logits that are alive at once
 TRIAL_SECONDS = 5.0  # of a step that is timed; shorter ones take more rows, up to those of a forward pass
 
 
@@ -144,7 +145,8 @@ def _activations(model: PreTrainedModel, kernel: Kernel, layers: Layers, stage: 
     projections = int(projections * tokens * (1 if stage.train == "full" else FROZEN))
     if cuda:
         projections = int(tokens * depth * width * config.hidden_size + BACKWARD * projections / depth)
-    logits = 4 * LOGIT_COPIES[stage.objective] * min(tokens * vocabulary, max(LOGIT_CHUNK, 128 * vocabulary))
+    chunk = max(CHUNK_ELEMENTS["cuda" if cuda else "cpu"], LEAST_ROWS * vocabulary)
+    logits = 4 * LOGIT_COPIES[stage.objective] * min(tokens * vocabulary, chunk)
     return projections + max(of_kernel, logits)
 
 

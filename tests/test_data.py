@@ -807,11 +807,11 @@ def test_a_resumed_run_has_the_very_same_rows_whatever_happened_to_the_corpus(
         Path(path).unlink()
     stages.clear()
     with pytest.raises(KeyboardInterrupt):
-        finetune(converted, "out", resume=True)
+        finetune(converted, "out", resume=True, report=False)
     for name in ("transfer", "distill", "extend"):
         assert torch.equal(stages[name].ids, before[name].ids) and torch.equal(stages[name].marks, before[name].marks)
     for options in ({"seed": 1}, {"data": "mine.txt"}):
-        assert "another run" in refusal(lambda options=options: finetune(converted, "out", resume=True, **options))
+        assert "another run" in refusal(lambda options=options: finetune(converted, "out", resume=True, report=False, **options))
     assert Path("out.run/rows-0/ids.bin").is_file()  # which that leaves alone
 
 
@@ -819,7 +819,7 @@ def test_a_run_stopped_while_gathering_gathers_again(
     converted: Path, corpora: Path, stages: dict[str, Rows], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        finetune(converted, "unbroken")
+        finetune(converted, "unbroken", report=False)
     unbroken = dict(stages)
     with monkeypatch.context() as patch:
 
@@ -832,7 +832,7 @@ def test_a_run_stopped_while_gathering_gathers_again(
             finetune(converted, "out", report=False)
     assert not list(Path("out.run").glob("rows-*"))
     with pytest.raises(KeyboardInterrupt):
-        finetune(converted, "out", resume=True)
+        finetune(converted, "out", resume=True, report=False)
     assert all(torch.equal(stages[name].ids, unbroken[name].ids) for name in unbroken)
 
 

@@ -49,14 +49,14 @@ def test_estimated_memory_is_near_what_is_measured(folder: Path, kind: str) -> N
 def test_trainable_parameters_are_those_that_train(folder: Path, kind: str) -> None:
     stage = KINDS[kind]
     (cost,) = plan_costs([stage], converted_config(folder), [False])
-    trained = trainer._prepare(load_converted(folder), stage)
+    trained = trainer._prepare(load_converted(folder), stage, 0)
     assert cost.trainable_parameters == sum(p.numel() for p in trained.parameters() if p.requires_grad)
 
 
 def test_steps_and_rows_are_those_of_the_trainer(folder: Path) -> None:
-    stage = Stage("a", "cross_entropy", 1_000_000, "lora", seq_len=512, batch_tokens=4096)
+    stage = Stage("a", "cross_entropy", 4_000_000, "lora", seq_len=512, batch_tokens=4096)
     (cost,) = plan_costs([stage], converted_config(folder), [False])
-    assert (cost.rows, cost.steps) == (8, 244)
+    assert (cost.rows, cost.steps) == (8, 976)
     assert cost.tokens == cost.steps * cost.rows * 512
 
 

@@ -139,7 +139,7 @@ class RunFolder:
                         shutil.copyfile(self.log, new / self.log.name)
                     for i, stage in enumerate(self.content["stages"]):
                         if (self.stage(i) / "runs").is_dir():
-                            shutil.copytree(self.stage(i) / "runs", new / "runs" / stage["name"])
+                            shutil.copytree(self.stage(i) / "runs", new / "runs" / stage["name"], dirs_exist_ok=True)
             gone = self.folder.with_name(f".{self.target.name}.run.partial")
             self.folder.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
