@@ -138,7 +138,6 @@ def finetune(
     run = RunFolder(target, plan, options, resume)
     if not run.finished:
         check_out(target, force)
-    console.print(*told(costs, free), sep="\n", soft_wrap=True, highlight=False)
     tokenizer = load_tokenizer(folder)
     run.begin()
     held, probes = None, dict[str, Probe]()
@@ -152,6 +151,7 @@ def finetune(
         if not resume:
             run.discard()
         raise
+    console.print(*told(costs, free), sep="\n", soft_wrap=True, highlight=False)
     if held is not None and here.is_main_process:
         probes = read_probes(run.folder / PROBES)
         if not probes and run.latest is None:

@@ -84,7 +84,8 @@ def hold_out(
 def kept_aside(
     path: Path, data: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, rows: Sequence[Rows], tokens: int
 ) -> tuple[HeldOut | None, list[Rows]]:
-    """`hold_out`, its answer kept in a file, so that a resumed run trains on the same rows; and the rows to train on."""
+    """`hold_out` with its answer kept in a file, so that a resumed run trains on the same rows; and the rows left to
+    train on."""
     if not path.is_file():
         held, masks = hold_out(data, tokenizer, rows, tokens)
         found = None if held is None else (held.rows.ids, held.rows.marks, held.prompts)

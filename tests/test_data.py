@@ -811,7 +811,9 @@ def test_a_resumed_run_has_the_very_same_rows_whatever_happened_to_the_corpus(
     for name in ("transfer", "distill", "extend"):
         assert torch.equal(stages[name].ids, before[name].ids) and torch.equal(stages[name].marks, before[name].marks)
     for options in ({"seed": 1}, {"data": "mine.txt"}):
-        assert "another run" in refusal(lambda options=options: finetune(converted, "out", resume=True, report=False, **options))
+        assert "another run" in refusal(
+            lambda options=options: finetune(converted, "out", resume=True, report=False, **options)
+        )
     assert Path("out.run/rows-0/ids.bin").is_file()  # which that leaves alone
 
 

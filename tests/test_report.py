@@ -227,7 +227,14 @@ def test_the_report_is_one_well_formed_file_that_shows_everything(tuned: Path) -
     assert len(page.images) == 3 and all(image.startswith("data:image/png;base64,iVBORw0") for image in page.images)
     assert not page.links  # nothing is fetched
     said = "\n".join(page.texts)
-    for expected in ("transfer", "distill", "attention_transfer", "learning_rate: 0.00025", "window: 8", "transformers"):
+    for expected in (
+        "transfer",
+        "distill",
+        "attention_transfer",
+        "learning_rate: 0.00025",
+        "window: 8",
+        "transformers",
+    ):
         assert expected in said
     record = read_checkpoint(tuned)["dijiang"]
     assert f"{record['history'][1]['last_loss']:.4g}" in said

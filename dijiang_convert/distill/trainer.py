@@ -36,6 +36,7 @@ from .checkpoints import Checkpoints, StopOnSignal, last_checkpoint
 from .data import Rows
 from .log import StageCallback
 from .logits import body_name, causal_model, cross_entropy_loss, distillation_loss, live_teacher
+from .packing import check_packing
 from .teacher_cache import CachedRows, cached_teacher
 
 REFERENCE_WIDTH = 1024  # hidden_size that a recipe's learning_rate is given for; Adam wants it ∝ 1 / width
@@ -114,6 +115,9 @@ def run_stage(
     """
     start = time.perf_counter()
     dtype, count = model.dtype, PartialState().num_processes
+    for each in (model, teacher):
+        if each is not None and not processes.is_sharded():
+            check_packing(each)  # rows hold several documents
     trained = _prepare(model, stage, seed)
     batches, alone = share_out(stage, count), share_out(stage)
     if batches.rows != alone.rows:
