@@ -138,6 +138,7 @@ def finetune(
     push: Push = None,
     force: Force = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Leave report.html and plots.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it takes, and write nothing.")] = False,
     seed: Annotated[int, typer.Option(help="Of the data's order and the adapters.")] = 0,
     json_output: Json = False,
     debug: Debug = False,
@@ -148,10 +149,15 @@ def finetune(
     result = finetune(
         checkpoint, out, data=data, tokens=tokens, stages=stage or (), skip=skip or (), seq_len=seq_len,
         settings=settings or (), train=None if full is None else "full" if full else "lora", teacher=teacher,
-        resume=resume, push=push, force=force, report=report, seed=seed,
+        resume=resume, push=push, force=force, report=report, dry_run=dry_run, seed=seed,
     )  # fmt: skip
 
     def show(r: Any) -> None:
+        if r.dry_run:
+            from .estimate import told
+
+            print(*told(r.plan, r.free_bytes), sep="\n")
+            return
         for s in r.stages:
             print(
                 f"{s.name}: {s.tokens:,} tokens, loss {s.first_loss:.4f} to {s.last_loss:.4f}, "
@@ -257,7 +263,7 @@ def inspect(
             ["new parameters", f"{r.new_parameters:,} beside {r.parameters:,}"],
             ["state", f"{_size(r.state_bytes)} at any length"],
             ["softmax's cache", caches],
-            ["memory to finetune", f"{_size(r.finetune_bytes)} and activations"],
+            ["memory to finetune", _size(r.finetune_bytes)],
         ])  # fmt: skip
 
     return result, show

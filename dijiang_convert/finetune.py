@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from .distill.data import Rows, token_rows
 from .distill.log import TrainingLog
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
+from .estimate import StageCost, free_memory, plan_costs, teacher_copies, timed, told, warning
 from .models import converted_config, load_any, load_converted, load_tokenizer, silence
 from .plan import check_context, extended_config, make_plan
-from .probe import HeldOut, Probe, first_probes, hold_out, probe
+from .probe import PROBES, HeldOut, Probe, first_probes, hold_out, probe, read_probes, write_probes
 from .progress import console, count_bar
 from .push import check_repo
 from .push import push as push_checkpoint
@@ -35,10 +36,16 @@ from .sources import is_hub_id
 
 @dataclass(frozen=True)
 class FinetuneResult:
+    """What `finetune` did. plan: what it was going to take, and free_bytes of memory that there were; with ``dry_run``
+    there is nothing else, but the time is estimated."""
+
     out: str
     stages: list[StageResult]
     seconds: float
     pushed: str | None = None
+    plan: list[StageCost] = field(default_factory=list)
+    free_bytes: int = 0
+    dry_run: bool = False
 
 
 def finetune(
@@ -57,6 +64,7 @@ def finetune(
     push: str | None = None,
     force: bool = False,
     report: bool = True,
+    dry_run: bool = False,
     seed: int = 0,
 ) -> FinetuneResult:
     """Trains a converted checkpoint by its recipe.
@@ -76,6 +84,7 @@ def finetune(
         resume: go on where a run with the same ``out`` stopped.
         push: a Hub repository to push the result to.
         report: sets a little text aside, measures the model on it before and after, and leaves report.html and plots.
+        dry_run: tell what the run would take, timed by two steps of each stage, and write nothing.
 
     Raises:
         DijiangError: with one line that says what is wrong and what to do.
@@ -86,22 +95,33 @@ def finetune(
     target = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}-finetuned")
     recipe = _recipe(config["dijiang"])
     plan = make_plan(recipe, stages, skip, tokens=tokens, train=train, seq_len=seq_len, settings=settings)
-    check_context(plan, converted_config(folder))
+    parsed = converted_config(folder)
+    check_context(plan, parsed)
     check_out(target, force)
     if push:
         check_repo(push)
     silence()
+    copies = teacher_copies(plan, [step["train"] for step in config["dijiang"]["history"]], teacher is not None)
+    costs, free = plan_costs(plan, parsed, copies), free_memory()
+    if dry_run:
+        if warning(costs, free) is None:
+            costs = timed(costs, plan, folder, copies)
+        return FinetuneResult(str(target), [], time.perf_counter() - start, None, costs, free, dry_run=True)
     run = _Run(target, plan, resume)
     tokenizer = load_tokenizer(folder)
     rows = _gather(data if data is not None else recipe.data, tokenizer, plan, seed)
     held = None
     if report:
-        held, rows = hold_out(data if data is not None else recipe.data, tokenizer, rows, sum(s.tokens for s in plan))
+        corpus = data if data is not None else recipe.data
+        held, left = hold_out(corpus, tokenizer, list(rows.values()), sum(stage.tokens for stage in plan))
+        rows = dict(zip(rows, left, strict=True))
+    console.print(*told(costs, free), sep="\n", soft_wrap=True, highlight=False)
     run.begin()
+    probes = read_probes(run.folder / PROBES)
+    if held is not None and not probes and run.latest is None:
+        probes = first_probes(folder, tokenizer, held)
+        write_probes(run.folder / PROBES, probes)
     model = load_converted(run.latest or folder)
-    if held is not None and run.latest is None and not run.probes:
-        intact = all(step["train"] == "kernel" for step in config["dijiang"]["history"])
-        run.keep_probes(first_probes(model, tokenizer, held, intact))
     results = list(run.results)
     for i, stage in enumerate(plan):
         if i < len(results):
@@ -115,7 +135,7 @@ def finetune(
             folder=run.stage(i),
             resume=resume,
             seed=seed + i,
-            log=TrainingLog(run.log, stage, i),
+            log=TrainingLog(run.folder / LOG, stage, i),
         )
         results.append(result)
         if i + 1 < len(plan):
@@ -124,10 +144,10 @@ def finetune(
         _write(new, model, folder, config, plan, results)
         run.move_logs(new)
     if report:  # once the result is safe
-        _report(target, model, tokenizer, recipe, plan, run.probes, held, data)
+        _report(target, tokenizer, recipe, plan, probes, held, data)
     run.remove()
     pushed = push_checkpoint(target, push).url if push else None
-    return FinetuneResult(str(target), results, time.perf_counter() - start, pushed)
+    return FinetuneResult(str(target), results, time.perf_counter() - start, pushed, costs, free)
 
 
 def _only_checkpoint() -> Path:
@@ -155,7 +175,6 @@ def _recipe(section: dict[str, Any]) -> Recipe:
 
 def _report(
     target: Path,
-    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     plan: Sequence[Stage],
@@ -169,7 +188,7 @@ def _report(
         note = "Not measured: the run is too short, or its text too little, to set some aside."
     else:
         prompts = [str(text) for text in tokenizer.batch_decode(held.prompts)]
-        probes = {**probes, "after": probe(model, tokenizer, held)}
+        probes = {**probes, "after": probe(load_converted(target), tokenizer, held)}
         note = f"{held.rows.tokens:,} tokens that no stage trained on."
         if "original" not in probes:
             note += " The original is not in this checkpoint: its weights were trained before."
@@ -231,17 +250,11 @@ class _Run:
         self.results: list[StageResult] = []
         self.latest: Path | None = None
         self.resumed = resume
-        self.log = self.folder / LOG
-        self.probes: dict[str, Probe] = {}
-        self._probes = self.folder / "probes.json"
         if resume:
             if not (self.folder / "plan.json").is_file():
                 raise DijiangError(f"nothing to resume: no {self.folder}; run without --resume")
             if json.loads((self.folder / "plan.json").read_text()) != self.plan:
                 raise DijiangError(f"{self.folder} is from another run: repeat its options, or drop --resume")
-            if self._probes.is_file():
-                read = json.loads(self._probes.read_text(encoding="utf-8"))
-                self.probes = {name: Probe(**values) for name, values in read.items()}
             for i in range(len(plan)):
                 done = self.folder / f"after-{i}"
                 if done.is_dir():
@@ -254,11 +267,6 @@ class _Run:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             write_json(self.folder / "plan.json", self.plan)
-
-    def keep_probes(self, probes: dict[str, Probe]) -> None:
-        """What was measured before training, for the report at the end of this run or of the one that resumes it."""
-        self.probes = probes
-        write_json(self._probes, {name: dataclasses.asdict(each) for name, each in probes.items()})
 
     def stage(self, index: int) -> Path:
         return self.folder / f"stage-{index}"
@@ -274,8 +282,8 @@ class _Run:
 
     def move_logs(self, target: Path) -> None:
         """The training log, and TensorBoard's files to runs/STAGE in the result; `push` leaves them at home."""
-        if self.log.is_file():
-            shutil.copyfile(self.log, target / LOG)
+        if (self.folder / LOG).is_file():
+            shutil.copyfile(self.folder / LOG, target / LOG)
         for i, stage in enumerate(self.plan):
             for logs in (self.stage(i) / "runs").glob("*"):
                 folder = target / "runs" / stage["name"]

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .architecture import check_rotary, examine
+from .architecture import Architecture, check_rotary, examine, skeleton
 from .errors import Unsupported
 from .modeling.configuration_dijiang import Kernel, Layers
-from .recipe import load_recipe
+from .modeling.modeling_dijiang import attach
+from .recipe import Recipe, load_recipe
 from .sources import read_config, resolve
 
 LENGTHS = (1024, 8192, 65536)
@@ -17,7 +18,7 @@ class InspectResult:
     """``reason`` says why a model is not supported. Sizes are in bytes, for one sequence.
 
     state_bytes: what converted layers keep at any length; kv_cache_bytes_at: what they kept as softmax, by length.
-    finetune_bytes: weights, gradients and optimizer for the recipe, without activations.
+    finetune_bytes: memory that the recipe's largest stage takes, by the formula of `estimate`.
     """
 
     source: str
@@ -60,8 +61,6 @@ def inspect(
     shape = architecture.layers
     new = sum(t.numel() for t in architecture.new_tensors(chosen.kernel).values())
     width = 2 if str(config.get("dtype", config.get("torch_dtype"))) in ("float16", "bfloat16") else 4
-    full = any(stage.train == "full" for stage in chosen.stages)
-    trained = new + (architecture.parameters if full else architecture.parameters // 100)
     return InspectResult(
         source=str(found),
         architecture=kind,
@@ -77,8 +76,18 @@ def inspect(
         kv_cache_bytes_at={
             n: len(shape.layers) * shape.kv_heads * (shape.head_dim + shape.value_dim) * n * width for n in LENGTHS
         },
-        finetune_bytes=architecture.parameters * width * (2 if full else 1) + trained * 16,
+        finetune_bytes=_finetune_bytes(architecture, chosen, width),
     )
+
+
+def _finetune_bytes(architecture: Architecture, recipe: Recipe, width: int) -> int:
+    from .estimate import stage_cost, teacher_copies  # and with it the Trainer, which the rest does without
+
+    model = skeleton(architecture.model_class, architecture.config)
+    attach(model, recipe.kernel, architecture.layers)
+    copies = zip(recipe.stages, teacher_copies(recipe.stages, []), strict=True)
+    costs = [stage_cost(model, recipe.kernel, architecture.layers, s, width, copy) for s, copy in copies]
+    return max((cost.memory_bytes for cost in costs), default=0)
 
 
 def state_bytes(kernel: Kernel, layers: Layers, width: int, rotates: bool) -> int:

@@ -1,9 +1,11 @@
 """What a model does on text that no stage trains on: perplexity by position and a few continuations, for the report."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .checkpoint import write_json
 from .distill.attention_transfer import attention
 from .distill.data import Rows, token_rows
 from .errors import DijiangError
 from .evaluate import measure
+from .models import load_converted
 
+PROBES = "probes.json"
 MOST_TOKENS = 32_768
 SHARE = 20  # at most a token in so many: three forward passes of it are below 5 % of the run
 PARTS, PART_TOKENS = 16, 512  # of a row at most, and measured in each at least
@@ -41,37 +46,41 @@ class HeldOut:
 
 
 def hold_out(
-    data: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, rows: Mapping[int, Rows], tokens: int
-) -> tuple[HeldOut | None, dict[int, Rows]]:
+    data: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, rows: Sequence[Rows], tokens: int
+) -> tuple[HeldOut | None, list[Rows]]:
     """Finds text to probe with: the data's held-out part, or else the last rows of the training text.
 
     Whichever it is, training rows and these share no text: from ``rows`` goes what does with rows that were set aside.
 
     Args:
-        rows: gathered for training, by length.
+        rows: gathered for training, of any lengths. Those to probe with are as long as the longest.
         tokens: of the whole plan.
 
     Returns:
         None where there is too little text, and the rows to train on.
     """
-    length = max(rows)
+    longest = max(rows, key=_length)
+    length, left = _length(longest), list(rows)
     count = min(MOST_TOKENS, tokens // SHARE) // length
     if count < 1:
-        return None, dict(rows)
+        return None, left
     try:
         aside = token_rows(data, tokenizer, seq_len=length, tokens=count * length, held_out=True, shuffle_seed=None)
-        known = torch.stack([in_common(each, aside)[1] for each in rows.values()]).any(0)
-        aside, left = select(aside, ~known), dict(rows)
+        known = torch.stack([in_common(each, aside)[1] for each in rows]).any(0)
+        aside = select(aside, ~known)
     except DijiangError:  # a held-out part of less than a row
-        aside = None
-    if aside is None or aside.tokens < count * length // 2:  # no such part, or too little of it
-        all_rows = rows[length]
-        count = min(count, len(all_rows) // SHARE)
-        aside = select(all_rows, torch.arange(len(all_rows)) >= len(all_rows) - count)
-        left = {n: select(each, ~in_common(each, aside)[0]) for n, each in rows.items()}
-    if len(aside) == 0 or any(len(left[n]) < len(rows[n]) // 2 for n in rows):
-        return None, dict(rows)
+        aside = select(longest, torch.zeros(len(longest), dtype=torch.bool))
+    if aside.tokens < count * length // 2:  # no such part, or too little of it
+        count = min(count, len(longest) // SHARE)
+        aside = select(longest, torch.arange(len(longest)) >= len(longest) - count)
+        left = [select(each, ~in_common(each, aside)[0]) for each in rows]
+    if len(aside) == 0 or any(len(some) < len(each) // 2 for some, each in zip(left, rows, strict=True)):
+        return None, list(rows)
     return HeldOut(aside, _prompts(aside)), left
+
+
+def _length(rows: Rows) -> int:
+    return rows.ids.shape[1]
 
 
 def _prompts(rows: Rows) -> Tensor:
@@ -92,18 +101,23 @@ def select(rows: Rows, chosen: Tensor) -> Rows:
 def in_common(rows: Rows, others: Rows) -> tuple[Tensor, Tensor]:
     """Which of both share text: `PIECE` tokens, taken one after the other from ``rows`` and at any offset from
     ``others``, so that whatever is twice as long is found. Padding is no text. Returns masks [rows], [others]."""
-    length = min(PIECE, rows.ids.shape[1], others.ids.shape[1])
+    length = min(PIECE, _length(rows), _length(others))
     weights = torch.randint(2**62, (length,), generator=torch.Generator().manual_seed(0))  # of a hash, modulo 2^64
-    (mine, real), (theirs, real_too) = _pieces(rows, length, length, weights), _pieces(others, length, 1, weights)
-    found = torch.isin(mine, theirs[real_too]) & real
-    return found.any(1), (torch.isin(theirs, mine[found]) & real_too).any(1)
+    theirs, real = _pieces(others.ids, others.lengths, length, 1, weights)
+    found, known = list[Tensor](), torch.zeros_like(real)
+    for ids, lengths in zip(rows.ids.split(1024), rows.lengths.split(1024), strict=True):  # they may be many
+        mine, real_too = _pieces(ids, lengths, length, length, weights)
+        hits = torch.isin(mine, theirs[real]) & real_too
+        known |= torch.isin(theirs, mine[hits]) & real
+        found.append(hits.any(1))
+    return torch.cat(found), known.any(1)
 
 
-def _pieces(rows: Rows, length: int, step: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _pieces(ids: Tensor, lengths: Tensor, length: int, step: int, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Hashes of each row's pieces [n, pieces], and which hold no padding."""
-    hashes = (rows.ids.unfold(1, length, step) * weights).sum(-1)
+    hashes = (ids.unfold(1, length, step) * weights).sum(-1)
     ends = torch.arange(hashes.shape[1]) * step + length
-    return hashes, ends <= rows.lengths[:, None]
+    return hashes, ends <= lengths[:, None]
 
 
 def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held: HeldOut) -> Probe:
@@ -118,22 +132,32 @@ def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held: Held
     return Probe(perplexity, by_position, _continue(model, tokenizer, held.prompts))
 
 
-def first_probes(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held: HeldOut, intact: bool
-) -> dict[str, Probe]:
-    """Before training; and of the original, which the same model is with softmax attention as long as its base weights
-    are intact."""
+def first_probes(folder: Path, tokenizer: PreTrainedTokenizerBase, held: HeldOut) -> dict[str, Probe]:
+    """Of a checkpoint before training; and of the original, which the same model is with softmax attention as long as
+    no stage has trained its base weights."""
+    model = load_converted(folder)
     probes = {"before": probe(model, tokenizer, held)}
-    if intact:
+    if all(step["train"] == "kernel" for step in model.config.dijiang["history"]):
         with attention(model, "sdpa"):
             probes["original"] = probe(model, tokenizer, held)
     return probes
 
 
+def write_probes(path: Path, probes: Mapping[str, Probe]) -> None:
+    """Keeps what was measured before training, for the run that resumes this one."""
+    write_json(path, {name: dataclasses.asdict(each) for name, each in probes.items()})
+
+
+def read_probes(path: Path) -> dict[str, Probe]:
+    """What `write_probes` kept, if it did."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: Probe(**values) for name, values in kept.items()}
+
+
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Tensor) -> list[str]:
     if len(prompts) == 0:
         return []
-    ids = prompts.to(model.device)
+    ids = prompts.to(model.device, torch.long)
     generator: Any = model
     out = generator.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS,

@@ -11,7 +11,14 @@ from transformers import TrainerCallback
 from ..recipe import Stage
 
 
-class TrainingLog(TrainerCallback):
+class StageCallback(TrainerCallback):
+    """Watches a stage, and in attention transfer every layer's error."""
+
+    def note_errors(self, errors: Tensor) -> None:
+        """Takes what every layer got wrong in one batch [layers]."""
+
+
+class TrainingLog(StageCallback):
     """Appends a stage's logged steps to a .jsonl file that all stages of a run share.
 
     A line has stage, index (the stage's place in the plan), step, tokens (seen so far, in this stage), loss (the mean
@@ -26,7 +33,7 @@ class TrainingLog(TrainerCallback):
         self.noted = 0
 
     def note_errors(self, errors: Tensor) -> None:
-        """Takes what every layer got wrong in one batch [layers]; the next line has the mean."""
+        """The next line has the mean."""
         self.errors = errors if self.errors is None else self.errors + errors
         self.noted += 1
 

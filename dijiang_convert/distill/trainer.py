@@ -24,7 +24,7 @@ from ..progress import console
 from ..recipe import Stage
 from .attention_transfer import attention, attention_transfer_loss, transferring
 from .data import Rows
-from .log import TrainingLog
+from .log import StageCallback
 from .logits import cross_entropy_loss, distillation_loss
 
 REFERENCE_WIDTH = 1024  # hidden_size that a recipe's learning_rate is given for; Adam wants it ∝ 1 / width
@@ -48,6 +48,24 @@ class StageResult:
     losses: list[tuple[int, float]]
 
 
+@dataclass(frozen=True)
+class Batches:
+    """How a stage's rows are shared out: ``rows`` an optimizer step, ``accumulation`` forward passes of ``micro``."""
+
+    rows: int
+    micro: int
+    accumulation: int
+    steps: int
+
+
+def share_out(stage: Stage) -> Batches:
+    """The batches of a stage."""
+    batch = max(min(stage.batch_tokens // stage.seq_len, stage.tokens // stage.seq_len // LEAST_STEPS), 1)
+    micro = max(min(batch, MICRO_BATCH_TOKENS // stage.seq_len), 1)
+    rows = micro * (batch // micro)
+    return Batches(rows, micro, batch // micro, max(stage.tokens // (rows * stage.seq_len), 1))
+
+
 def run_stage(
     model: PreTrainedModel,
     stage: Stage,
@@ -57,7 +75,7 @@ def run_stage(
     folder: Path,
     resume: bool = False,
     seed: int = 0,
-    log: TrainingLog | None = None,
+    log: StageCallback | None = None,
 ) -> tuple[PreTrainedModel, StageResult]:
     """Trains ``model`` on rows of text and returns it, adapters merged, with what happened.
 
@@ -71,17 +89,14 @@ def run_stage(
         model.float()  # optimizer steps are smaller than half precision can tell
     transformers.set_seed(seed)  # adapters start at random
     trained: Any = _prepare(model, stage)
-    batch = max(min(stage.batch_tokens // stage.seq_len, stage.tokens // stage.seq_len // LEAST_STEPS), 1)
-    micro = max(min(batch, MICRO_BATCH_TOKENS // stage.seq_len), 1)
-    accumulation = batch // micro
-    step_tokens = micro * accumulation * stage.seq_len
-    steps = max(stage.tokens // step_tokens, 1)
+    batches = share_out(stage)
+    steps, step_tokens = batches.steps, batches.rows * stage.seq_len
     progress = _ProgressCallback(stage, steps, step_tokens)
     trainer = _StageTrainer(
         stage=stage,
         loss=_loss(stage, model, teacher),
         model=trained,
-        args=_arguments(stage, folder, steps, micro, accumulation, seed),
+        args=_arguments(stage, folder, steps, batches.micro, batches.accumulation, seed),
         train_dataset=rows,
         callbacks=[progress, *([log] if log else [])],
     )

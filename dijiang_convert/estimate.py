@@ -1,0 +1,283 @@
+"""What a run costs, told before it starts: steps and memory from the config, time by trying.
+
+Memory is that of the largest moment, the end of a forward pass and the backward pass of one layer:
+
+    weights          as loaded, adapters and a teacher's own copy with them
+    training         gradients and Adam's two moments, 12 bytes a trained number
+    activations      tokens of a forward pass × numbers a token × bytes: what goes into and comes out of every layer's
+                     projections, or with activation checkpointing a hidden state a layer and one layer's projections;
+                     and the larger of one layer's kernel, which is computed again in the backward pass
+                     (`_kernel_numbers`), and a chunk of logits. Attention transfer has one layer's kernel at a time.
+
+`benchmarks/memory.py` compares it with what is measured. What Python and the libraries take is not counted.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .architecture import skeleton
+from .distill import trainer
+from .distill.log import StageCallback
+from .modeling import modeling_dijiang
+from .modeling.configuration_dijiang import Kernel, Layers, read_section
+from .models import load_converted
+from .recipe import Stage
+
+# Fitted to what `benchmarks/memory.py` measures:
+BACKWARD = 1.5  # of what a layer keeps, while its backward pass runs
+FROZEN = 0.8  # of what projections keep where most of their weights don't train
+LOGIT_CHUNK, LOGIT_COPIES = 2**24, {"distillation": 7, "cross_entropy": 4}  # numbers, and tensors of that size at once
+TRIAL_SECONDS = 5.0  # of a step that is timed; shorter ones take more rows, up to those of a forward pass
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """A stage before it runs. rows: of an optimizer step; seconds: None where it was not tried.
+
+    memory_bytes: at the peak, the sum of weights, training (gradients and optimizer) and activations.
+    """
+
+    name: str
+    objective: str
+    train: str
+    tokens: int
+    seq_len: int
+    steps: int
+    rows: int
+    trainable_parameters: int
+    weights_bytes: int
+    training_bytes: int
+    activation_bytes: int
+    memory_bytes: int
+    seconds: float | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def plan_costs(plan: Sequence[Stage], config: Any, copies: Sequence[bool]) -> list[StageCost]:
+    """What each stage of a run takes, from the config of the converted checkpoint as transformers parses it.
+
+    copies: from `teacher_copies`.
+    """
+    model = skeleton(getattr(modeling_dijiang, config.architectures[0]), config)
+    kernel, layers = read_section(config)
+    width = (config.dtype or torch.float32).itemsize
+    return [stage_cost(model, kernel, layers, s, width, copy) for s, copy in zip(plan, copies, strict=True)]
+
+
+def teacher_copies(plan: Sequence[Stage], trained: Sequence[str], given: bool = False) -> list[bool]:
+    """Which stages need a teacher in memory beside the model. With adapters and kernels off it is its own, as long as
+    no stage before changed its base.
+
+    Args:
+        trained: what the stages before this run trained.
+        given: whether the user names a teacher.
+    """
+    copies, before = [], list(trained)
+    for stage in plan:
+        own = not given and stage.train == "lora" and all(kind == "kernel" for kind in before)
+        copies.append(stage.objective == "distillation" and not own)
+        before.append(stage.train)
+    return copies
+
+
+def stage_cost(
+    model: PreTrainedModel, kernel: Kernel, layers: Layers, stage: Stage, width: int, teacher_copy: bool
+) -> StageCost:
+    """What a stage takes.
+
+    Args:
+        model: with its kernels, on the meta device.
+        width: bytes of a number of the base weights.
+        teacher_copy: whether a second, frozen model is in memory.
+    """
+    batches = trainer.share_out(stage)
+    of_kernel = sum(p.numel() for name, p in model.named_parameters() if ".dijiang." in name)
+    base = sum(p.numel() for p in model.parameters()) - of_kernel
+    stored = base * width + of_kernel * 4
+    adapters = 0
+    if stage.train == "lora":
+        targets = [model.get_submodule(name) for name in trainer.lora_targets(model, stage.lora_targets)]
+        adapters = stage.lora_rank * sum(sum(_features(module)) for module in targets)
+    trainable = of_kernel + (base if stage.train == "full" else adapters)
+    weights = (base + of_kernel) * 4 if stage.train == "full" else stored
+    weights += 4 * (adapters + of_kernel) if adapters else 0  # peft trains a copy of the kernels
+    weights += stored if teacher_copy else 0
+    activations = _activations(model, kernel, layers, stage, batches.micro * stage.seq_len, width)
+    return StageCost(
+        name=stage.name,
+        objective=stage.objective,
+        train=stage.train,
+        tokens=batches.steps * batches.rows * stage.seq_len,
+        seq_len=stage.seq_len,
+        steps=batches.steps,
+        rows=batches.rows,
+        trainable_parameters=trainable,
+        weights_bytes=weights,
+        training_bytes=12 * trainable,
+        activation_bytes=activations,
+        memory_bytes=weights + 12 * trainable + activations,
+    )
+
+
+def _activations(model: PreTrainedModel, kernel: Kernel, layers: Layers, stage: Stage, tokens: int, width: int) -> int:
+    """Bytes of a forward pass over so many tokens."""
+    config: Any = model.config.get_text_config()
+    depth, vocabulary = config.num_hidden_layers, config.vocab_size
+    of_kernel = int(4 * BACKWARD * tokens * _kernel_numbers(kernel, layers, stage.objective == "attention_transfer"))
+    if stage.objective == "attention_transfer":
+        return of_kernel
+    cuda = torch.cuda.is_available()  # where the Trainer computes in bfloat16 and checkpoints activations
+    width = 2 if cuda else 4 if stage.train == "full" else width
+    projections = width * sum(sum(_features(m)) for name, m in model.named_modules() if "." in name)
+    projections = int(projections * tokens * (1 if stage.train == "full" else FROZEN))
+    if cuda:
+        projections = int(tokens * depth * width * config.hidden_size + BACKWARD * projections / depth)
+    logits = 4 * LOGIT_COPIES[stage.objective] * min(tokens * vocabulary, max(LOGIT_CHUNK, 128 * vocabulary))
+    return projections + max(of_kernel, logits)
+
+
+def _kernel_numbers(kernel: Kernel, layers: Layers, transfer: bool) -> int:
+    """What autograd keeps of a layer's kernel for a token, as numbers: the tensors of `feature_map` and
+    `linear_attention.chunked`, counted. In attention transfer q, k and v need no gradient: the window keeps nothing.
+    """
+    query, key, value = layers.heads, layers.kv_heads, layers.value_dim
+    dim, chunk = layers.head_dim, kernel.chunk_size
+    features = dim * (2 if kernel.signed else 1)
+    numbers = 0
+    if kernel.far:
+        states = query if kernel.decay == "retnet" else key
+        numbers += query * (chunk + 3 * features + 2 * dim + 3 * value)
+        numbers += states * (chunk + 3 * features + 2 * dim + 3 * features * value // (2 * chunk))
+    if kernel.far and kernel.window:
+        numbers += query * 2 * (features + dim)  # the merge, and log-scales that count only then
+    if kernel.window and not transfer:
+        reach = kernel.window - 1 + min(max(kernel.window, 16), 128)  # keys that a block of queries is scored with
+        numbers += query * (3 * reach + 2 * dim) + key * 2 * (dim + value)
+    return numbers + (4 * query * value if kernel.gate else 0)
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """Numbers in and out of a linear layer; none for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape) if isinstance(module, Conv1D) else (0, 0)  # type: ignore[return-value]
+
+
+def free_memory() -> int:
+    """Bytes: of the GPU where there is one, else what the machine can give without swapping."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+
+
+def warning(costs: Sequence[StageCost], free: int) -> str | None:
+    """One line where a stage won't fit in ``free`` bytes, with what would help."""
+    worst = max(costs, key=lambda cost: cost.memory_bytes)
+    if worst.memory_bytes <= free:
+        return None
+    if worst.activation_bytes < worst.memory_bytes / 2:
+        remedy = "--lora instead of --full" if worst.train == "full" else "a machine with more memory"
+    elif worst.rows > 1:
+        remedy = f"--set {worst.name}.batch_tokens={max(worst.rows // 4, 1) * worst.seq_len}"
+    else:
+        remedy = f"--set {worst.name}.seq_len={worst.seq_len // 2}"
+    return (
+        f"stage {worst.name} wants about {worst.memory_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
+        f"it won't fit; try {remedy}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ time
+
+
+def timed(costs: Sequence[StageCost], plan: Sequence[Stage], folder: Path, copies: Sequence[bool]) -> list[StageCost]:
+    """The costs with seconds: every stage takes two real optimizer steps on rows of random tokens, and the second is
+    timed. First of one row; then, if that was quick, of as many as a forward pass takes.
+
+    Args:
+        folder: the checkpoint, whose own weights stand for a teacher's.
+        copies: from `teacher_copies`.
+    """
+    result = []
+    for cost, stage, copy in zip(costs, plan, copies, strict=True):
+        seconds, rows = _step_seconds(folder, stage, 1, copy), 1
+        most = min(trainer.share_out(stage).micro, int(TRIAL_SECONDS / seconds))
+        if most > 1:
+            seconds, rows = _step_seconds(folder, stage, most, copy), most
+        result.append(replace(cost, seconds=seconds / rows * cost.rows * cost.steps))
+    return result
+
+
+def _step_seconds(folder: Path, stage: Stage, rows: int, copy: bool) -> float:
+    model = load_converted(folder)
+    teacher = load_converted(folder, attention="sdpa").eval().requires_grad_(False) if copy else None
+    size = rows * stage.seq_len
+    stage = replace(stage, batch_tokens=size, tokens=size * trainer.LEAST_STEPS)
+    data: Any = random_rows(model, stage.seq_len, 2 * rows)
+    watch = Stopwatch()
+    with tempfile.TemporaryDirectory() as temporary:
+        trainer.run_stage(model, stage, data, teacher=teacher, folder=Path(temporary), log=watch)
+    return watch.seconds
+
+
+def random_rows(model: PreTrainedModel, seq_len: int, count: int) -> list[dict[str, Tensor]]:
+    """Rows of any tokens, as the Trainer gets them."""
+    config: Any = model.config.get_text_config()
+    ids = torch.randint(config.vocab_size, (count, seq_len), generator=torch.Generator().manual_seed(0))
+    ones, positions = torch.ones(seq_len, dtype=torch.long), torch.arange(seq_len)
+    return [{"input_ids": x, "position_ids": positions, "attention_mask": ones, "loss_mask": ones} for x in ids]
+
+
+class Stopwatch(StageCallback):
+    """Times the second optimizer step, stops after it, and lets nothing be saved."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = _now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds = _now() - self.start
+        control.should_save = False
+        control.should_training_stop = state.global_step >= 2
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# ---------------------------------------------------------------------------------------------------------- showing
+
+
+def duration(seconds: float) -> str:
+    """As many figures as an estimate has: 45 s, 12 min, 3.5 h."""
+    if seconds < 99:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
+def told(costs: Sequence[StageCost], free: int) -> Iterator[str]:
+    """The plan for a person, a line a stage, with a warning where it won't fit in ``free`` bytes."""
+    for cost in costs:
+        line = (
+            f"{cost.name}: {cost.objective.replace('_', ' ')} on {cost.tokens:,} tokens, {cost.steps:,} steps of "
+            f"{cost.rows:,} x {cost.seq_len:,}; {cost.trainable_parameters:,} parameters train; "
+            f"about {cost.memory_bytes / 1e9:.2g} GB"
+        )
+        yield line if cost.seconds is None else f"{line}, {duration(cost.seconds)}"
+    wont_fit = warning(costs, free)
+    if wont_fit is not None:
+        yield f"warning: {wont_fit}"
+    seconds = [cost.seconds for cost in costs if cost.seconds is not None]
+    if len(seconds) == len(costs):
+        yield f"about {duration(sum(seconds))} in all, on this machine as busy as it is now"
