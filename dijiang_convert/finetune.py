@@ -234,7 +234,7 @@ def _report(
         prompts = [str(text) for text in tokenizer.batch_decode(held.prompts)]
         probes = {**probes, "after": probe(load_converted(target), tokenizer, held)}
         note = f"{held.rows.tokens:,} tokens that no stage trained on."
-        if "original" not in probes:
+        if "before" in probes and "original" not in probes:
             note += " The original is not in this checkpoint: its weights were trained before."
     names = [Path(name).name if Path(name).exists() else name for name in corpus] if isinstance(corpus, Sources) else []
     facts = {"text": ", ".join(names) or "given documents"}
