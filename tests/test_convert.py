@@ -436,10 +436,11 @@ def test_inspect_by_hand(sources: Path) -> None:
     assert result.parameters == 3 * layer + 2 * vocabulary * hidden + hidden
     # A head's features have T (8), W (8 x 8), D (16) and a; c is a query head's, b and decay are a key/value head's.
     features = 8 + 64 + 16 + 1
-    assert result.new_parameters == 3 * (4 * (features + 1) + 2 * (features + 2))
+    selection = 2 * 2 * hidden  # of a key's log-scale and decay, for two key/value heads
+    assert result.new_parameters == 3 * (4 * (features + 1) + 2 * (features + 2) + selection)
     # A key/value head's state has 16 features by 8 values and the sum z, and the running maximum; a token of the window
-    # has a key, the same before its rotation, a value, and whether it is padding.
-    assert result.state_bytes == 3 * (2 * (16 * (8 + 1) + 1) * 4 + 64 * (2 * (8 + 8 + 8) * 4 + 1))
+    # has a key, the same before its rotation, a value, two gates, and whether it is padding.
+    assert result.state_bytes == 3 * (2 * (16 * (8 + 1) + 1) * 4 + 64 * (2 * ((8 + 8 + 8) * 4 + 2 * 4) + 1))
     assert result.kv_cache_bytes_at == {n: 3 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)}
     some = inspect(str(sources / "llama"), layers="0,1", settings=["window=0"])
     assert (some.layers, some.layers_converted) == (3, 2)

@@ -127,7 +127,7 @@ def tuned(text: str, tmp_path: Path) -> Callable[..., Any]:
     """finetune, in this process."""
 
     def tune(**options: Any) -> Any:
-        given = {"data": text, "seq_len": 32, "tokens": 1500, **options}
+        given = {"data": text, "seq_len": 32, "tokens": 1500, "report": False, **options}
         return finetune(checkpoint("llama"), tmp_path / "out", **given)
 
     return tune

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dijiang_convert.modeling.attention import DiJiangAttention
+from dijiang_convert.modeling.cache import Tokens
 from dijiang_convert.modeling.configuration_dijiang import Kernel, Layers
 from dijiang_convert.modeling.feature_map import FeatureMap, dct_matrix, quasi_random_normal
 
@@ -61,9 +62,9 @@ KERNELS: list[dict[str, Any]] = [
     {},
     {"signed": False},
     {"projection": False},
-    {"learned_features": False},
+    {"learned_features": False, "selective": False},
     {"frequency": 3.0},
-    {"frequency": "quasi-random", "learned_features": False, "projection": False, "signed": False},
+    {"frequency": "quasi-random", "learned_features": False, "selective": False, "projection": False, "signed": False},
 ]
 
 
@@ -138,7 +139,7 @@ def test_quasi_random_normal() -> None:
 
 
 def test_fixed_frequencies_are_not_trained() -> None:
-    kernel = Kernel(frequency="quasi-random", learned_features=False, seed=3)
+    kernel = Kernel(frequency="quasi-random", learned_features=False, selective=False, seed=3)
     made = feature_map(2, 16, kernel)
     assert torch.equal(made.frequency, quasi_random_normal(2, 16, 3))
     assert "frequency" in made.state_dict() and "frequency" not in dict(made.named_parameters())
@@ -149,9 +150,10 @@ def test_strength_zero_ignores_the_keys_scale() -> None:
     child = DiJiangAttention(Kernel(), Layers("X", (0,), 4, 2, 8, 8, 32), None)
     child.reset_parameters()
     k = torch.randn(2, 2, 9, 8)
-    features, scale = child._key_features(k, SCALING)
+    tokens = Tokens(k, k, None, None, torch.ones(2, 9, dtype=torch.bool))
+    features, scale = child._key_features(tokens, SCALING)
     assert not scale.any()
     with torch.no_grad():
         child.k_strength.copy_(torch.tensor([1.0, -0.5]))
     expected = child.k_features(k, SCALING)[1] * torch.tensor([1.0, -0.5])[:, None]
-    assert torch.equal(child._key_features(k, SCALING)[1], expected) and expected.abs().min() > 0
+    assert torch.equal(child._key_features(tokens, SCALING)[1], expected) and expected.abs().min() > 0

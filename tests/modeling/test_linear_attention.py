@@ -337,7 +337,7 @@ def test_softmax_with_lse(scale: float) -> None:
     lse.sum().backward()
     assert (p - expected).abs().max() <= 1e-6
     assert (lse - x.detach().double().logsumexp(-1)).abs().max() <= 1e-5
-    assert x.grad is not None and (x.grad - expected).abs().max() <= 1e-6
+    assert x.grad is not None and (x.grad - expected).abs().max() <= 1e-5  # the rounding of a log-sum-exp of 100
 
 
 # ------------------------------------------------------------------------------------------------------- gradients
