@@ -73,7 +73,7 @@ def compare(folder: Path, stage: Stage) -> tuple[int, int]:
     model = load_converted(folder)
     teacher = load_converted(folder, attention="sdpa").eval().requires_grad_(False) if copy else None
     weights = sum(p.nbytes for each in (model, teacher) if each is not None for p in each.parameters())
-    data: Any = random_rows(model, stage.seq_len, 2 * cost.rows)
+    data = random_rows(model, stage.seq_len, 2 * cost.rows)
     with tempfile.TemporaryDirectory() as temporary, torch.profiler.profile(profile_memory=True) as profile:
         trainer.run_stage(model, stage, data, teacher=teacher, folder=Path(temporary), log=Stopwatch())
     events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]

@@ -21,12 +21,14 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architecture import skeleton
 from .distill import trainer
+from .distill.contexts import REAL, START, TARGET
+from .distill.data import Rows
 from .distill.log import StageCallback
 from .distill.logits import CHUNK_ELEMENTS, LEAST_ROWS
 from .modeling import modeling_dijiang
@@ -225,19 +227,20 @@ def _step_seconds(folder: Path, stage: Stage, rows: int, copy: bool) -> float:
     teacher = load_converted(folder, attention="sdpa").eval().requires_grad_(False) if copy else None
     size = rows * stage.seq_len
     stage = replace(stage, batch_tokens=size, tokens=size * trainer.LEAST_STEPS)
-    data: Any = random_rows(model, stage.seq_len, 2 * rows)
+    data = random_rows(model, stage.seq_len, 2 * rows)
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as temporary:
         trainer.run_stage(model, stage, data, teacher=teacher, folder=Path(temporary), log=watch)
     return watch.seconds
 
 
-def random_rows(model: PreTrainedModel, seq_len: int, count: int) -> list[dict[str, Tensor]]:
-    """Rows of any tokens, as the Trainer gets them."""
+def random_rows(model: PreTrainedModel, seq_len: int, count: int) -> Rows:
+    """Rows of any tokens, each one context."""
     config: Any = model.config.get_text_config()
     ids = torch.randint(config.vocab_size, (count, seq_len), generator=torch.Generator().manual_seed(0))
-    ones, positions = torch.ones(seq_len, dtype=torch.long), torch.arange(seq_len)
-    return [{"input_ids": x, "position_ids": positions, "attention_mask": ones, "loss_mask": ones} for x in ids]
+    marks = torch.full((count, seq_len), REAL | TARGET, dtype=torch.uint8)
+    marks[:, 0] = REAL | START
+    return Rows(ids.int(), marks)
 
 
 class Stopwatch(StageCallback):

@@ -93,6 +93,8 @@ def trains(model: Any, stage: Stage) -> bool:
 class WholeRows(Rows):
     """Rows that are one context each, whatever they hold: the baselines don't tell the documents of a row apart."""
 
+    packed = False
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {**super().__getitem__(index), "position_ids": torch.arange(self.ids.shape[1])}
 

@@ -1,6 +1,6 @@
 """Tables and the plot of `lab` runs: means over seeds with their standard errors.
 
-    python -m benchmarks.fidelity.report RUNS.jsonl [MORE.jsonl …] [--plot quality.png] [--budget 300000]
+    python -m benchmarks.fidelity.report RUNS.jsonl [MORE.jsonl …] [--plot FIDELITY.png] [--budget 300000]
 
 "gap closed" is the share of window-only's distance to the original (in perplexity) that a row with the same window
 closes, "KL removed" the same for the divergence.

@@ -69,6 +69,11 @@ class Rows:
     def tokens(self) -> int:
         return int(self.marks.count_nonzero())
 
+    @property
+    def packed(self) -> bool:
+        """Whether any row holds more than one context."""
+        return any(bool((marks[:, 1:] & START).any()) for marks in self.marks.split(4096))
+
     def split(self, counts: Sequence[int]) -> list["Rows"]:
         """Consecutive parts of so many rows each."""
         parts = zip(self.ids.split(list(counts)), self.marks.split(list(counts)), strict=True)

@@ -48,6 +48,10 @@ class CachedRows:
     def __len__(self) -> int:
         return len(self.arrays["log_rest"])
 
+    @property
+    def packed(self) -> bool:
+        return self.rows.packed
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         cached = {PREFIX + name: torch.from_numpy(np.array(array[index])) for name, array in self.arrays.items()}
         return {**self.rows[index], **cached}

@@ -115,9 +115,10 @@ def run_stage(
     """
     start = time.perf_counter()
     dtype, count = model.dtype, PartialState().num_processes
-    for each in (model, teacher):
-        if each is not None and not processes.is_sharded():
-            check_packing(each)  # rows hold several documents
+    if rows.packed and not processes.is_sharded():
+        for each in (model, teacher):
+            if each is not None:
+                check_packing(each)
     trained = _prepare(model, stage, seed)
     batches, alone = share_out(stage, count), share_out(stage)
     if batches.rows != alone.rows:
