@@ -92,13 +92,16 @@ def _finetune_bytes(architecture: Architecture, recipe: Recipe, width: int) -> i
 
 def state_bytes(kernel: Kernel, layers: Layers, width: int, rotates: bool) -> int:
     """What the cache of all converted layers holds for one sequence: float32 states, and the window's keys and values
-    at ``width`` bytes a number. Keys that the far part sees without their rotation are kept twice."""
+    at ``width`` bytes a number. Keys that the far part sees otherwise (not rotated, or shifted) are kept twice."""
     state = 0
     if kernel.far:
         heads = layers.heads if kernel.decay == "retnet" else layers.kv_heads
         features = layers.head_dim * (2 if kernel.signed else 1)
         state = heads * (features * (layers.value_dim + 1) + 1) * 4
-    keys = layers.head_dim * (2 if kernel.far and kernel.rotary == "remove" and rotates else 1)
+    twice = kernel.far and (kernel.shift or (kernel.rotary == "remove" and rotates))
+    keys = layers.head_dim * (2 if twice else 1)
     gates = 2 * 4 if kernel.far and kernel.selective else 0
-    window = kernel.window * (layers.kv_heads * ((keys + layers.value_dim) * width + gates) + 1)
-    return len(layers.layers) * (state + window)
+    code = kernel.decay_rank * 4 if kernel.far else 0
+    window = kernel.window * (layers.kv_heads * ((keys + layers.value_dim) * width + gates) + code + 1)
+    last = (layers.heads + layers.kv_heads) * layers.head_dim * width if kernel.far and kernel.shift else 0
+    return len(layers.layers) * (state + window + last)

@@ -27,7 +27,7 @@ KINDS = ("llama", "neox")
 # name: recipe, settings, layers
 VARIANTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "default": ("default", (f"window={WINDOW}",), "all"),
-    "keep": ("default", (f"window={WINDOW}", "rotary=keep"), "all"),
+    "keep": ("default", (f"window={WINDOW}", "rotary=keep", "shift=true"), "all"),
     "pure": ("pure", (), "all"),
     "paper": ("paper", (), "all"),
     "window-only": ("window-only", (f"window={WINDOW}",), "all"),

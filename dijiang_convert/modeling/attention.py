@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .cache import DiJiangCacheLayer, Tokens
+from .cache import DiJiangCacheLayer, Tokens, preceding
 from .configuration_dijiang import Kernel, Layers
 from .feature_map import FeatureMap
-from .linear_attention import FarState, absorb, attend_one, attend_window, chunked
+from .linear_attention import FASTEST, FarState, absorb, attend_one, attend_window, chunked
 
 
 class Call(NamedTuple):
@@ -53,11 +54,19 @@ class DiJiangAttention(nn.Module):
                 self.k_strength = nn.Parameter(torch.empty(kv_heads, dtype=torch.float32))  # b
             if kernel.decay == "learned":
                 self.decay = nn.Parameter(torch.empty(kv_heads, dtype=torch.float32))  # log(−log γ)
+            elif kernel.decay == "retnet":
+                self.register_buffer("log_decay", torch.empty(heads, dtype=torch.float32))
             if kernel.selective:  # what a hidden state adds to g(k), and to log(−log γ)
                 shape = (2 * kv_heads, layers.hidden_size)
                 self.selection = nn.Parameter(torch.empty(shape, dtype=torch.float32))
-            elif kernel.decay == "retnet":
-                self.register_buffer("log_decay", torch.empty(heads, dtype=torch.float32))
+            if kernel.decay_rank:  # the same for each feature's own decay, and what that is without
+                features = self.k_features.features
+                self.decay_down = nn.Parameter(torch.empty(kernel.decay_rank, layers.hidden_size, dtype=torch.float32))
+                self.decay_up = nn.Parameter(torch.empty(kv_heads * features, kernel.decay_rank, dtype=torch.float32))
+                self.feature_decay = nn.Parameter(torch.empty(kv_heads, features, dtype=torch.float32))
+            if kernel.shift:  # share of the token before
+                self.q_shift = nn.Parameter(torch.empty(heads, 1, layers.head_dim, dtype=torch.float32))
+                self.k_shift = nn.Parameter(torch.empty(kv_heads, 1, layers.head_dim, dtype=torch.float32))
         if kernel.gate:
             width = heads * layers.value_dim
             self.gate = nn.Parameter(torch.empty(width, layers.hidden_size, dtype=torch.float32))  # W_G
@@ -81,6 +90,13 @@ class DiJiangAttention(nn.Module):
                 init.copy_(self.log_decay, torch.log1p(-spread.exp()))
             if kernel.selective:
                 init.zeros_(self.selection)
+            if kernel.decay_rank:
+                init.normal_(self.decay_down, std=self.layers.hidden_size**-0.5)
+                init.normal_(self.decay_up, std=0.1)
+                init.constant_(self.feature_decay, math.log(1 / 256))
+            if kernel.shift:
+                init.zeros_(self.q_shift)
+                init.zeros_(self.k_shift)
         if kernel.gate:
             init.normal_(self.gate, std=self.layers.hidden_size**-0.5)
             init.ones_(self.norm_weight)
@@ -97,8 +113,10 @@ class DiJiangAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool, call: Call
     ) -> Tensor:
         far_q, far_k = self._without_rotation(q, k, call.cos_sin)
+        if self.kernel.far and self.kernel.shift:
+            far_q, far_k = self._shifted(far_q, far_k, mask, call)
         valid = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask.bool()
-        new = Tokens(k, v, far_k if self._keeps_far_keys else None, self._gates(call.hidden_states), valid)
+        new = Tokens(k, v, far_k if self._keeps_far_keys else None, *self._gates(call.hidden_states), valid)
         cache = call.cache
         if cache is not None and q.shape[2] == 1 and mask is None and cache.is_full and not torch.is_grad_enabled():
             out = self._decode(cache, q, far_q, new, scaling)
@@ -144,6 +162,7 @@ class DiJiangAttention(nn.Module):
         elif cache is not None:
             cache.state = state
             cache.split_oldest(cache.kept - window)
+        past.trim_trail()
         return out
 
     def _chunked(
@@ -155,21 +174,23 @@ class DiJiangAttention(nn.Module):
         causal: bool,
         segments: Tensor | None,
     ) -> tuple[Tensor, FarState | None]:
-        k, v, _, gates, valid = past.tokens()
+        k, v, _, gates, code, valid = past.tokens()
         features: tuple[Tensor | None, ...] = (None,) * 4
         if self.kernel.far:
             features = (*self._query_features(far_q, scaling), *self._key_features(past.tokens(), scaling))
         return chunked(
             q, self._per_state_head(k), self._per_state_head(v), *features,
-            scaling=scaling, window=self.kernel.window, log_decay=self._log_decay(gates), mask=valid, state=past.state,
-            segments=segments, causal=causal, normalize=self.kernel.normalize, chunk_size=self.kernel.chunk_size,
+            scaling=scaling, window=self.kernel.window, log_decay=self._log_decay(gates),
+            feature_decay=self._feature_decay(code), mask=valid, state=past.state, segments=segments,
+            causal=causal, normalize=self.kernel.normalize, chunk_size=self.kernel.chunk_size,
         )  # fmt: skip
 
     def _decode(self, cache: DiJiangCacheLayer, q: Tensor, far_q: Tensor, new: Tokens, scaling: float) -> Tensor:
         """One token, in place: the oldest one leaves the window for the state, the new one takes its slot."""
         kernel = self.kernel
         old = cache.replace_oldest(new)
-        keys, values, _, _, valid = cache.tokens(ordered=False)
+        cache.trim_trail()
+        keys, values, *_, valid = cache.tokens(ordered=False)
         if not kernel.far:
             return attend_window(q, keys, values, scaling=scaling, valid=valid)[0]
         cache.state = self._absorb(cache.state, old, scaling)
@@ -183,13 +204,13 @@ class DiJiangAttention(nn.Module):
         v = self._per_state_head(old.v)
         if state is None:
             state = FarState.empty(v.shape[0], v.shape[1], fk.shape[-1], v.shape[-1], v)
-        return absorb(state, fk, gk, v, self._log_decay(old.gates), old.valid)
+        return absorb(state, fk, gk, v, self._log_decay(old.gates), self._feature_decay(old.code), old.valid)
 
     # ------------------------------------------------------------------------------------------------------ features
 
     @property
     def _keeps_far_keys(self) -> bool:
-        return self.kernel.far and self.apply_rotary is not None
+        return self.kernel.far and (self.kernel.shift or self.apply_rotary is not None)
 
     def _query_features(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         features, scale = self.q_features(q, scaling)
@@ -208,15 +229,23 @@ class DiJiangAttention(nn.Module):
         repeats = self.layers.heads // self.layers.kv_heads if self.kernel.decay == "retnet" else 1
         return x if repeats == 1 else x.repeat_interleave(repeats, 1)
 
-    def _gates(self, hidden_states: Tensor | None) -> Tensor | None:
-        """What each token's hidden state adds to its key's log-scale and to log(−log γ): [B, G, N, 2]."""
-        if not (self.kernel.far and self.kernel.selective):
-            return None
+    def _gates(self, hidden_states: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What each token's hidden state adds to its key's log-scale and to log(−log γ), [B, G, N, 2], and the code of
+        what it does to the decays of features, [B, 1, N, R]."""
+        if not (self.kernel.far and (self.kernel.selective or self.kernel.decay_rank)):
+            return None, None
         if hidden_states is None:
-            raise ValueError("the attention module got no hidden_states: convert with kernel.selective false")
+            raise ValueError(
+                "the attention module got no hidden_states: convert with kernel.selective false, kernel.decay_rank 0"
+            )
         x = hidden_states.float()
         x = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-        return (x @ self.selection.float().mT).unflatten(-1, (-1, 2)).transpose(1, 2)
+        gates = code = None
+        if self.kernel.selective:
+            gates = (x @ self.selection.float().mT).unflatten(-1, (-1, 2)).transpose(1, 2)
+        if self.kernel.decay_rank:
+            code = (x @ self.decay_down.float().mT)[:, None]
+        return gates, code
 
     def _log_decay(self, gates: Tensor | None) -> Tensor | None:
         """log γ, [G] or of each key [B, G, K]."""
@@ -225,7 +254,28 @@ class DiJiangAttention(nn.Module):
         if self.kernel.decay == "retnet":
             return self.log_decay.float()
         decay = self.decay.float()
-        return -decay.exp() if gates is None else -_bounded_exp(decay[:, None] + gates[..., 1])
+        # At most 4: a single token can wipe out what came before it.
+        return -decay.exp() if gates is None else -_bounded_exp(decay[:, None] + gates[..., 1], 4.0)
+
+    def _feature_decay(self, code: Tensor | None) -> Tensor | None:
+        """log γ of each key and feature, [B, G, K, F]."""
+        if code is None:
+            return None
+        moved = (code @ self.decay_up.float().mT).squeeze(1).unflatten(-1, self.feature_decay.shape).transpose(1, 2)
+        return -_bounded_exp(self.feature_decay.float()[:, None] + moved, FASTEST)
+
+    def _shifted(self, q: Tensor, k: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        """Adds a share of the token before to queries and keys; the first of a document has none before it."""
+        both, valid = torch.cat([q, k], 1), None if mask is None else mask.bool()
+        if call.cache is None:
+            before, _ = preceding(both, torch.zeros_like(both[:, :, :1]), valid)
+        else:
+            before = call.cache.follow(both, valid)
+        if call.segments is not None:
+            starts = F.pad(call.segments[:, 1:] != call.segments[:, :-1], (1, 0), value=True)
+            before = before.masked_fill(starts[:, None, :, None], 0)
+        q_before, k_before = before.split([q.shape[1], k.shape[1]], 1)
+        return q + (self.q_shift * q_before).to(q.dtype), k + (self.k_shift * k_before).to(k.dtype)
 
     def _without_rotation(self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Undoes rotary embedding by rotating back: the model's own function with −sin, over the squared length that
@@ -244,16 +294,15 @@ class DiJiangAttention(nn.Module):
     def _gated(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
         """Group norm a head and the output gate SiLU(x W_G) of the published formulation."""
         assert hidden_states is not None
-        out = nn.functional.layer_norm(out, out.shape[-1:])
+        out = F.layer_norm(out, out.shape[-1:])
         shape = (self.layers.heads, 1, self.layers.value_dim)
         out = out * self.norm_weight.view(shape) + self.norm_bias.view(shape)
-        gate = nn.functional.silu(hidden_states.float() @ self.gate.float().mT)
+        gate = F.silu(hidden_states.float() @ self.gate.float().mT)
         return out * gate.unflatten(-1, (self.layers.heads, -1)).transpose(1, 2)
 
 
-def _bounded_exp(x: Tensor, bound: float = 4.0) -> Tensor:
-    """e^x where it is small, never more than ``bound``: sums of it over a chunk stay exact enough in float32, and a
-    single token can still wipe out what came before it (e⁻⁴)."""
+def _bounded_exp(x: Tensor, bound: float) -> Tensor:
+    """e^x where it is small, never more than ``bound``: sums of it over a chunk stay exact enough in float32."""
     return bound * torch.sigmoid(x - math.log(bound))
 
 

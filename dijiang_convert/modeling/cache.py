@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
@@ -18,14 +19,16 @@ class Tokens(NamedTuple):
     """What is kept of each token, oldest first unless a ring says otherwise.
 
     k, v: [B, G, L, D], [B, G, L, V]. far_k: [B, G, L, D] where the far part sees other keys than the window does
-    (rotary embedding removed), else None. gates: [B, G, L, 2], what the token's hidden state does to its log-scale and
-    to the state's decay, or None. valid: [B, L], False for padding.
+    (rotary embedding removed, shifted), else None. gates: [B, G, L, 2], what the token's hidden state does to its
+    log-scale and to the state's decay, or None. code: [B, 1, L, R], what it does to the decay of features, or None.
+    valid: [B, L], False for padding.
     """
 
     k: Tensor
     v: Tensor
     far_k: Tensor | None
     gates: Tensor | None
+    code: Tensor | None
     valid: Tensor
 
     @property
@@ -34,7 +37,7 @@ class Tokens(NamedTuple):
 
     def map(self, change: Callable[[Tensor, int], Tensor]) -> "Tokens":
         """``change(tensor, token dimension)`` of everything."""
-        dims = (2, 2, 2, 2, 1)
+        dims = (2, 2, 2, 2, 2, 1)
         return Tokens(*(x if x is None else change(x, dim) for x, dim in zip(self, dims, strict=True)))  # type: ignore[arg-type]
 
     def followed_by(self, other: "Tokens") -> "Tokens":
@@ -43,7 +46,7 @@ class Tokens(NamedTuple):
 
 
 class DiJiangCacheLayer(CacheLayerMixin):
-    """Holds the far state, and what `Tokens` says of the last ``window`` tokens.
+    """Holds the far state, what `Tokens` says of the last ``window`` tokens, and the token that the next is shifted by.
 
     `update` only counts: what the new tokens do to the state is the attention function's work, since the features are
     made there. Once the window is full, a single token replaces the oldest one in place (a ring, see `oldest`).
@@ -60,6 +63,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.state: FarState | None = None
         self.recent: Tokens | None = None
+        self.trail: Tensor | None = None  # see `follow`
         self.oldest = 0  # index of the oldest token in the ring
         self.seen = 0
         self.pending = 0  # tokens that `crop` can still take back
@@ -116,6 +120,21 @@ class DiJiangCacheLayer(CacheLayerMixin):
         self._map(lambda x, dim: x.narrow(dim, count, x.shape[dim] - count).clone())
         return old
 
+    def follow(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+        """What came before each of the new tokens, as `preceding` has it. The last one is kept for the next call, and
+        others behind it that `crop` might make the last."""
+        first = torch.zeros_like(tokens[:, :, :1]) if self.trail is None else self.trail[:, :, -1:]
+        before, last = preceding(tokens, first, valid)
+        new = torch.cat([before[:, :, 1:], last], 2)
+        self.trail = torch.cat([first if self.trail is None else self.trail, new], 2)
+        return before
+
+    def trim_trail(self) -> None:
+        """Keeps of the trail what `crop` can still come back to."""
+        kept = 1 + (self.kept if self.seen == self.kept else self.pending)
+        if self.trail is not None and self.trail.shape[2] > kept:
+            self.trail = self.trail[:, :, -kept:].clone()
+
     def replace_oldest(self, new: Tokens) -> Tokens:
         """Puts one token in the place of the oldest, and returns that one. Without a window the new token is itself the
         oldest."""
@@ -154,6 +173,8 @@ class DiJiangCacheLayer(CacheLayerMixin):
             self._map(lambda x, dim: change(x))
         if self.state is not None:
             self.state = FarState(change(self.state.s), change(self.state.m))
+        if self.trail is not None:
+            self.trail = change(self.trail)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -186,11 +207,26 @@ class DiJiangCacheLayer(CacheLayerMixin):
         if count:
             self._unroll()
             self._map(lambda x, dim: x.narrow(dim, 0, x.shape[dim] - count))
+            if self.trail is not None:
+                self.trail = self.trail[:, :, : self.trail.shape[2] - count]
             self.seen -= count
         self.pending = 0
 
     def offload(self) -> None:
         raise NotImplementedError("a DiJiang cache is small and stays: drop cache_implementation='offloaded'")
+
+
+def preceding(tokens: Tensor, first: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """At each place of tokens [B, A, N, D] the real token before it, and the last one of all [B, A, 1, D].
+
+    first: what came before them. valid: [B, N], False for padding, or None.
+    """
+    every = torch.cat([first, tokens], 2)
+    if valid is not None:
+        places = torch.arange(1, every.shape[2], device=valid.device)
+        last = F.pad(torch.where(valid, places, 0).cummax(1).values, (1, 0))  # index of the last real token so far
+        every = every.gather(2, last[:, None, :, None].expand_as(every))
+    return every[:, :, :-1], every[:, :, -1:]
 
 
 def cache_layer(cache: Cache, layer_idx: int, window: int) -> DiJiangCacheLayer:

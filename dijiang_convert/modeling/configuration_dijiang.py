@@ -41,6 +41,10 @@ class Kernel:
     rotary: "keep" computes far features after rotary embedding, "remove" undoes it for them.
     decay: "learned" a key/value head, "retnet" fixed a query head, or "none".
     selective: a key's log-scale and decay depend on its token's hidden state too (as in selective state spaces).
+    decay_rank: each feature decays at a rate of its own besides, which the hidden state moves through so many numbers
+        (as in gated linear attention); 0 for one decay a head.
+    shift: far queries and keys have a learned share of the token before (a convolution of width 2, as linear attentions
+        that are trained from scratch have it).
     normalize: False drops the denominator.
     gate: group norm a head and an output gate SiLU(x W_G).
     """
@@ -54,6 +58,8 @@ class Kernel:
     rotary: str = "remove"
     decay: str = "learned"
     selective: bool = True
+    decay_rank: int = 16
+    shift: bool = False
     normalize: bool = True
     gate: bool = False
     chunk_size: int = 64
@@ -78,6 +84,10 @@ class Kernel:
             raise ValueError("kernel.far is false and kernel.window is 0: nothing is left to attend to")
         if self.selective and not (self.learned_features and self.decay == "learned"):
             raise ValueError("kernel.selective needs learned_features and decay learned: set kernel.selective false")
+        if self.decay_rank < 0:
+            raise ValueError(f"kernel.decay_rank is {self.decay_rank}: give 0 or more")
+        if self.decay_rank and self.decay != "learned":
+            raise ValueError(f"kernel.decay_rank needs decay learned, not {self.decay}: set kernel.decay_rank 0")
         if not self.normalize and self.window > 0:
             raise ValueError("kernel.normalize is false: the window needs the denominator, set kernel.window to 0")
         if self.frequency == "quasi-random" and self.learned_features:

@@ -1,7 +1,8 @@
 """Linear attention with an exact window, in three forms: naive, chunked, recurrent.
 
 For query i the last ``window`` keys weigh exp(s·q·k) exactly (near), all earlier ones weigh
-exp(g(q) + g(k)) φ(q)·φ(k) times γ for every key absorbed since (far), under one denominator:
+exp(g(q) + g(k)) φ(q)·φ(k) times γ for every key absorbed since (far), under one denominator (each feature may have a γ
+of its own besides):
 
     o_i = (Σ_near e^{s q_i·k_j} v_j + Σ_far φ(q_i)·φ(k_j) e^{g(q_i) + g(k_j)} γ^{n_ij} v_j) / (the same sums without v)
 
@@ -24,6 +25,10 @@ from torch import Tensor
 
 # Stands for −∞ where a difference of two of them must be 0, not NaN.
 FLOOR = -1e30
+# −log of what a feature may keep at least of its sums when a key enters. Over a chunk it adds up to a power of e that
+# features can be multiplied with, and the reverse, without leaving float32.
+FASTEST = 0.5
+LONGEST_CHUNK = 128  # of keys whose features decay
 
 
 class FarState(NamedTuple):
@@ -63,6 +68,7 @@ def naive(
     scaling: float,
     window: int,
     log_decay: Tensor | None = None,
+    feature_decay: Tensor | None = None,
     mask: Tensor | None = None,
     segments: Tensor | None = None,
     state: FarState | None = None,
@@ -85,17 +91,24 @@ def naive(
         own = segments[:, keys - queries :, None] == segments[:, None]
         near, far = near & own, far & own
     # A key decays by the log γ of each key absorbed after it. (All of its own document, wherever it is seen.)
-    log_gamma = torch.zeros_like(gk)
+    log_gamma = torch.zeros_like(gk)[..., None]  # [B, H, K, 1], or of each feature [B, H, K, F]
     if log_decay is not None:
-        log_gamma = _per_key(log_decay, gk[:, ::groups]).to(dtype).repeat_interleave(groups, 1) * valid[:, None]
-    absorbed = F.pad(log_gamma.cumsum(-1), (1, 0))  # [B, H, K + 1]: at t that of all keys before index t
-    passed = absorbed[:, :, (i - window + 1).clamp(min=0)[:, 0]]  # [B, H, N]
-    decay = passed[..., None] - absorbed[:, :, None, 1:]
+        log_gamma = _per_key(log_decay, gk[:, ::groups]).to(dtype).repeat_interleave(groups, 1)[..., None]
+    if feature_decay is not None:
+        log_gamma = log_gamma + feature_decay.to(dtype).repeat_interleave(groups, 1)
+    log_gamma = log_gamma * valid[:, None, :, None]
+    absorbed = F.pad(log_gamma.cumsum(2), (0, 0, 1, 0))  # [B, H, K + 1, F]: at t that of all keys before index t
+    passed = absorbed[:, :, (i - window + 1).clamp(min=0)[:, 0]]  # [B, H, N, F]
+    decay = passed[:, :, :, None] - absorbed[:, :, None, 1:]
     if not causal:
         first = (i + max(window, 1)).clamp(max=keys)[:, 0]
-        behind = absorbed[:, :, None, :-1] - absorbed[:, :, first][..., None]
-        decay = torch.where(j > i, behind, decay)
-    log_far = (fq.to(dtype) @ fk.mT).log() + gk[:, :, None] + decay.clamp(max=0)
+        behind = absorbed[:, :, None, :-1] - absorbed[:, :, first][:, :, :, None]
+        decay = torch.where((j > i)[..., None], behind, decay)
+    decay = decay.clamp(max=0)  # [B, H, N, K, F]
+    if feature_decay is None:
+        log_far = (fq.to(dtype) @ fk.mT).log() + gk[:, :, None] + decay[..., 0]
+    else:
+        log_far = torch.einsum("bhnf,bhkf,bhnkf->bhnk", fq.to(dtype), fk, decay.exp()).log() + gk[:, :, None]
     log_far = log_far.masked_fill(~far[:, None], -torch.inf)
     if not normalize:
         return log_far.exp() @ v
@@ -105,8 +118,8 @@ def naive(
     logits, values = torch.cat([log_far, log_near], -1), torch.cat([v, v], -2)
     if state is not None:
         s, m = state.s.to(dtype).repeat_interleave(groups, 1), state.m.to(dtype).repeat_interleave(groups, 1)
-        read = fq.to(dtype) @ s  # [B, H, N, V + 1]
-        log_state = read[..., -1:].log() + (gq + m[..., None] + passed)[..., None]
+        read = (fq.to(dtype) * passed.exp()) @ s  # [B, H, N, V + 1]
+        log_state = read[..., -1:].log() + (gq + m[..., None])[..., None]
         if segments is not None:
             log_state = log_state.masked_fill(~own[:, None, :, :1], -torch.inf)
         logits = torch.cat([logits, log_state], -1)
@@ -130,6 +143,7 @@ def chunked(
     scaling: float,
     window: int,
     log_decay: Tensor | None = None,
+    feature_decay: Tensor | None = None,
     mask: Tensor | None = None,
     segments: Tensor | None = None,
     state: FarState | None = None,
@@ -146,6 +160,7 @@ def chunked(
         scaling: s, the factor of q·k.
         window: how many of the last keys, the token's own included, are exact; 0 for none.
         log_decay: log γ ≤ 0, [G] or of each key [B, G, K]: what the state decays by when the key enters. None is γ = 1.
+        feature_decay: [B, G, K, F], what each feature's sums decay by besides, from −FASTEST to 0.
         mask: [B, K], True for real keys; others contribute nothing and don't decay the state.
         segments: [B, K], the number of each key's document, not decreasing along a row. None is one document a row.
         state: the far state before the first key (causal only); it is of that key's document.
@@ -180,9 +195,11 @@ def chunked(
             state = _if_same(state, segments[:, 0], segments[:, first - 1])
             of_state = of_state & (segments[:, before] == segments[:, first - 1 : first])
         decay = log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[..., before]
-        state = absorb(state, fk[:, :, before], gk[:, :, before], v[:, :, before], decay, of_state)
+        of_features = None if feature_decay is None else feature_decay[:, :, before]
+        state = absorb(state, fk[:, :, before], gk[:, :, before], v[:, :, before], decay, of_features, of_state)
     gk = gk.to(state.m.dtype)
-    all_keys = _Keys(fk, gk, v, None if log_decay is None else -_per_key(log_decay, gk), valid)
+    lam = None if log_decay is None else -_per_key(log_decay, gk)
+    all_keys = _Keys(fk, gk, v, lam, None if feature_decay is None else -feature_decay, valid)
     documents = None if segments is None else _Documents.of(segments, first, queries)
     read, log_m, state = _far_chunks(fq, all_keys.shift(first, queries), state, chunk_size, documents)
     if documents is not None and segments is not None:
@@ -243,11 +260,22 @@ def near_attention(
 
 
 def absorb(
-    state: FarState, fk: Tensor, gk: Tensor, v: Tensor, log_decay: Tensor | None = None, valid: Tensor | None = None
+    state: FarState,
+    fk: Tensor,
+    gk: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    feature_decay: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> FarState:
-    """The state after some more keys. fk [B, G, K, F], gk [B, G, K], v [B, G, K, V], valid [B, K] or None for all."""
+    """The state after some more keys. fk [B, G, K, F], gk [B, G, K], v [B, G, K, V], decays as in `chunked`, valid
+    [B, K] or None for all."""
     v1 = _with_ones(v)
-    gk = gk.to(v1.dtype)
+    fk, gk, s = fk.to(v1.dtype), gk.to(v1.dtype), state.s
+    if feature_decay is not None:
+        lost = -feature_decay if valid is None else -feature_decay * valid[:, None, :, None]
+        lost_n = lost.cumsum(2)
+        fk, s = fk * (lost_n - lost_n[:, :, -1:]).exp(), s * (-lost_n[:, :, -1, :, None]).exp()
     total: Tensor | float = 0.0
     if log_decay is not None:  # a key decays with every key after it
         lam = -_per_key(log_decay, gk)
@@ -261,7 +289,7 @@ def absorb(
     gate, weight = (state.m - m - total).exp(), (gk - m[..., None]).exp()
     if valid is not None:
         weight = weight * valid[:, None]
-    return FarState(state.s * gate[..., None, None] + (fk.to(v1.dtype) * weight[..., None]).mT @ v1, m)
+    return FarState(s * gate[..., None, None] + (fk * weight[..., None]).mT @ v1, m)
 
 
 def _far_chunks(
@@ -279,7 +307,7 @@ def _far_chunks(
     Returns [B, H, N, V + 1] (numerator, denominator), its log-scale [B, H, N], and the state after all keys.
     """
     kv_heads, queries = keys.fk.shape[1], fq.shape[2]
-    size = min(chunk_size, queries)
+    size = min(chunk_size, queries, chunk_size if keys.delta is None else LONGEST_CHUNK)
 
     def chunks(x: Tensor) -> Tensor:
         """[B, G, N, …] → [B, G, n, C, …]."""
@@ -291,6 +319,12 @@ def _far_chunks(
     g = chunks(keys.gk[..., None])[..., 0]  # [B, G, n, C]
     lam = None if keys.lam is None else chunks(keys.lam[..., None])[..., 0]
     live = chunks(keys.valid[:, None, :, None])[..., 0]  # [B, 1, n, C]
+
+    kept = None
+    if keys.delta is not None:  # a key's features grow by what its chunk has lost before it, a query's shrink
+        lost = (chunks(keys.delta) * live[..., None]).cumsum(3)
+        q, k = q * (-lost).exp()[:, :, :, None], k * lost.exp()
+        kept = (-lost[..., -1, :, None]).exp()  # of a feature's sums, over the whole chunk, [B, G, n, F, 1]
 
     visible = torch.ones(size, size, dtype=torch.bool, device=q.device).tril() & live[..., None, :]
     adds, keeps, reads = live, None, None
@@ -317,6 +351,8 @@ def _far_chunks(
     weight = _masked_exp(h - end[..., None], adds)
     added = (k * weight[..., None]).mT @ v  # [B, G, n, F, V + 1]
     gate = _masked_exp(last_top - end - last_total, keeps)[..., None, None]
+    if kept is not None:
+        added, gate = added * kept, gate * kept
     s, starts = state.s, []
     # Not by index: the gradient of each index is as large as all chunks together, and so the time would be quadratic.
     for gate_n, added_n in zip(gate.unbind(2), added.unbind(2), strict=True):
@@ -397,6 +433,7 @@ def recurrent(
     scaling: float,
     window: int,
     log_decay: Tensor | None = None,
+    feature_decay: Tensor | None = None,
     mask: Tensor | None = None,
     segments: Tensor | None = None,
     state: FarState | None = None,
@@ -415,7 +452,8 @@ def recurrent(
             if segments is not None:
                 state = _if_same(state, segments[:, max(absorbed - 1, 0)], segments[:, absorbed])
             decay = log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[..., t]
-            state = absorb(state, fk[:, :, t], gk[:, :, t], v[:, :, t], decay, valid[:, t])
+            of_features = None if feature_decay is None else feature_decay[:, :, t]
+            state = absorb(state, fk[:, :, t], gk[:, :, t], v[:, :, t], decay, of_features, valid[:, t])
             absorbed += 1
         recent = slice(max(i - window + 1, 0), i + 1)
         n = slice(i - past, i - past + 1)
@@ -540,13 +578,14 @@ def _per_key(log_decay: Tensor, gk: Tensor) -> Tensor:
 
 
 class _Keys(NamedTuple):
-    """All that `_far_chunks` needs of each key: fk [B, G, K, F], gk and λ = −log γ [B, G, K], v [B, G, K, V],
-    valid [B, K]."""
+    """All that `_far_chunks` needs of each key: fk [B, G, K, F], gk and λ = −log γ [B, G, K], v [B, G, K, V], each
+    feature's own −log γ, delta [B, G, K, F], and valid [B, K]."""
 
     fk: Tensor
     gk: Tensor
     v: Tensor
     lam: Tensor | None
+    delta: Tensor | None
     valid: Tensor
 
     def shift(self, start: int, length: int) -> "_Keys":
@@ -554,8 +593,9 @@ class _Keys(NamedTuple):
         end = start + length
         gk, valid = self.gk[..., None], self.valid[:, None, :, None]
         lam = None if self.lam is None else _slice_keys(self.lam[..., None], start, end)[..., 0]
+        delta = None if self.delta is None else _slice_keys(self.delta, start, end)
         fk, gk, v, valid = (_slice_keys(x, start, end) for x in (self.fk, gk, self.v, valid))
-        return _Keys(fk, gk[..., 0], v, lam, valid[:, 0, :, 0])
+        return _Keys(fk, gk[..., 0], v, lam, delta, valid[:, 0, :, 0])
 
     def flip(self) -> "_Keys":
         """From right to left."""

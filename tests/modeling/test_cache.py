@@ -36,7 +36,7 @@ def stored_bytes(cache: Cache) -> int:
     storages = {}
     for layer in cache.layers:
         assert isinstance(layer, DiJiangCacheLayer)
-        for value in (*(layer.recent or ()), *(layer.state or ())):
+        for value in (*(layer.recent or ()), *(layer.state or ()), layer.trail):
             if isinstance(value, Tensor):
                 storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     return sum(storages.values())
@@ -72,6 +72,8 @@ def test_bytes_are_constant(variant: str, sizes: tuple[int, ...]) -> None:
     if kernel.far:
         state_heads = layers.heads if variant == "paper" else layers.kv_heads
         numbers += kernel.window * 2 * layers.kv_heads if kernel.selective else 0
+        numbers += kernel.window * kernel.decay_rank
+        numbers += (layers.heads + layers.kv_heads) * layers.head_dim if kernel.shift else 0  # of the last token
         numbers += state_heads * (child.q_features.features * (layers.value_dim + 1) + 1)
     assert found == {2 * 2 * (4 * numbers + kernel.window)}  # two layers, two rows; four bytes a number, one a flag
 

@@ -150,7 +150,7 @@ def test_strength_zero_ignores_the_keys_scale() -> None:
     child = DiJiangAttention(Kernel(), Layers("X", (0,), 4, 2, 8, 8, 32), None)
     child.reset_parameters()
     k = torch.randn(2, 2, 9, 8)
-    tokens = Tokens(k, k, None, None, torch.ones(2, 9, dtype=torch.bool))
+    tokens = Tokens(k, k, None, None, None, torch.ones(2, 9, dtype=torch.bool))
     features, scale = child._key_features(tokens, SCALING)
     assert not scale.any()
     with torch.no_grad():
