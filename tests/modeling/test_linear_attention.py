@@ -344,16 +344,20 @@ def test_softmax_with_lse(scale: float) -> None:
 
 
 def gradients(
-    form: str, x: dict[str, Tensor], log_decay: Tensor | None, weight: Tensor, **options: Any
+    form: str,
+    x: dict[str, Tensor],
+    log_decay: Tensor | None,
+    weight: Tensor,
+    feature_decay: Tensor | None = None,
+    **options: Any,
 ) -> dict[str, Tensor]:
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in x.items()}
-    if log_decay is not None:
-        log_decay = leaves["log_decay"] = log_decay.detach().clone().requires_grad_()
-    given = {name: leaves[name] for name in NAMES}
+    decays = {"log_decay": log_decay, "feature_decay": feature_decay}
+    given = {**x, **{name: t for name, t in decays.items() if t is not None}}
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in given.items()}
     if form == "naive":
-        out = naive(**given, scaling=SCALING, log_decay=log_decay, **options)
+        out = naive(**leaves, scaling=SCALING, **options)
     else:
-        out, _ = run(form, given, log_decay=log_decay, **options)
+        out, _ = run(form, leaves, **options)
     (out * weight.to(out.dtype)).sum().backward()
     return {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaves.items()}
 
