@@ -1,9 +1,12 @@
 """Tables and the plot of `lab` runs: means over seeds with their standard errors.
 
-    python -m benchmarks.fidelity.report RUNS.jsonl [MORE.jsonl …] [--plot FIDELITY.png] [--budget 300000]
+    python -m benchmarks.fidelity.report RUNS.jsonl [MORE.jsonl …] [--plot FIDELITY.png] [--budget 100000]
+        [--into README.md --mark stories]
 
 "gap closed" is the share of window-only's distance to the original (in perplexity) that a row with the same window
-closes, "KL removed" the same for the divergence.
+closes, "KL removed" the same for the divergence. "behind" is how much further from the original a row is than ours with
+the same window (`pure` without one, `default` with one): means of differences seed by seed, with their standard errors.
+--into writes the tables between the marks <!-- fidelity:stories --> and <!-- /fidelity:stories --> of a file.
 """
 
 import argparse
@@ -16,7 +19,7 @@ from typing import Any
 
 COLUMNS = (
     "row", "seeds", "tokens", "untrained ratio", "ratio", "KL a token", "same choice", "gap closed", "KL removed",
-    "error a layer", "recall",
+    "error a layer", "recall", "behind: ratio", "behind: KL",
 )  # fmt: skip
 Runs = list[dict[str, Any]]
 
@@ -45,7 +48,10 @@ def mean(runs: Runs, key: str) -> float:
 
 def with_error(runs: Runs, key: str, digits: int) -> str:
     """Mean ± standard error over seeds."""
-    values = [run[key] for run in runs]
+    return spread([run[key] for run in runs], digits)
+
+
+def spread(values: list[float], digits: int) -> str:
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
@@ -67,9 +73,24 @@ def table(runs: Runs) -> str:
             f"`{row}`", str(len(same)), f"{budget // 1000}K", f"{untrained:.3f}", with_error(same, "ratio", 4),
             with_error(same, "kl", 4), f"{mean(same, 'top1'):.1%}", closed, removed,
             f"{statistics.mean(errors):.3f}" if errors else "", _recall(same),
+            *(behind(same, groups.get((ours(row), budget), []), key) for key in ("ratio", "kl")),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def ours(row: str) -> str:
+    """The row of this project that another is compared with."""
+    return f"default:{window(row)}" if window(row) else "pure"
+
+
+def behind(runs: Runs, other: Runs, key: str) -> str:
+    """How much further from the original, seed by seed: both saw the same text in the same order."""
+    by_seed = {run["seed"]: run[key] for run in other}
+    differences = [run[key] - by_seed[run["seed"]] for run in runs if run["seed"] in by_seed]
+    if not differences or runs is other or runs[0]["row"] == "teacher":
+        return ""
+    return spread(differences, 4)
 
 
 def _recall(runs: Runs) -> str:
@@ -103,14 +124,29 @@ def draw(runs: Runs, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def write_between(path: Path, mark: str, text: str) -> None:
+    content = path.read_text(encoding="utf-8")
+    start, end = f"<!-- fidelity:{mark} -->\n", f"<!-- /fidelity:{mark} -->"
+    before, _, rest = content.partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"error: no {start.strip()} … {end} in {path}")
+    path.write_text(before + start + text + end + after, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--budget", type=int, help="only runs of this many tokens")
+    parser.add_argument("--into", type=Path, help="a file whose marked part becomes the tables")
+    parser.add_argument("--mark", default="all")
     args = parser.parse_args()
     runs = [run for run in load(args.runs) if args.budget in (None, run["budget"])]
-    print(f"original's perplexity {runs[0]['original']:.3f}\n\n{table(runs)}")
+    text = f"The original's perplexity is {runs[0]['original']:.2f}.\n\n{table(runs)}\n"
+    print(text)
+    if args.into:
+        write_between(args.into, args.mark, text)
     if args.plot:
         draw(runs, args.plot)
 
