@@ -1,7 +1,7 @@
 """Tables and the plot of `lab` runs: means over seeds with their standard errors.
 
     python -m benchmarks.fidelity.report RUNS.jsonl [MORE.jsonl …] [--plot FIDELITY.png] [--budget 100000]
-        [--into README.md --mark stories]
+        [--rows default pure] [--short] [--into README.md --mark stories]
 
 "gap closed" is the share of window-only's distance to the original (in perplexity) that a row with the same window
 closes, "KL removed" the same for the divergence. "behind" is how much further from the original a row is than ours with
@@ -12,15 +12,14 @@ the same window (`pure` without one, `default` with one): means of differences s
 import argparse
 import json
 import math
+import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-COLUMNS = (
-    "row", "seeds", "tokens", "untrained ratio", "ratio", "KL a token", "same choice", "gap closed", "KL removed",
-    "error a layer", "recall", "behind: ratio", "behind: KL",
-)  # fmt: skip
+SHORT = ("row", "seeds", "tokens", "untrained ratio", "ratio", "KL a token", "same choice", "gap closed", "KL removed")
+COLUMNS = (*SHORT, "error a layer", "recall", "behind: ratio", "behind: KL")
 Runs = list[dict[str, Any]]
 
 
@@ -42,6 +41,11 @@ def window(row: str) -> str:
     return next((s for s in settings if s.startswith("window=")), "")
 
 
+def label(row: str) -> str:
+    """A setting that both stages have, once."""
+    return re.sub(r"transfer\.(\w+)=([^,]+),distill\.\1=\2", r"\1=\2", row)
+
+
 def mean(runs: Runs, key: str) -> float:
     return statistics.mean(run[key] for run in runs)
 
@@ -56,26 +60,30 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
-def table(runs: Runs) -> str:
+def table(runs: Runs, columns: tuple[str, ...] = COLUMNS) -> str:
     groups = grouped(runs)
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for (row, budget), same in sorted(groups.items(), key=lambda item: (item[0][1], mean(item[1], "kl"))):
+        cells = {
+            "row": f"`{label(row)}`",
+            "seeds": str(len(same)),
+            "tokens": f"{budget // 1000}K",
+            "untrained ratio": f"{statistics.mean(run['untrained']['ratio'] for run in same):.3f}",
+            "ratio": with_error(same, "ratio", 4),
+            "KL a token": with_error(same, "kl", 4),
+            "same choice": f"{mean(same, 'top1'):.1%}",
+            "recall": _recall(same),
+            "behind: ratio": behind(same, groups.get((ours(row), budget), []), "ratio"),
+            "behind: KL": behind(same, groups.get((ours(row), budget), []), "kl"),
+        }
         alone = groups.get((f"window-only:{window(row)}", budget)) if window(row) else None
-        closed = removed = ""
         if alone and not row.startswith("window-only"):
-            closed = f"{1 - (mean(same, 'ratio') - 1) / (mean(alone, 'ratio') - 1):.0%}"
-            removed = f"{1 - mean(same, 'kl') / mean(alone, 'kl'):.0%}"
-        errors = [
-            statistics.mean(run["transfer_errors"]["trained"]) for run in same if run["transfer_errors"]["trained"]
-        ]
-        untrained = statistics.mean(run["untrained"]["ratio"] for run in same)
-        cells = [
-            f"`{row}`", str(len(same)), f"{budget // 1000}K", f"{untrained:.3f}", with_error(same, "ratio", 4),
-            with_error(same, "kl", 4), f"{mean(same, 'top1'):.1%}", closed, removed,
-            f"{statistics.mean(errors):.3f}" if errors else "", _recall(same),
-            *(behind(same, groups.get((ours(row), budget), []), key) for key in ("ratio", "kl")),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+            cells["gap closed"] = f"{1 - (mean(same, 'ratio') - 1) / (mean(alone, 'ratio') - 1):.0%}"
+            cells["KL removed"] = f"{1 - mean(same, 'kl') / mean(alone, 'kl'):.0%}"
+        errors = [run["transfer_errors"]["trained"] for run in same]
+        if errors[0]:
+            cells["error a layer"] = f"{statistics.mean(map(statistics.mean, errors)):.3f}"
+        lines.append(f"| {' | '.join(cells.get(column, '') for column in columns)} |")
     return "\n".join(lines)
 
 
@@ -112,7 +120,7 @@ def draw(runs: Runs, path: Path) -> None:
     for i, row in enumerate(rows):
         budgets = sorted(budget for name, budget in groups if name == row)
         style = {"color": plt.get_cmap("tab20")(i % 20), "linestyle": "--" if window(row) else "-", "marker": "o"}
-        left.plot(budgets, [mean(groups[row, b], "kl") for b in budgets], label=row, markersize=4, **style)
+        left.plot(budgets, [mean(groups[row, b], "kl") for b in budgets], label=label(row), markersize=4, **style)
         last = groups[row, budgets[-1]]
         by_position = [statistics.mean(values) for values in zip(*(run["kl_by_position"] for run in last), strict=True)]
         positions = [(j + 0.5) * last[0]["seq_len"] / len(by_position) for j in range(len(by_position))]
@@ -139,11 +147,16 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--budget", type=int, help="only runs of this many tokens")
+    parser.add_argument("--rows", nargs="+", help="only these rows")
+    parser.add_argument("--short", action="store_true", help="fewer columns")
     parser.add_argument("--into", type=Path, help="a file whose marked part becomes the tables")
     parser.add_argument("--mark", default="all")
     args = parser.parse_args()
     runs = [run for run in load(args.runs) if args.budget in (None, run["budget"])]
-    text = f"The original's perplexity is {runs[0]['original']:.2f}.\n\n{table(runs)}\n"
+    runs = [run for run in runs if not args.rows or run["row"].partition(":")[0] in args.rows]
+    text = (
+        f"The original's perplexity is {runs[0]['original']:.2f}.\n\n{table(runs, SHORT if args.short else COLUMNS)}\n"
+    )
     print(text)
     if args.into:
         write_between(args.into, args.mark, text)
