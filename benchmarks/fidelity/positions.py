@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from dijiang_convert import convert, finetune
 from dijiang_convert.distill.data import token_rows
 from dijiang_convert.models import load_any, load_tokenizer, silence
+
+from .report import write_between
 
 
 @torch.no_grad()
@@ -55,6 +58,25 @@ def lengths(model: Any, ids: Tensor, parts: int = 8) -> list[float]:
     return [math.exp(part.mean()) for part in loss.tensor_split(parts, dim=1)]
 
 
+def measure(model: Any, multiples: list[int], rows_of: Callable[[int], Tensor]) -> dict[str, Any]:
+    """multiples: lengths of rows, the first that of training. rows_of: gives rows of a length."""
+    shortest = multiples[0]
+    found: dict[str, Any] = {"shifts": shifts(model, rows_of(shortest)[:40], [1, 100, shortest])}
+    return found | {str(n): lengths(model, rows_of(n)) for n in multiples}
+
+
+def table(result: dict[str, Any]) -> str:
+    """What shifts change, and perplexity over eighths of rows of 8 times the training length."""
+    long = str(8 * result["seq_len"])
+    shifts_by = list(next(iter(result["models"].values()))["shifts"])
+    header = ["row", *(f"shift {n}" for n in shifts_by), *(f"{i}/8" for i in range(1, 9))]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for name, found in result["models"].items():
+        moved = [f"{found['shifts'][n]['logits']:.1g}, {found['shifts'][n]['perplexity_ratio']:.4f}" for n in shifts_by]
+        lines.append(f"| {' | '.join([f'`{name}`', *moved, *(f'{value:.2f}' for value in found[long])])} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -64,6 +86,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=300_000)
     parser.add_argument("--eval-tokens", type=int, default=40_000)
+    parser.add_argument("--into", type=Path, help="a file whose marked part becomes the table")
+    parser.add_argument("--mark", default="positions")
     args = parser.parse_args()
     silence()
     tokenizer = load_tokenizer(args.model)
@@ -75,20 +99,21 @@ def main() -> None:
 
     multiples = [args.seq_len * n for n in (1, 2, 4, 8)]
     result: dict[str, Any] = {"seq_len": args.seq_len, "models": {}}
-    original = load_any(args.model).eval()
-    result["models"]["original"] = {str(n): lengths(original, rows_of(n)) for n in multiples}
-    for row in args.rows:
+    for row in ("original", *args.rows):
         recipe, _, settings = row.partition(":")
+        if row == "original":
+            result["models"][row] = measure(load_any(args.model).eval(), multiples, rows_of)
+            continue
         with tempfile.TemporaryDirectory() as folder:
             converted, trained = Path(folder) / "converted", Path(folder) / "trained"
             convert(args.model, converted, recipe=recipe, settings=[s for s in settings.split(",") if s])
             finetune(converted, trained, data=args.data, tokens=args.tokens, seq_len=args.seq_len)
             model = load_any(str(trained)).eval()
-        found: dict[str, Any] = {"shifts": shifts(model, rows_of(args.seq_len)[:40], [1, 100, args.seq_len])}
-        found |= {str(n): lengths(model, rows_of(n)) for n in multiples}
-        result["models"][row] = found
-        print(row, json.dumps(found), flush=True)
+        result["models"][row] = measure(model, multiples, rows_of)
+        print(table(result), flush=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if args.into:
+        write_between(args.into, args.mark, table(result))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 "gap closed" is the share of window-only's distance to the original (in perplexity) that a row with the same window
 closes, "KL removed" the same for the divergence. "behind" is how much further from the original a row is than ours with
 the same window (`pure` without one, `default` with one): means of differences seed by seed, with their standard errors.
---into writes the tables between the marks <!-- fidelity:stories --> and <!-- /fidelity:stories --> of a file.
+--into writes the tables between the marks <!-- stories --> and <!-- /stories --> of a file.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def draw(runs: Runs, path: Path) -> None:
 
 def write_between(path: Path, mark: str, text: str) -> None:
     content = path.read_text(encoding="utf-8")
-    start, end = f"<!-- fidelity:{mark} -->\n", f"<!-- /fidelity:{mark} -->"
+    start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
     before, _, rest = content.partition(start)
     _, found, after = rest.partition(end)
     if not found:
