@@ -138,6 +138,15 @@ def test_no_baseline_sees_later_tokens(name: str) -> None:
     assert change[23:].min() > 1e-3
 
 
+def test_performers_first_tokens_do_not_shrink_before_keys_with_larger_features() -> None:
+    q, k, v, x = inputs()
+    k[:, :, :30] *= 4
+    with torch.no_grad():
+        alone = attend(baseline("performer"), q[:, :, :30], k[:, :, :30], v[:, :, :30], x[:, :30])
+        found = attend(baseline("performer"), q, k, v, x)[:, :, :30]
+    assert (found - alone).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_all_but_sinks_remember_beyond_the_window(name: str) -> None:
     module = baseline(name)

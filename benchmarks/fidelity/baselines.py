@@ -53,7 +53,7 @@ class Sinks(Baseline):
 
 
 class Hedgehog(Baseline):
-    """φ(x) = softmax([W x, −W x]), W a head, from the identity (arXiv 2402.04347)."""
+    """φ(x) = [softmax(W x), softmax(−W x)], W a head, from the identity (arXiv 2402.04347)."""
 
     def __init__(self, kernel: Kernel, layers: Layers) -> None:
         super().__init__(kernel, layers)
@@ -62,7 +62,7 @@ class Hedgehog(Baseline):
 
     def features(self, x: Tensor, weight: Tensor) -> Tensor:
         y = x @ weight.mT
-        return torch.cat([y, -y], -1).softmax(-1)
+        return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, x: Tensor) -> Tensor:
         return _normalized(self.features(q, self.q_map) @ self.features(k, self.shared(self.k_map)).mT, v)
@@ -70,11 +70,16 @@ class Hedgehog(Baseline):
 
 class LoLCATs(Hedgehog):
     """Hedgehog's features beyond a window of softmax, one denominator, a learned weight a head for the window
-    (arXiv 2410.10254). The weight is against the window's largest score, not in log space."""
+    (arXiv 2410.10254). The weight is against the window's largest score, not in log space. One softmax over both signs
+    here: better beside a window than its authors' two."""
 
     def __init__(self, kernel: Kernel, layers: Layers) -> None:
         super().__init__(kernel, layers)
         self.window_factor = nn.Parameter(torch.full((layers.heads,), -2.1972246))  # σ of it is 0.1
+
+    def features(self, x: Tensor, weight: Tensor) -> Tensor:
+        y = x @ weight.mT
+        return torch.cat([y, -y], -1).softmax(-1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, x: Tensor) -> Tensor:
         i, j = _indices(q)
@@ -121,7 +126,7 @@ class Performer(Baseline):
         log_k = k @ random.mT - k.square().sum(-1, keepdim=True) / 2
         fq = (log_q - log_q.amax(-1, keepdim=True)).exp()
         fk = (log_k - log_k.amax((-2, -1), keepdim=True)).exp()
-        return _normalized(fq @ fk.mT, v)
+        return _normalized(fq @ fk.mT, v, least=torch.finfo(v.dtype).tiny)  # the first keys may be far from the largest
 
 
 class RetNet(Baseline):
@@ -242,7 +247,7 @@ def gated(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, by_slot: bool = Fal
     """Σ_j≤i Σ_f q_if k_jf e^{c_if − c_jf} v_j, with c the running sum of log_gate [B, H, N, F] (GLA, arXiv 2312.06635).
 
     by_slot: the first pass of gated slot attention: ``q`` is what is written to each slot, ``k`` the keys, ``v`` the
-    queries; returns Σ_j (v_i·k_j) q_jm e^{c_im − c_jm}, [B, H, N, M].
+    queries; returns Σ_j (v_i·k_j) q_jm e^{c_im − c_jm}, [B, H, N, M]. Gates below e^{−40 / chunk} count as that.
     """
     length, outputs = k.shape[2], []
     state: Tensor | float = 0.0
@@ -266,11 +271,11 @@ def gated(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, by_slot: bool = Fal
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, chunk: int = 32) -> Tensor:
     """S_i = S_{i−1} + β_i k_i (v_i − S_{i−1}ᵀ k_i)ᵀ, o_i = S_iᵀ q_i, chunk by chunk (arXiv 2406.06484, section 3.2)."""
     outputs = []
-    state = torch.zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
+    state = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
     for start in range(0, k.shape[2], chunk):
         n = slice(start, min(start + chunk, k.shape[2]))
         kc, b = k[:, :, n], beta[:, :, n]
-        system = torch.eye(kc.shape[2]) + (b * kc @ kc.mT).tril(-1)
+        system = torch.eye(kc.shape[2], dtype=k.dtype, device=k.device) + (b * kc @ kc.mT).tril(-1)
         update = torch.linalg.solve_triangular(system, b * (v[:, :, n] - kc @ state), upper=False)
         outputs.append(q[:, :, n] @ state + (q[:, :, n] @ kc.mT).tril() @ update)
         state = state + kc.mT @ update
@@ -282,9 +287,9 @@ def _indices(q: Tensor) -> tuple[Tensor, Tensor]:
     return n[:, None], n[None, :]
 
 
-def _normalized(weights: Tensor, v: Tensor) -> Tensor:
+def _normalized(weights: Tensor, v: Tensor, least: float = 1e-9) -> Tensor:
     weights = weights.tril()
-    return weights @ v / weights.sum(-1, keepdim=True).clamp_min(1e-9)
+    return weights @ v / weights.sum(-1, keepdim=True).clamp_min(least)
 
 
 BASELINES: dict[str, Any] = {
