@@ -55,7 +55,7 @@ def test_every_shipped_recipe_is_valid(name: str) -> None:
 def test_what_the_shipped_recipes_are() -> None:
     assert load_recipe("default").kernel == Kernel(window=64)
     pure, paper, window = (load_recipe(name).kernel for name in ("pure", "paper", "window-only"))
-    assert pure == Kernel(window=0, rotary="keep")
+    assert pure == Kernel(window=0, rotary="keep", shift=True)
     assert not window.far and window.window == 64
     assert (paper.normalize, paper.gate, paper.decay, paper.window) == (False, True, "retnet", 0)
     assert (paper.frequency, paper.projection, paper.learned_features) == ("quasi-random", False, False)
@@ -67,9 +67,9 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     path.write_text(
         "kernel: {window: 8}\nstages:\n  - {name: a, objective: cross_entropy, tokens: 5, learning_rate: 1e-3}"
     )
-    recipe = load_recipe(str(path), ["window=4", "decay=none", "selective=false", "frequency=2e0"])
+    recipe = load_recipe(str(path), ["window=4", "decay=none", "selective=false", "decay_rank=0", "frequency=2e0"])
     assert recipe.name == "own"
-    assert recipe.kernel == Kernel(window=4, decay="none", selective=False, frequency=2.0)
+    assert recipe.kernel == Kernel(window=4, decay="none", selective=False, decay_rank=0, frequency=2.0)
     assert recipe.stages == (Stage("a", "cross_entropy", 5, learning_rate=1e-3),)  # YAML 1.1 reads 1e-3 as text
 
 
