@@ -234,7 +234,7 @@ def test_layers(spec: str, expected: list[int], sources: Path, tmp_path: Path) -
 
 def test_a_recipe_of_ones_own(sources: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
-        "kernel: {window: 0, rotary: keep, decay: none, selective: false}\n"
+        "kernel: {window: 0, rotary: keep, decay: none, selective: false, decay_rank: 0}\n"
         "stages: [{name: only, objective: cross_entropy, train: full, tokens: 1000}]\n"
     )
     recipe = str(tmp_path / "mine.yaml")
@@ -437,14 +437,18 @@ def test_inspect_by_hand(sources: Path) -> None:
     # A head's features have T (8), W (8 x 8), D (16) and a; c is a query head's, b and decay are a key/value head's.
     features = 8 + 64 + 16 + 1
     selection = 2 * 2 * hidden  # of a key's log-scale and decay, for two key/value heads
-    assert result.new_parameters == 3 * (4 * (features + 1) + 2 * (features + 2) + selection)
+    of_features = 16 * hidden + 2 * 16 * 16 + 2 * 16  # down to 16 numbers, from them to each feature's decay, its start
+    assert result.new_parameters == 3 * (4 * (features + 1) + 2 * (features + 2) + selection + of_features)
     # A key/value head's state has 16 features by 8 values and the sum z, and the running maximum; a token of the window
-    # has a key, the same before its rotation, a value, two gates, and whether it is padding.
-    assert result.state_bytes == 3 * (2 * (16 * (8 + 1) + 1) * 4 + 64 * (2 * ((8 + 8 + 8) * 4 + 2 * 4) + 1))
+    # has a key, the same before its rotation, a value, two gates, 16 numbers for features, and whether it is padding.
+    token = 2 * ((8 + 8 + 8) * 4 + 2 * 4) + 16 * 4 + 1
+    assert result.state_bytes == 3 * (2 * (16 * (8 + 1) + 1) * 4 + 64 * token)
     assert result.kv_cache_bytes_at == {n: 3 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)}
     some = inspect(str(sources / "llama"), layers="0,1", settings=["window=0"])
     assert (some.layers, some.layers_converted) == (3, 2)
     assert some.state_bytes == 2 * 2 * (16 * (8 + 1) + 1) * 4
+    shifted = inspect(str(sources / "llama"), layers="0,1", settings=["window=0", "shift=true"])
+    assert shifted.state_bytes == some.state_bytes + 2 * (4 + 2) * 8 * 4  # the last token's query and key
     assert some.kv_cache_bytes_at == {n: 2 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)}
 
 
