@@ -166,6 +166,29 @@ def test_a_run_stops_at_the_first_number_that_is_not_finite_and_names_the_layer(
     assert tuned(resume=True).stages[0].last_loss > 0
 
 
+@pytest.mark.parametrize(("stage", "tokens"), [("transfer", 352), ("distill", 352), ("transfer", 64)])
+def test_weights_that_a_step_broke_are_not_kept(
+    tuned: Callable[..., Any], tmp_path: Path, stage: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second step breaks them, and a checkpoint is written after it. Of two steps it is the last."""
+
+    class Break(trainer._ProgressCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                for name, parameter in model.named_parameters():
+                    if parameter.requires_grad and "layers.1.self_attn.dijiang" in name:
+                        parameter.data.fill_(torch.inf)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_ProgressCallback", Break)
+        with pytest.raises(DijiangError) as error:
+            tuned(stages=[stage], tokens=tokens)
+    assert re.search(rf"stage {stage}, step 2: .*first in model\.layers\.1\.self_attn\.dijiang", str(error.value))
+    latest = checkpoints.last_checkpoint(tmp_path / "out.run" / "stage-0")
+    assert latest is None or latest.name == "checkpoint-1"
+    assert tuned(stages=[stage], tokens=tokens, resume=True).stages[0].last_loss < 1
+
+
 def test_a_gradient_that_is_not_finite_is_found_where_it_arises(
     tuned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

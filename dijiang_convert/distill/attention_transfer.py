@@ -79,7 +79,7 @@ def attention_transfer_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> T
     finally:
         _COLLECTED.reset(token)
     errors, note = torch.stack(collected.losses), _NOTE.get()
-    if note is not None:
+    if note is not None and torch.is_grad_enabled():
         note(errors.detach())
     return errors.mean()
 
@@ -87,7 +87,7 @@ def attention_transfer_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> T
 @contextmanager
 def transferring(model: PreTrainedModel, note: Callable[[Tensor], None] | None = None) -> Iterator[None]:
     """Inside, the model computes softmax attention and its kernels' error. ``note`` gets that of every layer
-    [layers], once a batch."""
+    [layers], once a batch that is trained on."""
     token = _NOTE.set(note)
     try:
         with attention(model, NAME):

@@ -276,12 +276,20 @@ class _StageTrainer(Trainer):
                 processes.average_whole_gradients(model.parameters())
             norm = processes.gradient_norm(model.parameters())
         if not norm.isfinite():
-            raise DijiangError(self._diverged(model))
+            raise DijiangError(self._diverged(model, self.state.global_step + 1))
         if not self.is_deepspeed_enabled:
             processes.clip_gradients(model.parameters(), norm, self.args.max_grad_norm)
         return norm
 
-    def _diverged(self, model: nn.Module) -> str:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Of good weights alone: what the last step made of them is tried on its own rows first."""
+        with torch.no_grad():
+            loss = torch.stack([self.loss(model, self._prepare_inputs(inputs)) for inputs in self.step_inputs]).sum()
+        if not self.accelerator.reduce(loss).isfinite():
+            raise DijiangError(self._diverged(model, self.state.global_step))
+        super()._save_checkpoint(model, trial)
+
+    def _diverged(self, model: nn.Module, step: int) -> str:
         def rerun() -> None:
             for inputs in self.step_inputs:
                 self.loss(model, self._prepare_inputs(inputs))
@@ -289,7 +297,7 @@ class _StageTrainer(Trainer):
         where = nonfinite.find(model, rerun)
         rate = "kernel_learning_rate" if self.stage.train == "kernel" or ".dijiang" in where else "learning_rate"
         return (
-            f"stage {self.stage.name}, step {self.state.global_step + 1}: not finite, first in {where}: go on from the "
+            f"stage {self.stage.name}, step {step}: not finite, first in {where}: go on from the "
             f"last checkpoint with --resume --set {self.stage.name}.{rate}={getattr(self.stage, rate) / 3:.2g}"
         )
 
@@ -306,7 +314,7 @@ class _StageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise DijiangError(self._diverged(self.model_wrapped))
+            raise DijiangError(self._diverged(self.model_wrapped, self.state.global_step))
         super().log(logs, start_time)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
