@@ -135,7 +135,7 @@ def finetune(
         "data": [fingerprint(corpus) for corpus in corpora], "seed": seed, "teacher": teacher,
         "cache_teacher": cache_teacher, "report": report,
     }  # fmt: skip
-    run = RunFolder(target, plan, options, resume)
+    run = RunFolder(target, plan, options, resume, force)
     if not run.finished:
         check_out(target, force)
     tokenizer = load_tokenizer(folder)

@@ -257,5 +257,22 @@ def test_another_run_is_not_resumed(
         patch.setattr(trainer._ProgressCallback, "on_step_end", stop)
         with pytest.raises(KeyboardInterrupt):
             tuned()
-    with pytest.raises(DijiangError, match="from another run"):
+    with pytest.raises(DijiangError, match=f"from another run, of another .*{next(iter(change))}"):
         tuned(resume=True, **change)
+
+
+def test_an_unfinished_run_is_not_thrown_away_unasked(
+    tuned: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._ProgressCallback, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tuned(tokens=64, stages=["transfer"])
+    with pytest.raises(DijiangError, match="out.run holds an unfinished run: go on with --resume, or .* --force"):
+        tuned(tokens=64, stages=["transfer"])
+    assert (tmp_path / "out.run" / "rows-0").is_dir()
+    tuned(tokens=64, stages=["transfer"], force=True)
+    assert not (tmp_path / "out.run").exists()

@@ -30,7 +30,9 @@ class RunFolder:
     All processes read it, the main one alone writes.
     """
 
-    def __init__(self, target: Path, plan: Sequence[Stage], options: dict[str, Any], resume: bool) -> None:
+    def __init__(
+        self, target: Path, plan: Sequence[Stage], options: dict[str, Any], resume: bool, force: bool = False
+    ) -> None:
         self.target, self.folder = target, target.with_name(target.name + ".run")
         self.content = {**options, "stages": [dataclasses.asdict(stage) for stage in plan]}
         self.results: list[StageResult] = []
@@ -43,6 +45,10 @@ class RunFolder:
                 self.latest = self._after(last)
                 self.results = [StageResult(**r) for r in json.loads((self.latest / RESULTS).read_text())]
             self._compare(before)
+        elif (self.folder / PLAN).is_file() and not force:
+            raise DijiangError(
+                f"{self.folder} holds an unfinished run: go on with --resume, or start anew with --force"
+            )
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -55,7 +61,10 @@ class RunFolder:
     def _compare(self, before: dict[str, Any]) -> None:
         """Learning rates may change, as a run that diverged needs it; anything else makes another run of it."""
         if _fixed(before) != _fixed(self.content):
-            raise DijiangError(f"{self.folder} is from another run: repeat its options, or drop --resume")
+            raise DijiangError(
+                f"{self.folder} is from another run, of {_other(_fixed(before), _fixed(self.content))}: "
+                "repeat its options, or start anew with --force instead of --resume"
+            )
         to_do = slice(len(self.results), None)
         for stage, now in zip(before["stages"][to_do], self.content["stages"][to_do], strict=True):
             for key in MAY_CHANGE:
@@ -150,6 +159,19 @@ def _fixed(plan: dict[str, Any]) -> dict[str, Any]:
     """What of a plan must be the same to resume it."""
     stages = [{key: value for key, value in stage.items() if key not in MAY_CHANGE} for stage in plan["stages"]]
     return {**plan, "stages": stages}
+
+
+def _other(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What tells two plans apart, first: an option, the number of stages, or a stage's key."""
+    for key in now:
+        if key != "stages" and before.get(key) != now[key]:
+            return f"another --{key.replace('_', '-')}"
+    if len(before["stages"]) == len(now["stages"]):
+        for old, new in zip(before["stages"], now["stages"], strict=True):
+            for key in new:
+                if old.get(key) != new[key]:
+                    return f"another {new['name']}.{key} ({old.get(key)}, now {new[key]})"
+    return "other stages"
 
 
 def _text(path: Path) -> str | None:
