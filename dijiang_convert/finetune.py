@@ -186,10 +186,11 @@ def finetune(
         del model, guide
     run.finish(target, force)
     pushed = None
-    if here.is_main_process:
-        if report:  # once the result is safe
-            _report(target, tokenizer, recipe, plan, probes, held, corpora[-1])
-        pushed = push_checkpoint(target, push).url if push else None
+    if report and here.is_main_process:  # once the result is safe
+        _report(target, tokenizer, recipe, plan, probes, held, corpora[-1])
+    run.remove()
+    if push and here.is_main_process:
+        pushed = push_checkpoint(target, push).url
     here.wait_for_everyone()
     return FinetuneResult(str(target), results, time.perf_counter() - start, pushed, costs, free)
 

@@ -276,3 +276,21 @@ def test_an_unfinished_run_is_not_thrown_away_unasked(
     assert (tmp_path / "out.run" / "rows-0").is_dir()
     tuned(tokens=64, stages=["transfer"], force=True)
     assert not (tmp_path / "out.run").exists()
+
+
+def test_a_run_killed_before_its_report_is_there_is_resumed_for_it(
+    tuned: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    options = {"tokens": 64, "stages": ["transfer"], "report": True}
+    with monkeypatch.context() as patch:
+        patch.setitem(finetune.__globals__, "write_report", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tuned(**options)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    tuned(resume=True, **options)
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / "out.run").exists()

@@ -134,21 +134,25 @@ class RunFolder:
         self.latest = self._after(index)
 
     def finish(self, target: Path, force: bool) -> None:
-        """Puts the model after the last stage in its place, with the log, and TensorBoard's files in runs/STAGE, and
-        removes the run's folder."""
+        """Puts the model after the last stage in its place, with the log, and TensorBoard's files in runs/STAGE."""
+        here = PartialState()
+        if here.is_main_process and not self.finished:
+            assert self.latest is not None
+            with new_folder(target, force) as new:
+                for path in self.latest.iterdir():
+                    if path.name != RESULTS:
+                        _link(path, new / path.name)
+                if self.log.is_file():
+                    shutil.copyfile(self.log, new / self.log.name)
+                for i, stage in enumerate(self.content["stages"]):
+                    if (self.stage(i) / "runs").is_dir():
+                        shutil.copytree(self.stage(i) / "runs", new / "runs" / stage["name"], dirs_exist_ok=True)
+        here.wait_for_everyone()
+
+    def remove(self) -> None:
+        """Once nothing of it is needed any more."""
         here = PartialState()
         if here.is_main_process:
-            if not self.finished:
-                assert self.latest is not None
-                with new_folder(target, force) as new:
-                    for path in self.latest.iterdir():
-                        if path.name != RESULTS:
-                            _link(path, new / path.name)
-                    if self.log.is_file():
-                        shutil.copyfile(self.log, new / self.log.name)
-                    for i, stage in enumerate(self.content["stages"]):
-                        if (self.stage(i) / "runs").is_dir():
-                            shutil.copytree(self.stage(i) / "runs", new / "runs" / stage["name"], dirs_exist_ok=True)
             gone = self.folder.with_name(f".{self.target.name}.run.partial")
             self.folder.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
