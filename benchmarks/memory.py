@@ -68,7 +68,7 @@ def converted(config: Any, folder: Path, settings: Sequence[str] = ()) -> Path:
 
 def compare(folder: Path, stage: Stage) -> tuple[int, int]:
     """(estimated, measured) bytes of a stage at its peak."""
-    (copy,) = teacher_copies([stage], [])
+    (copy,) = teacher_copies([stage])
     (cost,) = plan_costs([stage], converted_config(folder), [copy])
     model = load_converted(folder)
     teacher = load_converted(folder, attention="sdpa").eval().requires_grad_(False) if copy else None

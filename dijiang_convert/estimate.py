@@ -68,35 +68,37 @@ class StageCost:
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-def plan_costs(plan: Sequence[Stage], config: Any, copies: Sequence[bool]) -> list[StageCost]:
+def plan_costs(plan: Sequence[Stage], config: Any, copies: Sequence[bool], processes: int = 1) -> list[StageCost]:
     """What each stage of a run takes, from the config of the converted checkpoint as transformers parses it.
 
-    copies: from `teacher_copies`.
+    Args:
+        copies: which stages have a second, frozen model in memory.
+        processes: that share the rows of a step. Memory is that of one which holds a whole model.
     """
     model = skeleton(getattr(modeling_dijiang, config.architectures[0]), config)
     kernel, layers = read_section(config)
     width = (config.dtype or torch.float32).itemsize
-    return [stage_cost(model, kernel, layers, s, width, copy) for s, copy in zip(plan, copies, strict=True)]
+    return [stage_cost(model, kernel, layers, s, width, copy, processes) for s, copy in zip(plan, copies, strict=True)]
 
 
-def teacher_copies(plan: Sequence[Stage], trained: Sequence[str], given: bool = False) -> list[bool]:
-    """Which stages need a teacher in memory beside the model. With adapters and kernels off it is its own, as long as
-    no stage before changed its base.
-
-    Args:
-        trained: what the stages before this run trained.
-        given: whether the user names a teacher.
-    """
-    copies, before = [], list(trained)
-    for stage in plan:
-        own = not given and stage.train == "lora" and all(kind == "kernel" for kind in before)
-        copies.append(stage.objective == "distillation" and not own)
-        before.append(stage.train)
-    return copies
+def teacher_copies(plan: Sequence[Stage]) -> list[bool]:
+    """Which stages of a recipe need a teacher in memory beside the model. With adapters and kernels off it is its own,
+    as long as no stage before changed its base."""
+    trained = [{stage.train for stage in plan[:i]} for i in range(len(plan))]
+    return [
+        stage.objective == "distillation" and (stage.train == "full" or not before <= {"kernel"})
+        for stage, before in zip(plan, trained, strict=True)
+    ]
 
 
 def stage_cost(
-    model: PreTrainedModel, kernel: Kernel, layers: Layers, stage: Stage, width: int, teacher_copy: bool
+    model: PreTrainedModel,
+    kernel: Kernel,
+    layers: Layers,
+    stage: Stage,
+    width: int,
+    teacher_copy: bool,
+    processes: int = 1,
 ) -> StageCost:
     """What a stage takes.
 
@@ -104,8 +106,9 @@ def stage_cost(
         model: with its kernels, on the meta device.
         width: bytes of a number of the base weights.
         teacher_copy: whether a second, frozen model is in memory.
+        processes: that share the rows of a step.
     """
-    batches = trainer.share_out(stage)
+    batches = trainer.share_out(stage, processes)
     of_kernel = sum(p.numel() for name, p in model.named_parameters() if ".dijiang." in name)
     base = sum(p.numel() for p in model.parameters()) - of_kernel
     stored = base * width + of_kernel * 4
@@ -210,7 +213,7 @@ def timed(costs: Sequence[StageCost], plan: Sequence[Stage], folder: Path, copie
 
     Args:
         folder: the checkpoint, whose own weights stand for a teacher's.
-        copies: from `teacher_copies`.
+        copies: which stages have a second model in memory.
     """
     result = []
     for cost, stage, copy in zip(costs, plan, copies, strict=True):

@@ -30,7 +30,7 @@ from .distill.teacher_cache import CachedRows
 from .distill.teacher_cache import cache_teacher as write_cache
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
-from .estimate import StageCost, free_memory, plan_costs, teacher_copies, timed, told, warning
+from .estimate import StageCost, free_memory, plan_costs, timed, told, warning
 from .models import converted_config, default_device, load_any, load_converted, load_tokenizer, silence
 from .plan import check_context, extended_config, make_plan
 from .probe import PROBES, HeldOut, Probe, first_probes, kept_aside, probe, read_probes, write_probes
@@ -124,8 +124,8 @@ def finetune(
     if push:
         check_repo(push)
     silence()
-    copies = teacher_copies(plan, [step["train"] for step in section["history"]], teacher is not None)
-    costs, free = plan_costs(plan, parsed, copies), free_memory()
+    copies = [each is not None and cache_teacher is None for each in teachers]
+    costs, free = plan_costs(plan, parsed, copies, here.num_processes), free_memory()
     if dry_run:
         check_out(target, force)
         if warning(costs, free) is None:

@@ -85,7 +85,7 @@ def _finetune_bytes(architecture: Architecture, recipe: Recipe, width: int) -> i
 
     model = skeleton(architecture.model_class, architecture.config)
     attach(model, recipe.kernel, architecture.layers)
-    copies = zip(recipe.stages, teacher_copies(recipe.stages, []), strict=True)
+    copies = zip(recipe.stages, teacher_copies(recipe.stages), strict=True)
     costs = [stage_cost(model, recipe.kernel, architecture.layers, s, width, copy) for s, copy in copies]
     return max((cost.memory_bytes for cost in costs), default=0)
 

@@ -62,11 +62,10 @@ def test_steps_and_rows_are_those_of_the_trainer(folder: Path) -> None:
 
 def test_a_second_model_is_needed_where_the_base_does_not_stay(folder: Path) -> None:
     transfer, lora, full = KINDS["transfer"], Stage("d", "distillation", 10, "lora"), KINDS["distill-full"]
-    assert teacher_copies([transfer, lora], []) == [False, False]
-    assert teacher_copies([transfer, lora, lora], []) == [False, False, True]
-    assert teacher_copies([full, KINDS["full"]], []) == [True, False]
-    assert teacher_copies([lora], ["lora"]) == [True]
-    assert teacher_copies([transfer, lora], [], given=True) == [False, True]
+    assert teacher_copies([transfer, lora]) == [False, False]
+    assert teacher_copies([transfer, lora, lora]) == [False, False, True]
+    assert teacher_copies([full, KINDS["full"]]) == [True, False]
+    assert teacher_copies([transfer, Stage("k", "distillation", 10, "kernel")]) == [False, False]
     alone, beside = (plan_costs([lora], converted_config(folder), [copy])[0] for copy in (False, True))
     weights = sum(p.nbytes for p in load_converted(folder).parameters())
     assert beside.memory_bytes - alone.memory_bytes == weights
@@ -158,8 +157,19 @@ def test_a_run_states_its_plan_first(folder: Path, tmp_path: Path, capsys: pytes
     assert result.plan[0].tokens == result.stages[0].tokens
 
 
+def test_a_cached_teacher_is_not_counted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(finetune.__globals__, "timed", lambda costs, *others: costs)
+    options: dict[str, Any] = {"stages": ["distill"], "train": "full", "dry_run": True}
+    beside, cached = (finetune(folder, tmp_path / "out", cache_teacher=top, **options).plan[0] for top in (None, 8))
+    assert beside.weights_bytes - cached.weights_bytes == sum(p.nbytes for p in load_converted(folder).parameters())
+
+
+def test_the_steps_of_several_processes_are_told(folder: Path) -> None:
+    stage = Stage("a", "cross_entropy", 1000 * 128, "lora", seq_len=128)
+    (cost,) = plan_costs([stage], converted_config(folder), [False], processes=4)
+    assert (cost.rows, cost.steps) == (4, 250)
 def test_inspect_uses_the_same_formula(folder: Path) -> None:
     found = inspect(str(folder.parent / "source"))
     plan = load_recipe("default").stages
-    costs = plan_costs(plan, converted_config(folder), teacher_copies(plan, []))
+    costs = plan_costs(plan, converted_config(folder), teacher_copies(plan))
     assert found.finetune_bytes == max(cost.memory_bytes for cost in costs)

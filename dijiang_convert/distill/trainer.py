@@ -122,7 +122,9 @@ def run_stage(
     trained = _prepare(model, stage, seed)
     batches, alone = share_out(stage, count), share_out(stage)
     if batches.rows != alone.rows:
-        console.print(f"{stage.name}: {alone.rows} rows a step can't be shared by {count} processes: {batches.rows}")
+        console.print(
+            f"{stage.name}: {alone.rows} rows a step can't be shared by {count} processes, so it has {batches.rows}"
+        )
     step_tokens = batches.rows * stage.seq_len
     progress, stop = _ProgressCallback(stage, batches.steps, step_tokens), StopOnSignal()
     trainer = _StageTrainer(
