@@ -39,7 +39,7 @@ from .push import check_repo
 from .push import push as push_checkpoint
 from .recipe import Recipe, Stage, parse_recipe
 from .report import LOG, REPORT, write_report
-from .sources import is_hub_id
+from .sources import is_hub_id, read_config, resolve
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ def finetune(
     teachers = [
         _teacher(stage, folder, section, [*section["history"], *plan[:i]], teacher) for i, stage in enumerate(plan)
     ]
-    _check_cache(cache_teacher, teachers)
+    _check_teachers(teachers, teacher, cache_teacher)
     corpora = [corpus_of(stage.data, data, recipe) for stage in plan]
-    if not (resume or dry_run):  # a resumed run has its rows, whatever has happened to the corpus
+    if not resume:  # a resumed run has its rows, whatever has happened to the corpus
         for corpus in corpora:
             check_data(corpus)
     if push:
@@ -280,7 +280,12 @@ def _teacher(
     return _Teacher(str(folder), is_converted=True)
 
 
-def _check_cache(top: int | None, teachers: Sequence[_Teacher | None]) -> None:
+def _check_teachers(teachers: Sequence[_Teacher | None], given: str | None, top: int | None) -> None:
+    """Before anything that takes long, whether those with a name are there, and options for them of any use."""
+    if given is not None and not any(teachers):
+        raise DijiangError(f"--teacher {given} is of no use here: no stage is a distillation; leave it out")
+    for name in {each.name for each in teachers if each is not None and not each.is_converted}:
+        read_config(resolve(name))
     if top is None:
         return
     if top < 1:

@@ -12,7 +12,7 @@ import transformers
 from typer.testing import CliRunner
 
 from benchmarks.memory import compare, converted
-from dijiang_convert import finetune, inspect
+from dijiang_convert import DijiangError, finetune, inspect
 from dijiang_convert.cli import app
 from dijiang_convert.demo_text import documents
 from dijiang_convert.distill import trainer
@@ -168,6 +168,26 @@ def test_the_steps_of_several_processes_are_told(folder: Path) -> None:
     stage = Stage("a", "cross_entropy", 1000 * 128, "lora", seq_len=128)
     (cost,) = plan_costs([stage], converted_config(folder), [False], processes=4)
     assert (cost.rows, cost.steps) == (4, 250)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"data": "no-such.txt"}, "no such file"),
+        ({"teacher": "./no-such"}, "no such folder: ./no-such"),
+        ({"teacher": "./no-such", "stages": ["transfer"]}, "--teacher ./no-such is of no use"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_is_wrong_is_said_before_anything_runs(
+    folder: Path, tmp_path: Path, options: dict[str, Any], expected: str, dry_run: bool
+) -> None:
+    given = {"data": documents("train")[:1], "tokens": 256, "seq_len": 128, **options}
+    with pytest.raises(DijiangError, match=expected):
+        finetune(folder, tmp_path / "out", dry_run=dry_run, **given)
+    assert not list(tmp_path.iterdir())
+
+
 def test_inspect_uses_the_same_formula(folder: Path) -> None:
     found = inspect(str(folder.parent / "source"))
     plan = load_recipe("default").stages
