@@ -44,8 +44,12 @@ def make_plan(
     chosen = [stage for name in names or dict.fromkeys(known) for stage in recipe.stages if stage.name == name]
     plan = tuple(stage for stage in chosen if stage.name not in skip)
     if not plan:
-        raise DijiangError(f"recipe {recipe.name} has no stages to run: give it some")
+        remedy = "--skip leaves none of them" if chosen else "give it some"
+        raise DijiangError(f"recipe {recipe.name} has no stages to run: {remedy}")
     if train is not None:
+        if all(stage.train == "kernel" for stage in plan):
+            names = ", ".join(dict.fromkeys(stage.name for stage in plan))
+            raise DijiangError(f"--{train} is of no use here: {names} trains the kernel alone; leave it out")
         plan = tuple(s if s.train == "kernel" else dataclasses.replace(s, train=train) for s in plan)
     if seq_len is not None:
         plan = tuple(dataclasses.replace(s, seq_len=seq_len) for s in plan)
