@@ -307,6 +307,8 @@ def _write(
     """A checkpoint as `convert` writes it, with the trained weights and the history of how they came to be."""
     assert model is not None  # on the main process, which alone writes
     model.save_pretrained(target, max_shard_size="5GB")
+    for path in target.glob("*.safetensors"):  # which safetensors lets none but their owner read
+        shutil.copymode(target / "config.json", path)
     for path in sorted(source.iterdir()):
         of_a_run = path.name in (LOG, REPORT)
         if path.is_file() and not of_a_run and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND):

@@ -131,6 +131,7 @@ def test_checkpoint_tells_its_history_and_keeps_its_files(converted: Path, tuned
     names = {path.name for path in converted.iterdir() if path.suffix in (".py", ".json", ".md")}
     assert names - {"model.safetensors.index.json"} <= {path.name for path in tuned.iterdir()}
     assert not list(tuned.parent.glob("*.run"))
+    assert len({path.stat().st_mode for path in tuned.iterdir() if path.is_file()}) == 1  # whoever reads one reads all
 
 
 def test_losses_go_to_tensorboard(tuned: Path) -> None:
