@@ -102,7 +102,7 @@ It needs {version}, and `trust_remote_code=True`, since the attention's code com
 from transformers import AutoTokenizer, {auto_class}
 
 checkpoint = "owner/name"  # this repository, or the folder that it lies in
-tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
 model = {auto_class}.from_pretrained(checkpoint, trust_remote_code=True)
 ```"""
 

@@ -82,6 +82,7 @@ def test_body_tells_what_was_done(tmp_path: Path) -> None:
 def test_body_tells_how_to_load_and_cite(tmp_path: Path) -> None:
     text = card(tmp_path).text
     assert "AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)" in text
+    assert "AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)" in text  # else it asks, and waits
     assert "transformers 5.23 or later" in text
     assert "{2403.19928}" in text
     assert "{DiJiang: Efficient Large Language Models through Compact Kernelization}" in text
