@@ -116,7 +116,7 @@ def finetune(
     teachers = [
         _teacher(stage, folder, section, [*section["history"], *plan[:i]], teacher) for i, stage in enumerate(plan)
     ]
-    _check_teachers(teachers, teacher, cache_teacher)
+    _check_teachers(teachers, teacher, cache_teacher, parsed.get_text_config().vocab_size)
     corpora = [corpus_of(stage.data, data, recipe) for stage in plan]
     if not resume:  # a resumed run has its rows, whatever has happened to the corpus
         for corpus in corpora:
@@ -280,12 +280,18 @@ def _teacher(
     return _Teacher(str(folder), is_converted=True)
 
 
-def _check_teachers(teachers: Sequence[_Teacher | None], given: str | None, top: int | None) -> None:
-    """Before anything that takes long, whether those with a name are there, and options for them of any use."""
+def _check_teachers(teachers: Sequence[_Teacher | None], given: str | None, top: int | None, vocabulary: int) -> None:
+    """Before anything that takes long, whether those with a name are there and have the same tokens, and
+    whether options for them are of any use."""
     if given is not None and not any(teachers):
         raise DijiangError(f"--teacher {given} is of no use here: no stage is a distillation; leave it out")
     for name in {each.name for each in teachers if each is not None and not each.is_converted}:
-        read_config(resolve(name))
+        theirs = read_config(resolve(name)).get("vocab_size", vocabulary)
+        if theirs != vocabulary:
+            raise DijiangError(
+                f"teacher {name} has a vocabulary of {theirs:,} and the checkpoint one of {vocabulary:,}: give the "
+                "model that was converted, with --teacher"
+            )
     if top is None:
         return
     if top < 1:

@@ -188,6 +188,14 @@ def test_what_is_wrong_is_said_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_teacher_of_other_tokens_is_refused_before_anything_runs(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "llama", "vocab_size": 1000}')
+    with pytest.raises(DijiangError, match="has a vocabulary of 1,000 and the checkpoint one of 1,024"):
+        finetune(folder, tmp_path / "out", teacher=str(other), dry_run=True)
+
+
 def test_inspect_uses_the_same_formula(folder: Path) -> None:
     found = inspect(str(folder.parent / "source"))
     plan = load_recipe("default").stages
