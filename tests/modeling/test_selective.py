@@ -105,6 +105,24 @@ def test_padding(form: str, left: int, right: int) -> None:
     assert relative(out[1:, :, real], reference) <= 1e-5
 
 
+@pytest.mark.parametrize("form", ["chunked", "recurrent"])
+@pytest.mark.parametrize("of", OF)
+def test_padding_in_the_middle_decays_nothing(of: str, form: str) -> None:
+    x = inputs(300)
+    given, mask = decays(x, of), torch.ones(2, 300, dtype=torch.bool)
+    mask[:, 80:150] = False
+    out, state = run(form, x, window=0, mask=mask, **given)
+    real = mask[0]
+    alone = {name: t[:, :, real] for name, t in x.items()}
+    own = {name: double(t[:, :, real]) for name, t in given.items()}
+    reference = naive(**double(alone), scaling=SCALING, window=0, **own)
+    assert relative(out[:, :, real], reference) <= 1e-5
+    start = FarState.empty(2, 2, 24, 10, x["v"])
+    absorbed = absorb(start, x["fk"], x["gk"], x["v"], **given, valid=mask)
+    scale = (state.m - absorbed.m).exp()[..., None, None]
+    assert relative(absorbed.s, state.s.double() * scale) <= 1e-5
+
+
 @pytest.mark.parametrize("window", [0, 16])
 @pytest.mark.parametrize("form", ["chunked", "recurrent"])
 @pytest.mark.parametrize("of", OF)
