@@ -3,7 +3,8 @@
     python benchmarks/training.py --out benchmarks/results/training-cpu.json
 
 Memory, every way of training in a process of its own, three steps of AdamW: the peak resident size of the process (on
-CUDA the allocator's), and how much of it came after the model was loaded.
+CUDA the allocator's), and how much of it came after the model was loaded. The C library would keep much of what is
+freed, whoever trains: MALLOC_MMAP_THRESHOLD_ makes it give back blocks from 1 MB on.
 
 - plain: the softmax model (SDPA) with peft's LoRA and its own cross-entropy loss
 - distill: the converted model with the same LoRA and its kernels, distilled from itself
@@ -193,7 +194,9 @@ def measure_times(names: tuple[str, ...], folder: Path, vocabulary: int, args: a
 
 def worker(name: str, folder: Path, vocabulary: int, argv: list[str]) -> Any:
     command = [sys.executable, __file__, *argv, "--worker", name, str(folder), str(vocabulary)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+    environment = os.environ if name == "times" else {"MALLOC_MMAP_THRESHOLD_": "1000000", **os.environ}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def ratios(memory: dict[str, dict[str, int]], times: dict[str, float]) -> dict[str, float]:

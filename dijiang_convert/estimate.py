@@ -165,13 +165,14 @@ def _kernel_numbers(kernel: Kernel, layers: Layers, transfer: bool) -> int:
     numbers = 0
     if kernel.far:
         states = query if kernel.decay == "retnet" else key
-        numbers += query * (chunk + 3 * features + 2 * dim + 3 * value)
-        numbers += states * (chunk + 3 * features + 2 * dim + 3 * features * value // (2 * chunk))
+        decaying = 1 if kernel.decay_rank else 0  # features that decay are there twice, with the decays and their sums
+        numbers += query * (chunk + (2 + decaying) * features + 2 * dim + 3 * value)
+        numbers += states * (chunk + (2 + 3 * decaying) * features + 2 * dim + 3 * features * value // (2 * chunk))
     if kernel.far and kernel.window:
         numbers += query * 2 * (features + dim)  # the merge, and log-scales that count only then
     if kernel.window and not transfer:
         reach = kernel.window - 1 + min(max(kernel.window, 16), 128)  # keys that a block of queries is scored with
-        numbers += query * (3 * reach + 2 * dim) + key * 2 * (dim + value)
+        numbers += query * (2 * reach + 2 * dim) + key * 2 * (dim + value)
     return numbers + (4 * query * value if kernel.gate else 0)
 
 

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, TrainingArguments
 
 from dijiang_convert import convert, evaluate, finetune
-from dijiang_convert.distill.data import token_rows
+from dijiang_convert.distill.data import Rows, token_rows
 from dijiang_convert.models import load_any
 
 from .measures import recall
@@ -82,6 +82,20 @@ def write_corpus(books: Path, folder: Path, characters: int, seed: int = 0) -> N
                     break
 
 
+class _Labelled:
+    """Rows as Trainer takes them: each token is to be predicted."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = self.rows.ids[index].long()
+        return {"input_ids": ids, "labels": ids}
+
+
 def train_teacher(size: Size, tokenizer: Any, corpus: Path, out: Path) -> dict[str, float]:
     config = GPTNeoXConfig(
         vocab_size=len(tokenizer), hidden_size=size.hidden, num_hidden_layers=size.layers,
@@ -91,7 +105,7 @@ def train_teacher(size: Size, tokenizer: Any, corpus: Path, out: Path) -> dict[s
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(config)
     rows = token_rows(str(corpus), tokenizer, seq_len=size.context, tokens=size.tokens)
-    data = [{"input_ids": ids, "labels": ids} for ids in rows.ids]
+    data = _Labelled(rows)
     cuda = torch.cuda.is_available()
     steps = size.tokens // (size.batch * size.context)
     arguments = TrainingArguments(

@@ -17,7 +17,7 @@ Shape legend: B batch, H query heads, G key/value heads, R = H / G, N queries, K
 head_dim, F features, C chunk. All sums are accumulated in float32 (float64 if the inputs are).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -322,9 +322,9 @@ def _far_chunks(
 
     kept = None
     if keys.delta is not None:  # a key's features grow by what its chunk has lost before it, a query's shrink
-        lost = (chunks(keys.delta) * live[..., None]).cumsum(3)
-        q, k = q * (-lost).exp()[:, :, :, None], k * lost.exp()
-        kept = (-lost[..., -1, :, None]).exp()  # of a feature's sums, over the whole chunk, [B, G, n, F, 1]
+        delta = chunks(keys.delta) * live[..., None]
+        q, k = _DecayedFeatures.apply(q, k, delta)
+        kept = (-delta.sum(3)).exp()[..., None]  # of a feature's sums, over the whole chunk, [B, G, n, F, 1]
 
     visible = torch.ones(size, size, dtype=torch.bool, device=q.device).tril() & live[..., None, :]
     adds, keeps, reads = live, None, None
@@ -554,7 +554,41 @@ def _rescaled(s: Tensor, top: Tensor, total: Tensor) -> FarState:
 
 def softmax_with_lse(x: Tensor) -> tuple[Tensor, Tensor]:
     """(softmax, log-sum-exp) over the last dimension."""
-    return x.softmax(-1), x.logsumexp(-1)
+    return _SoftmaxWithLse.apply(x) if torch.is_grad_enabled() else (x.softmax(-1), x.logsumexp(-1))
+
+
+class _SoftmaxWithLse(torch.autograd.Function):
+    """Both gradients from the softmax alone, where autograd would keep x as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights = x.softmax(-1)
+        ctx.save_for_backward(weights)
+        return weights, x.logsumexp(-1)
+
+    @staticmethod
+    def backward(ctx: Any, of_weights: Tensor, of_lse: Tensor) -> Tensor:  # type: ignore[override]
+        (weights,) = ctx.saved_tensors
+        return weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True) + of_lse[..., None])
+
+
+class _DecayedFeatures(torch.autograd.Function):
+    """(q e^−Λ, k e^Λ), Λ the sums of delta over a chunk so far: q [B, G, n, R, C, F], k and delta [B, G, n, C, F].
+    Gradients come from the results, which matrix products keep anyway; autograd would keep five tensors more."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        lost = delta.cumsum(3)
+        q, k = q * (-lost).exp()[:, :, :, None], k * lost.exp()
+        ctx.save_for_backward(q, k, lost)
+        return q, k
+
+    @staticmethod
+    def backward(ctx: Any, of_q: Tensor, of_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        q, k, lost = ctx.saved_tensors
+        of_lost = of_k * k - (of_q * q).sum(3)
+        of_delta = of_lost.flip(3).cumsum(3).flip(3)
+        return of_q * (-lost).exp()[:, :, :, None], of_k * lost.exp(), of_delta
 
 
 def _add_reads(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
