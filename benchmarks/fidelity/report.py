@@ -126,7 +126,7 @@ def draw(runs: Runs, path: Path) -> None:
         positions = [(j + 0.5) * last[0]["seq_len"] / len(by_position) for j in range(len(by_position))]
         right.plot(positions, by_position, markersize=3, **style)
     left.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="KL to the original, nats a token")
-    right.set(yscale="log", xlabel="position", ylabel="KL to the original, nats a token")
+    right.set(yscale="log", xlabel="position, each row after its most tokens", ylabel=left.get_ylabel())
     figure.legend(*left.get_legend_handles_labels(), loc="outside center right", fontsize=8)
     figure.tight_layout(rect=(0, 0, 0.8, 1))
     figure.savefig(path, dpi=130)
