@@ -13,42 +13,52 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .errors import DijiangError, Unsupported
 from .modeling.configuration_dijiang import Kernel, Layers
 from .modeling.modeling_dijiang import (
-    UNSUPPORTED_ARGUMENTS,
     DiJiangAttention,
     attach,
+    attention_name,
     cache_argument,
     layer_index,
     parameter_names,
 )
 
 FOLLOWERS = "gpt_neox, llama, opt, qwen2, qwen3, mistral, phi, gpt2, olmo2 and many more do"
+NO_ATTENTION = f"has no attention that goes through AttentionInterface: {FOLLOWERS}"
+LAYER_SPECS = "all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N"
+# What attention functions get and the kernel follows, or what does not change their result.
+KNOWN_ARGUMENTS = {
+    "mask", "scaling", "softcap", "s_aux", "is_causal", "sliding_window", "dropout", "position_ids", "use_cache",
+    "cache_position", "output_attentions",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A source that converts.
 
-    model_class: its causal language model; base_class: the same without the head.
+    model_class: its causal language model.
     layers: what a kernel would replace; parameters: how many numbers the model has.
     rotary_removable: whether there is no rotary embedding, or one that the kernel can undo in all these layers.
     rotates: whether there is any.
+    has_sinks: whether each head has a logit that takes its share of the weights (attention sinks).
     """
 
     model_class: type[PreTrainedModel]
-    base_class: type[PreTrainedModel]
     config: PreTrainedConfig
     layers: Layers
     parameters: int
     rotary_removable: bool
     rotates: bool
+    has_sinks: bool
 
     def new_tensors(self, kernel: Kernel) -> dict[str, torch.Tensor]:
         """Every tensor that a conversion adds, initialised, under the name the checkpoint gives it. What starts at
@@ -79,7 +89,7 @@ def examine(config: dict[str, Any], layers: str = "all") -> Architecture:
 
     Raises Unsupported with the true reason where it can't be, and DijiangError for a bad ``layers``.
     """
-    model_class, base_class, parsed = _classes(config)
+    model_class, parsed = _classes(config)
     if not model_class._can_set_attn_implementation():
         raise Unsupported(f"{parsed.model_type} does not route its attention through AttentionInterface: {FOLLOWERS}")
     parsed._attn_implementation = "eager"
@@ -88,18 +98,19 @@ def examine(config: dict[str, Any], layers: str = "all") -> Architecture:
     except Exception as error:
         raise Unsupported(f"{parsed.model_type} can't be built from this config ({_first_line(error)})") from error
     seen = _Notes(model.bfloat16())  # grouped expert kernels take no other type on the meta device
-    try:
-        seen.run()
-    except Exception as error:
-        raise Unsupported(f"{parsed.model_type} can't be traced without weights ({_first_line(error)})") from error
+    seen.run()
     found = seen.layers(layers)
     parsed._attn_implementation = "eager"
     parameters = sum(p.numel() for p in model.parameters())
-    removable, rotates = seen.rotary_removable(found), _rotary_source(seen.of(found)[0].module) is not None
-    return Architecture(model_class, base_class, parsed, found, parameters, removable, rotates)
+    picked = seen.of(found)
+    return Architecture(
+        model_class, parsed, found, parameters, seen.rotary_removable(found),
+        rotates=any(_rotary_source(call.module) is not None for call in picked),
+        has_sinks=any(call.arguments.get("s_aux") is not None for call in picked),
+    )  # fmt: skip
 
 
-def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], type[PreTrainedModel], PreTrainedConfig]:
+def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     kind = str(config.get("model_type"))
     if "dijiang" in config or kind.startswith("dijiang_"):
         raise DijiangError("the model is converted already: go on with dijiang finetune")
@@ -122,55 +133,68 @@ def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], type[PreTra
         parsed = transformers.CONFIG_MAPPING[kind].from_dict(dict(config))
     except Exception as error:
         raise DijiangError(f"config.json is not valid for {kind} ({_first_line(error)}): get the model again") from None
-    bases = MODEL_MAPPING_NAMES[kind]
-    base = bases if isinstance(bases, str) else bases[0]
-    return getattr(transformers, name), getattr(transformers, base), parsed
+    return getattr(transformers, name), parsed
 
 
 @dataclass(frozen=True)
 class _Seen:
+    """One call of the attention function. key: what it got, kept to tell layers that share one apart from others."""
+
     module: Any
     name: str
+    key: torch.Tensor
     heads: tuple[int, int, int, int]  # query heads, key/value heads, head_dim, value_dim
     arguments: dict[str, Any]
     rotated: bool
 
     @property
     def index(self) -> Any:
-        """Its layer, an int; None is refused by `_check`."""
+        """Its layer, an int; None is refused by `layers`."""
         return layer_index(self.name, self.module)
 
 
 class _Notes:
     """Runs a model once on the meta device and notes every call of its attention function."""
 
+    LENGTH = 8
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.calls = model, list[_Seen]()
+        self.kind = model.config.model_type
+        self.config: Any = model.config.get_text_config(decoder=True)
         self.names = {module: name for name, module in model.named_modules()}
         self.arguments: dict[nn.Module, dict[str, Any]] = {}  # of the modules that are handed a cache
         self.rotated = False  # since the last call
 
-    def run(self, length: int = 8) -> None:
+    def run(self) -> None:
+        """Raises Unsupported where the model can't run so."""
+        try:
+            self._run(_padding_mask)
+        except Exception as error:
+            reason = f"{self.kind} can't be traced without weights ({_first_line(error)})"
+            with contextlib.suppress(Exception):
+                self._run(sdpa_mask)
+                reason = f"{self.kind} reads or changes its attention mask itself, which linear attention has none of"
+            raise Unsupported(reason) from error
+
+    def _run(self, mask_function: Callable[..., Any]) -> None:
+        self.calls.clear()
         hooks = [m.register_forward_pre_hook(self._note_cache, with_kwargs=True) for m in self.model.modules()]
         AttentionInterface.register("dijiang_probe", self._note)
+        AttentionMaskInterface.register("dijiang_probe", mask_function)
         sources = {source for m in self.model.modules() if (source := _rotary_source(m)) is not None}
         functions = [(source, source.apply_rotary_pos_emb) for source in sources]
         try:
             for source, function in functions:
                 source.apply_rotary_pos_emb = self._noting_rotation(function)  # type: ignore[attr-defined]
-            ids = torch.zeros(1, length, dtype=torch.long, device="meta")
-            mask = torch.ones(1, length, dtype=torch.long, device="meta")
-            with torch.no_grad(), quiet():
+            ids = torch.ones(1, self.LENGTH, dtype=torch.long, device="meta")
+            with torch.no_grad(), quiet(), _WithoutValues():
                 self.model.set_attn_implementation("dijiang_probe")
-                cache = DynamicCache(config=self.model.config)
-                self.model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    use_cache=True,
-                    **{str(cache_argument(self.model.forward)): cache},
-                )
+                cache = {str(cache_argument(self.model.forward)): DynamicCache(config=self.config)}
+                self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **cache)
         finally:
             AttentionInterface._global_mapping.pop("dijiang_probe", None)
+            AttentionMaskInterface._global_mapping.pop("dijiang_probe", None)
             for source, function in functions:
                 source.apply_rotary_pos_emb = function  # type: ignore[attr-defined]
             for hook in hooks:
@@ -189,62 +213,104 @@ class _Notes:
         return rotate
 
     def _note(
-        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         heads = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-        self.calls.append(_Seen(module, self.names[module], heads, kwargs, self.rotated))
+        seen = _Seen(module, self.names[module], key, heads, {**kwargs, "mask": attention_mask}, self.rotated)
+        self.calls.append(seen)
         self.rotated = False
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     def layers(self, spec: str) -> Layers:
-        kind = self.model.config.model_type
         if not self.calls:
-            raise Unsupported(f"{kind} has no attention that goes through AttentionInterface: {FOLLOWERS}")
+            reason = "is recurrent: it has no attention to convert" if self.model._is_stateful else NO_ATTENTION
+            raise Unsupported(f"{self.kind} {reason}")
         for seen in self.calls:
-            self._check(seen, kind)
-        full = {seen.index: seen for seen in self.calls if not self._is_sliding(seen)}
-        if not full:
-            raise Unsupported(f"every layer of {kind} has a sliding window: its attention is linear already")
-        chosen = select_layers(spec, self.model.config.num_hidden_layers, sorted(full))
-        picked = [full[index] for index in chosen]
-        classes = {(type(seen.module).__name__, seen.name.rpartition(".")[2]) for seen in picked}
+            if seen.index is None or sum(other.module is seen.module for other in self.calls) > 1:
+                raise Unsupported(f"{self.kind} runs the same attention module several times a token")
+        calls = {seen.index: seen for seen in self.calls}
+        count = max(self.config.num_hidden_layers, max(calls) + 1)  # some layers have two
+        local = sorted(index for index, seen in calls.items() if self._is_local(seen))
+        chosen = select_layers(spec, count, sorted(calls.keys() - {*local}), local, self.kind)
+        picked = [calls[index] for index in chosen]
+        for seen in picked:
+            self._check(seen)
+        self._check_sharing(calls, chosen)
+        classes = {(type(seen.module).__name__, attention_name(seen.name)) for seen in picked}
         shapes = {seen.heads for seen in picked}
         if len(classes) > 1 or len(shapes) > 1:
-            raise Unsupported(f"the layers of {kind} differ in head shape {sorted(shapes)}: choose with --layers")
-        heads, kv_heads, head_dim, value_dim = picked[0].heads
-        hidden = self.model.config.get_text_config().hidden_size
-        return Layers(*classes.pop(), tuple(chosen), heads, kv_heads, head_dim, value_dim, hidden)
+            raise Unsupported(f"the layers of {self.kind} differ in head shape {sorted(shapes)}: choose with --layers")
+        first = picked[0] if picked else self.calls[0]
+        classes.add((type(first.module).__name__, attention_name(first.name)))
+        unrotated = tuple(seen.index for seen in picked if not seen.rotated) if any(s.rotated for s in picked) else ()
+        return Layers(*classes.pop(), tuple(chosen), *first.heads, self.config.hidden_size, unrotated)
 
     def of(self, layers: Layers) -> list[_Seen]:
         return [seen for seen in self.calls if seen.index in layers.layers]
 
     def rotary_removable(self, layers: Layers) -> bool:
-        picked = self.of(layers)
+        picked = [seen for seen in self.of(layers) if seen.index not in layers.unrotated]
+        if not picked:
+            return True
         given = self.arguments[picked[0].module]
         rotates = _rotary_source(picked[0].module) is not None
         if not rotates or given.get("position_embeddings") is None:
             return not rotates and "position_embeddings" not in given
-        if not all(seen.rotated for seen in picked):  # the kernel would rotate back what never was
-            return False
         # Where only a part of each head is rotated it must be the first, as everywhere but in latent attention.
-        rope = getattr(self.model.config, "rope_parameters", None) or {}
+        rope = getattr(self.config, "rope_parameters", None) or {}
         dim = given["position_embeddings"][0].shape[-1]
         return dim == layers.head_dim or (dim < layers.head_dim and rope.get("partial_rotary_factor", 1.0) < 1.0)
 
-    def _check(self, seen: _Seen, kind: str) -> None:
-        for name in UNSUPPORTED_ARGUMENTS:
-            if seen.arguments.get(name) is not None:
-                raise Unsupported(f"the attention of {kind} has {name}, which the kernel does not follow yet")
+    def _check(self, seen: _Seen) -> None:
+        """Whether the kernel knows all that the attention function gets."""
+        given = {name for name, value in seen.arguments.items() if value is not None and value is not False}
+        unknown = sorted(given - KNOWN_ARGUMENTS)
+        if unknown:
+            raise Unsupported(f"the attention of {self.kind} has {unknown[0]}, which the kernel does not follow")
+        mask = seen.arguments["mask"]
+        if mask is not None and mask.shape != (1, self.LENGTH):
+            raise Unsupported(f"the attention of {self.kind} adds a bias to its mask, which the kernel does not follow")
         if not getattr(seen.module, "is_causal", True):
-            raise Unsupported(f"{kind} has attention that is not causal: only decoders are converted")
-        if seen.index is None or seen.module not in self.arguments:
-            raise Unsupported(f"the attention module of {kind} is not handed its cache, which the kernel needs")
+            raise Unsupported(f"{self.kind} has attention that is not causal: only decoders are converted")
+        if seen.module not in self.arguments:
+            raise Unsupported(f"the attention module of {self.kind} is not handed its cache, which the kernel needs")
 
-    def _is_sliding(self, seen: _Seen) -> bool:
-        types = getattr(self.model.config, "layer_types", None)
-        if types is not None:
+    def _check_sharing(self, calls: dict[int, _Seen], chosen: list[int]) -> None:
+        """A converted layer's cache gives new keys alone, so layers that share keys are converted together or not."""
+        for index, seen in calls.items():
+            sharing = [i for i, other in calls.items() if other.key is seen.key]
+            if index in chosen and not set(sharing) <= set(chosen):
+                names = ", ".join(map(str, sharing))
+                raise Unsupported(f"layers {names} of {self.kind} share keys and values: choose all of them or none")
+
+    def _is_local(self, seen: _Seen) -> bool:
+        types = getattr(self.config, "layer_types", None)
+        if types is not None and types[seen.index] in ("full_attention", "sliding_attention", "chunked_attention"):
             return types[seen.index] != "full_attention"
         return seen.arguments.get("sliding_window") is not None
+
+
+def _padding_mask(**kwargs: Any) -> torch.Tensor:
+    """As `dijiang_mask` has it, and never None: a model that works on it shows."""
+    return torch.ones(1, _Notes.LENGTH, dtype=torch.bool, device="meta")
+
+
+class _WithoutValues(TorchDispatchMode):
+    """Lets models look at values on the meta device, where there are none: every number they see is 1, or True."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name == "_local_scalar_dense":
+            return True if args[0].dtype == torch.bool else 1
+        if name == "nonzero":
+            return args[0].new_zeros((1, args[0].dim()), dtype=torch.long)
+        return func(*args, **(kwargs or {}))
 
 
 def _rotary_source(module: nn.Module) -> Any:
@@ -253,44 +319,74 @@ def _rotary_source(module: nn.Module) -> Any:
     return source if hasattr(source, "apply_rotary_pos_emb") else None
 
 
-def check_rotary(kernel: Kernel, architecture: Architecture) -> None:
-    """Raises Unsupported where the kernel must undo rotary embedding and can't get at it."""
+def check_kernel(kernel: Kernel, architecture: Architecture) -> None:
+    """Raises Unsupported where this kernel can't do what these layers need."""
+    kind = architecture.config.model_type
     if kernel.far and kernel.rotary == "remove" and not architecture.rotary_removable:
         raise Unsupported(
-            f"the kernel can't undo the rotary embedding of all these layers of {architecture.config.model_type}: "
+            f"the kernel can't undo the rotary embedding of these layers of {kind}: "
             "--set rotary=keep leaves it in the far features, --layers chooses others"
+        )
+    if architecture.has_sinks and kernel.window == 0:
+        raise Unsupported(
+            f"the attention sinks of {kind} need a window: take a recipe that has one, or --set window=64"
         )
 
 
-def select_layers(spec: str, count: int, available: list[int]) -> list[int]:
-    """Layer indices from ``all``, ``0,3,8-23``, ``every:2`` or ``not-last:2``. Raises DijiangError if out of range."""
-    bad = DijiangError(f"--layers {spec!r} is not valid: give all, 0,3,8-23, every:N or not-last:N")
-    head, _, number = spec.partition(":")
-    if head in ("every", "not-last"):
-        if not number.isdecimal() or int(number) < 1:
-            raise bad
-        n = int(number)
-        wanted = list(range(0, count, n)) if head == "every" else list(range(count - n))
-    elif spec == "all":
-        return available
-    else:
-        wanted = []
-        for part in spec.split(","):
-            first, dash, last = part.partition("-")
-            if not first.isdecimal() or (dash and not last.isdecimal()):
+def select_layers(spec: str, count: int, full: list[int], local: list[int], kind: str) -> list[int]:
+    """The layers that a specification names, of ``count``.
+
+    spec: ``all`` that see every token before, ``none``, ``sliding-only``, ``0,3,8-23``, ``every:2``, ``not-every:4``,
+        ``not-last:2``; or several with commas between them. Every, not-every and not-last choose from ``all``.
+    full, local: those with attention to every token before, and to a part of them.
+
+    Raises DijiangError for what is no specification or names a layer that has no attention, and Unsupported where
+    ``all`` are none.
+    """
+    bad = DijiangError(f"--layers {spec!r} is not valid: give {LAYER_SPECS}")
+    chosen: set[int] = set()
+    for part in spec.split(","):
+        head, _, number = part.partition(":")
+        first, dash, last = part.partition("-")
+        if part == "none":
+            continue
+        if part == "sliding-only":
+            chosen |= {*local}
+        elif part == "all":
+            chosen |= {*full}
+        elif head in ("every", "not-every", "not-last"):
+            if not _is_number(number) or int(number) < 1:
+                raise bad
+            n = int(number)
+            chosen |= {
+                i for i in full
+                if (head == "every" and i % n == 0)
+                or (head == "not-every" and i % n != n - 1)
+                or (head == "not-last" and i < count - n)
+            }  # fmt: skip
+        else:
+            if not _is_number(first) or (dash and not _is_number(last)):
                 raise bad
             start, end = int(first), int(last or first)
             if max(start, end) >= count:
                 beyond = max(start, count)
                 raise DijiangError(f"--layers {spec!r}: there is no layer {beyond}, the model has 0 to {count - 1}")
-            wanted += range(start, end + 1)
-        missing = [index for index in wanted if index not in available]
-        if missing:
-            raise DijiangError(f"--layers {spec!r}: layer {missing[0]} has no full attention to convert")
-    chosen = sorted(set(wanted) & set(available))
-    if not chosen:
-        raise DijiangError(f"--layers {spec!r} chooses no layer of {count}: give all, 0,3,8-23, every:N or not-last:N")
-    return chosen
+            missing = sorted({*range(start, end + 1)} - {*full, *local})
+            if missing:
+                raise DijiangError(f"--layers {spec!r}: layer {missing[0]} has no attention to convert")
+            chosen |= {*range(start, end + 1)}
+    if not chosen and spec == "all":
+        raise Unsupported(
+            f"every attention layer of {kind} has a sliding window: it is linear already, "
+            "--layers sliding-only converts it all the same"
+        )
+    if not chosen and spec != "none":
+        raise DijiangError(f"--layers {spec!r} chooses no layer of {count}: give {LAYER_SPECS}")
+    return sorted(chosen)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 @contextlib.contextmanager

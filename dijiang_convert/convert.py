@@ -17,7 +17,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from . import __version__
-from .architecture import Architecture, check_rotary, examine
+from .architecture import Architecture, check_kernel, examine
 from .card import write_card
 from .checkpoint import check_out, free_space, new_folder, read_shard, weight_files, write_json, write_shards
 from .errors import DijiangError
@@ -97,7 +97,7 @@ def convert(
     found = resolve(source, revision)
     config = read_config(found)
     architecture = examine(config, layers)
-    check_rotary(chosen.kernel, architecture)
+    check_kernel(chosen.kernel, architecture)
     target = Path(out) if out is not None else Path(f"{found.name}-dijiang")
     check_out(target, force)
     if push is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .architecture import Architecture, check_rotary, examine, skeleton
+from .architecture import Architecture, check_kernel, examine, skeleton
 from .errors import Unsupported
 from .modeling.configuration_dijiang import Kernel, Layers
 from .modeling.modeling_dijiang import attach
@@ -55,7 +55,7 @@ def inspect(
     kind = str((config.get("architectures") or [config.get("model_type")])[0])
     try:
         architecture = examine(config, layers)
-        check_rotary(chosen.kernel, architecture)
+        check_kernel(chosen.kernel, architecture)
     except Unsupported as error:
         return InspectResult(str(found), kind, False, str(error))
     shape = architecture.layers

@@ -11,7 +11,7 @@ import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dijiang_convert.architecture import check_rotary, examine, select_layers
+from dijiang_convert.architecture import check_kernel, examine, select_layers
 from dijiang_convert.convert import convert
 from dijiang_convert.errors import DijiangError, Unsupported
 from dijiang_convert.modeling.configuration_dijiang import Kernel
@@ -83,14 +83,14 @@ def reason(config: dict[str, Any], kind: type[DijiangError] = Unsupported, **opt
 def test_what_attention_looks_like(kind: str, kv_heads: int, layers: tuple[int, ...] | None) -> None:
     config = config_json(kind)
     if layers is None:
-        assert "sliding window: its attention is linear already" in reason(config)
+        assert "sliding window: it is linear already" in reason(config)
         config, layers = {**config, "sliding_window": None}, (0, 1)
     found = examine(config)
     shape = found.layers
     assert (shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim) == (4, kv_heads, 8, 8)
     assert shape.layers == layers and shape.hidden_size == 32
     assert found.rotary_removable
-    check_rotary(Kernel(), found)
+    check_kernel(Kernel(), found)
     assert found.model_class.__name__ == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
     model = random_model(config_of(kind))
     assert found.parameters == sum(p.numel() for p in model.parameters())
@@ -103,8 +103,8 @@ def test_what_attention_looks_like(kind: str, kv_heads: int, layers: tuple[int, 
         ("falcon", "falcon does not route its attention through AttentionInterface"),
         ("bloom", "bloom does not route its attention through AttentionInterface"),
         ("gpt_neo", "gpt_neo does not route its attention through AttentionInterface"),
-        ("gemma2", "the attention of gemma2 has softcap"),
-        ("mamba", "mamba has no attention that goes through AttentionInterface"),
+        ("doge", "doge reads or changes its attention mask itself"),
+        ("mamba", "mamba is recurrent: it has no attention to convert"),
     ],
 )
 def test_architectures_that_do_not_convert(kind: str, expected: str) -> None:
@@ -156,20 +156,18 @@ def test_rotary_embedding_that_the_kernel_can_not_undo() -> None:
     assert (found.layers.head_dim, found.layers.value_dim) == (12, 8)
     assert not found.rotary_removable
     with pytest.raises(Unsupported, match="--set rotary=keep"):
-        check_rotary(Kernel(), found)
-    check_rotary(Kernel(rotary="keep"), found)
-    check_rotary(Kernel(far=False), found)
+        check_kernel(Kernel(), found)
+    check_kernel(Kernel(rotary="keep"), found)
+    check_kernel(Kernel(far=False), found)
 
 
 def test_layers_that_do_not_rotate() -> None:
-    """Every fourth layer of smollm3 has no position embedding, though it is handed one."""
+    """Every fourth layer of smollm3 has no position embedding, though it is handed one: there is nothing to undo."""
     config = {**config_of("smollm3", num_hidden_layers=4).to_dict(), "architectures": ["SmolLM3ForCausalLM"]}
-    with pytest.raises(Unsupported, match="--set rotary=keep"):
-        check_rotary(Kernel(), examine(config))
-    with pytest.raises(Unsupported, match="--set rotary=keep"):
-        check_rotary(Kernel(), examine(config, "3"))
-    check_rotary(Kernel(), examine(config, "0-2"))
-    check_rotary(Kernel(rotary="keep"), examine(config))
+    for layers, unrotated in (("all", (3,)), ("3", ()), ("0-2", ()), ("2,3", (3,))):
+        found = examine(config, layers)
+        assert found.layers.unrotated == unrotated
+        check_kernel(Kernel(), found)
 
 
 def test_examining_leaves_transformers_as_it_was() -> None:
@@ -178,49 +176,73 @@ def test_examining_leaves_transformers_as_it_was() -> None:
     before = modeling_llama.apply_rotary_pos_emb
     examine(config_json("llama"))
     with pytest.raises(Unsupported):
-        examine(config_json("gemma2"))
+        examine(config_json("doge"))
     assert modeling_llama.apply_rotary_pos_emb is before
 
 
+FULL, LOCAL = [0, 1, 2, 3, 4, 7], [5]  # of 8 layers; 6 has no attention
+
+
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("all", [0, 1, 2, 3, 4, 5, 7]),
+        ("all", FULL),
+        ("none", []),
+        ("sliding-only", [5]),
+        ("all,sliding-only", [0, 1, 2, 3, 4, 5, 7]),
         ("0", [0]),
+        ("5", [5]),  # by its number, though all leaves it as it is
         ("0,3", [0, 3]),
         ("3,0,3", [0, 3]),
         ("1-3,7", [1, 2, 3, 7]),
-        ("every:2", [0, 2, 4]),  # 6 can't be converted
-        ("every:1", [0, 1, 2, 3, 4, 5, 7]),
+        ("every:2", [0, 2, 4]),
+        ("every:1", FULL),
         ("every:100", [0]),
+        ("not-every:2", [0, 2, 4]),
+        ("not-every:4", [0, 1, 2, 4]),
+        ("not-every:8", [0, 1, 2, 3, 4]),
         ("not-last:3", [0, 1, 2, 3, 4]),
-        ("not-last:1", [0, 1, 2, 3, 4, 5]),
+        ("not-last:1", [0, 1, 2, 3, 4]),
+        ("not-last:4,sliding-only", [0, 1, 2, 3, 5]),
     ],
 )
 def test_layers_are_chosen(spec: str, expected: list[int]) -> None:
-    assert select_layers(spec, 8, [0, 1, 2, 3, 4, 5, 7]) == expected
+    assert select_layers(spec, 8, FULL, LOCAL, "gemma") == expected
 
 
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        *((spec, "is not valid: give all, 0,3,8-23, every:N or not-last:N") for spec in (
-            "", "none", "1,", "-1", "1-", "1-2-3", "a-b", "every:", "every:0", "every:-1", "every:x", "not-last:0",
-            "not-last:", "1.5", "²", "every:²", "0 1",
+        *((spec, "is not valid: give all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N")
+            for spec in (
+            "", "1,", "-1", "1-", "1-2-3", "a-b", "every:", "every:0", "every:-1", "every:x", "not-last:0", "sliding",
+            "not-last:", "1.5", "²", "every:²", "0 1", "not-every:0", "all:2", "none,",
         )),
         ("8", "there is no layer 8, the model has 0 to 7"),
         ("0-99999999999", "there is no layer 8, the model has 0 to 7"),
         ("12-99", "there is no layer 12, the model has 0 to 7"),
-        ("6", "layer 6 has no full attention to convert"),
+        ("6", "layer 6 has no attention to convert"),
         ("5-2", "chooses no layer of 8"),
+        ("not-every:1", "chooses no layer of 8"),
         ("not-last:8", "chooses no layer of 8"),
         ("not-last:100", "chooses no layer of 8"),
     ],
 )  # fmt: skip
 def test_layers_that_are_none(spec: str, expected: str) -> None:
     with pytest.raises(DijiangError) as call:
-        select_layers(spec, 8, [0, 1, 2, 3, 4, 5, 7])
+        select_layers(spec, 8, FULL, LOCAL, "gemma")
     assert expected in str(call.value) and "\n" not in str(call.value)
+
+
+def test_layers_that_share_keys_go_together() -> None:
+    """The last layers of gemma3n take keys and values of earlier ones."""
+    kinds = ["sliding_attention", "full_attention"] * 3
+    text = config_of("gemma3n_text", head_dim=8, num_hidden_layers=6, num_kv_shared_layers=2, layer_types=kinds)
+    config = {**text.to_dict(), "architectures": ["Gemma3nForCausalLM"]}
+    assert examine(config).layers.layers == (1, 3, 5)
+    assert examine(config, "1").layers.layers == (1,)
+    for layers in ("3", "5", "0-3"):
+        assert "share keys and values: choose all of them or none" in reason(config, layers=layers)
 
 
 ROTATING = ("qwen3", "phi", "olmo2", "stablelm", "cohere")

@@ -24,12 +24,17 @@ class Call(NamedTuple):
     """What the attention module's caller knows and the attention function needs: `_hand_over` gathers it.
 
     segments: [B, N], the document of each token where rows are packed (then there is no cache, and no padding).
+    scaling, softcap, sink: of the source's logits, see `chunked`. causal: False for encoders.
     """
 
     cache: DiJiangCacheLayer | None
     hidden_states: Tensor | None
     cos_sin: tuple[Tensor, Tensor] | None
     segments: Tensor | None = None
+    scaling: float = 1.0
+    softcap: float | None = None
+    sink: Tensor | None = None
+    causal: bool = True
 
 
 class DiJiangAttention(nn.Module):
@@ -102,16 +107,12 @@ class DiJiangAttention(nn.Module):
             init.ones_(self.norm_weight)
             init.zeros_(self.norm_bias)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool, call: Call
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         """q [B, H, N, D], k [B, G, N, D], v [B, G, N, V], mask [B, N] or None if no token is padding → [B, H, N, V]."""
         with torch.autocast(q.device.type, enabled=False):  # which would make the state's products half precision
-            return self._forward(q, k, v, mask, scaling, causal, call)
+            return self._forward(q, k, v, mask, call)
 
-    def _forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool, call: Call
-    ) -> Tensor:
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         far_q, far_k = self._without_rotation(q, k, call.cos_sin)
         if self.kernel.far and self.kernel.shift:
             far_q, far_k = self._shifted(far_q, far_k, mask, call)
@@ -119,40 +120,30 @@ class DiJiangAttention(nn.Module):
         new = Tokens(k, v, far_k if self._keeps_far_keys else None, *self._gates(call.hidden_states), valid)
         cache = call.cache
         if cache is not None and q.shape[2] == 1 and mask is None and cache.is_full and not torch.is_grad_enabled():
-            out = self._decode(cache, q, far_q, new, scaling)
+            out = self._decode(cache, q, far_q, new, call)
         else:
-            out = self._prefill(cache, q, far_q, new, mask is not None, scaling, causal, call.segments)
+            out = self._prefill(q, far_q, new, mask is not None, call)
         if self.kernel.gate:
             out = self._gated(out, call.hidden_states)
         return out.to(v.dtype)
 
-    def _prefill(
-        self,
-        cache: DiJiangCacheLayer | None,
-        q: Tensor,
-        far_q: Tensor,
-        new: Tokens,
-        padded: bool,
-        scaling: float,
-        causal: bool,
-        segments: Tensor | None,
-    ) -> Tensor:
+    def _prefill(self, q: Tensor, far_q: Tensor, new: Tokens, padded: bool, call: Call) -> Tensor:
         """Any number of tokens, chunked. What the cache kept comes before them."""
-        window, queries = self.kernel.window, q.shape[2]
+        window, queries, cache = self.kernel.window, q.shape[2], call.cache
         past = DiJiangCacheLayer(window) if cache is None else cache
         if past.kept > window + past.pending:  # confirmed by `crop`, and behind the window: part of the state now
             old = past.split_oldest(past.kept - window - past.pending)
             if self.kernel.far:
-                past.state = self._absorb(past.state, old, scaling)
+                past.state = self._absorb(past.state, old, call.scaling)
         past.append(new)
 
-        order = _padding_first(past.tokens().valid) if padded and causal else None
+        order = _padding_first(past.tokens().valid) if padded and call.causal else None
         if order is not None:  # the window counts real tokens: padding moves out of their way, and back below
             past.reorder_tokens(order)
             shift = order.shape[1] - queries
             rows = (order[:, shift:] - shift).clamp(min=0)[:, None, :, None]
             q, far_q = q.gather(2, rows.expand_as(q)), far_q.gather(2, rows.expand_as(far_q))
-        out, state = self._chunked(past, q, far_q, scaling, causal, segments)
+        out, state = self._chunked(past, q, far_q, call)
         if order is not None:
             rows = (order.argsort(1)[:, shift:] - shift).clamp(min=0)[:, None, :, None]
             out = out.gather(2, rows.expand_as(out))
@@ -165,38 +156,32 @@ class DiJiangAttention(nn.Module):
         past.trim_trail()
         return out
 
-    def _chunked(
-        self,
-        past: DiJiangCacheLayer,
-        q: Tensor,
-        far_q: Tensor,
-        scaling: float,
-        causal: bool,
-        segments: Tensor | None,
-    ) -> tuple[Tensor, FarState | None]:
+    def _chunked(self, past: DiJiangCacheLayer, q: Tensor, far_q: Tensor, call: Call) -> tuple[Tensor, FarState | None]:
         k, v, _, gates, code, valid = past.tokens()
         features: tuple[Tensor | None, ...] = (None,) * 4
         if self.kernel.far:
-            features = (*self._query_features(far_q, scaling), *self._key_features(past.tokens(), scaling))
+            features = (*self._query_features(far_q, call.scaling), *self._key_features(past.tokens(), call.scaling))
         return chunked(
             q, self._per_state_head(k), self._per_state_head(v), *features,
-            scaling=scaling, window=self.kernel.window, log_decay=self._log_decay(gates),
-            feature_decay=self._feature_decay(code), mask=valid, state=past.state, segments=segments,
-            causal=causal, normalize=self.kernel.normalize, chunk_size=self.kernel.chunk_size,
+            scaling=call.scaling, window=self.kernel.window, softcap=call.softcap, sink=call.sink,
+            log_decay=self._log_decay(gates), feature_decay=self._feature_decay(code), mask=valid, state=past.state,
+            segments=call.segments, causal=call.causal, normalize=self.kernel.normalize,
+            chunk_size=self.kernel.chunk_size,
         )  # fmt: skip
 
-    def _decode(self, cache: DiJiangCacheLayer, q: Tensor, far_q: Tensor, new: Tokens, scaling: float) -> Tensor:
+    def _decode(self, cache: DiJiangCacheLayer, q: Tensor, far_q: Tensor, new: Tokens, call: Call) -> Tensor:
         """One token, in place: the oldest one leaves the window for the state, the new one takes its slot."""
-        kernel = self.kernel
+        kernel, scaling = self.kernel, call.scaling
+        exact: dict[str, Any] = {"scaling": scaling, "softcap": call.softcap, "sink": call.sink}
         old = cache.replace_oldest(new)
         cache.trim_trail()
         keys, values, *_, valid = cache.tokens(ordered=False)
         if not kernel.far:
-            return attend_window(q, keys, values, scaling=scaling, valid=valid)[0]
+            return attend_window(q, keys, values, valid=valid, **exact)[0]
         cache.state = self._absorb(cache.state, old, scaling)
         return attend_one(
             q, self._per_state_head(keys), self._per_state_head(values), *self._query_features(far_q, scaling),
-            cache.state, scaling=scaling, valid=valid, normalize=kernel.normalize,
+            cache.state, valid=valid, normalize=kernel.normalize, **exact,
         )  # fmt: skip
 
     def _absorb(self, state: FarState | None, old: Tokens, scaling: float) -> FarState:

@@ -6,6 +6,9 @@ of its own besides):
 
     o_i = (Σ_near e^{s q_i·k_j} v_j + Σ_far φ(q_i)·φ(k_j) e^{g(q_i) + g(k_j)} γ^{n_ij} v_j) / (the same sums without v)
 
+Near logits may be soft-capped, t·tanh(s q·k / t), and a sink, one more logit a head that has no value, may share in the
+denominator, as sources have them; both need a window.
+
 The far sum needs only a state of fixed size. Features φ, log-scales g and log γ come from outside: this file knows
 nothing of how they are made. Keys may outnumber queries: the last key belongs to the last query, and keys before the
 first query are the recent past that a cache carried over. ``state`` summarises everything before the first key.
@@ -67,6 +70,8 @@ def naive(
     *,
     scaling: float,
     window: int,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
     log_decay: Tensor | None = None,
     feature_decay: Tensor | None = None,
     mask: Tensor | None = None,
@@ -113,9 +118,12 @@ def naive(
     if not normalize:
         return log_far.exp() @ v
     log_far = log_far + gq.to(dtype)[..., None]
-    log_near = (q.to(dtype) @ k.mT) * scaling
+    log_near = _capped((q.to(dtype) @ k.mT) * scaling, softcap)
     log_near = log_near.masked_fill(~near[:, None], -torch.inf)
     logits, values = torch.cat([log_far, log_near], -1), torch.cat([v, v], -2)
+    if sink is not None:
+        of_sink = sink.to(dtype)[:, None, None].expand(*logits.shape[:-1], 1)
+        logits, values = torch.cat([logits, of_sink], -1), F.pad(values, (0, 0, 0, 1))
     if state is not None:
         s, m = state.s.to(dtype).repeat_interleave(groups, 1), state.m.to(dtype).repeat_interleave(groups, 1)
         read = (fq.to(dtype) * passed.exp()) @ s  # [B, H, N, V + 1]
@@ -142,6 +150,8 @@ def chunked(
     *,
     scaling: float,
     window: int,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
     log_decay: Tensor | None = None,
     feature_decay: Tensor | None = None,
     mask: Tensor | None = None,
@@ -159,6 +169,8 @@ def chunked(
         gq, gk: log-scales [B, H, N], [B, G, K].
         scaling: s, the factor of q·k.
         window: how many of the last keys, the token's own included, are exact; 0 for none.
+        softcap: bound t of near logits, which become t·tanh(logit / t). None is no bound.
+        sink: a logit of each head [H] that takes its share of the weights and has no value, or None.
         log_decay: log γ ≤ 0, [G] or of each key [B, G, K]: what the state decays by when the key enters. None is γ = 1.
         feature_decay: [B, G, K, F], what each feature's sums decay by besides, from −FASTEST to 0.
         mask: [B, K], True for real keys; others contribute nothing and don't decay the state.
@@ -177,7 +189,8 @@ def chunked(
     near = None
     if window > 0:
         near = near_attention(
-            q, k, v, scaling=scaling, window=window, valid=valid, causal=causal, segments=segments
+            q, k, v, scaling=scaling, window=window, softcap=softcap, sink=sink, valid=valid, causal=causal,
+            segments=segments,
         )  # fmt: skip
     if fq is None or gq is None or fk is None or gk is None:
         if near is None:
@@ -224,6 +237,8 @@ def near_attention(
     *,
     scaling: float,
     window: int,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
     valid: Tensor,
     causal: bool = True,
     segments: Tensor | None = None,
@@ -252,11 +267,11 @@ def near_attention(
 
     q_blocks = _to_chunks(q, kv_heads, size)  # [B, G, blocks, R, size, D]
     scores = (q_blocks.flatten(3, 4) @ k_blocks).unflatten(3, (-1, size))
-    scores = scores.to(accumulation_dtype(scores)) * scaling
+    scores = _capped(scores.to(accumulation_dtype(scores)) * scaling, softcap)
     weights, lse = softmax_with_lse(scores.masked_fill(~allowed, FLOOR))
     weights = weights.to(v.dtype)
     out = (weights.flatten(3, 4) @ v_blocks.mT).unflatten(3, (-1, size))
-    return _from_chunks(out.to(lse.dtype), queries), _from_chunks(lse[..., None], queries)[..., 0]
+    return _with_sink(_from_chunks(out.to(lse.dtype), queries), _from_chunks(lse[..., None], queries)[..., 0], sink)
 
 
 def absorb(
@@ -432,6 +447,8 @@ def recurrent(
     *,
     scaling: float,
     window: int,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
     log_decay: Tensor | None = None,
     feature_decay: Tensor | None = None,
     mask: Tensor | None = None,
@@ -470,6 +487,8 @@ def recurrent(
                 gq[:, :, n],
                 of_query,
                 scaling=scaling,
+                softcap=softcap,
+                sink=sink,
                 valid=seen,
                 normalize=normalize,
             )  # fmt: skip
@@ -486,6 +505,8 @@ def attend_one(
     state: FarState,
     *,
     scaling: float,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
     valid: Tensor | None = None,
     normalize: bool = True,
 ) -> Tensor:
@@ -495,22 +516,29 @@ def attend_one(
     log_m = state.m.repeat_interleave(heads // kv_heads, 1)[..., None]
     if not normalize:
         return read[..., :-1] * log_m.exp()[..., None]
-    near = attend_window(q, k, v, scaling=scaling, valid=valid) if k.shape[2] else None
+    near = attend_window(q, k, v, scaling=scaling, softcap=softcap, sink=sink, valid=valid) if k.shape[2] else None
     return merge((read, gq + log_m), near)
 
 
 def attend_window(
-    q: Tensor, k: Tensor, v: Tensor, *, scaling: float, valid: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One query [B, H, 1, D] over all W given keys: the output [B, H, 1, V] and the log-sum-exp [B, H, 1]."""
     batch, heads, _, dim = q.shape
     scores = q.reshape(batch, k.shape[1], -1, dim) @ k.mT
-    scores = scores.to(accumulation_dtype(scores)) * scaling  # [B, G, R, W]
+    scores = _capped(scores.to(accumulation_dtype(scores)) * scaling, softcap)  # [B, G, R, W]
     if valid is not None:
         scores = scores.masked_fill(~valid[:, None, None], FLOOR)
     weights, lse = softmax_with_lse(scores)
     out = weights.to(v.dtype) @ v
-    return out.to(lse.dtype).reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1)
+    return _with_sink(out.to(lse.dtype).reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1), sink)
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
@@ -528,6 +556,18 @@ def merge(far: tuple[Tensor, Tensor], near: tuple[Tensor, Tensor] | None) -> Ten
         return out
     share = torch.sigmoid(log_scale + total.log() - near[1])[..., None]
     return share * out + (1 - share) * near[0]
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _with_sink(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Exact attention [B, H, N, V] and its log-sum-exp [B, H, N], once the sink has its share of the weights."""
+    if sink is None:
+        return out, lse
+    total = torch.logaddexp(lse, sink.to(lse.dtype)[:, None])
+    return out * (lse - total).exp()[..., None], total
 
 
 def _with_ones(v: Tensor) -> Tensor:

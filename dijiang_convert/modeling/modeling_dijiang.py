@@ -42,7 +42,7 @@ SEGMENTED_ARGUMENTS = {
 }  # fmt: skip
 
 # Arguments of attention functions that change the result and that the kernel does not follow.
-UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask", "cu_seq_lens_q")
+UNSUPPORTED_ARGUMENTS = ("position_bias", "head_mask", "indices", "cu_seq_lens_q")
 
 
 # ---------------------------------------------------------------------------------------- the attention function
@@ -65,15 +65,24 @@ def dijiang_attention(
     if dijiang is None:
         raise RuntimeError(f"{type(module).__name__} lost the forward hook that hands over the cache: reload the model")
     refuse_unsupported(kwargs)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     segments = packed_segments(attention_mask)
+    if attention_mask is not None and attention_mask.dim() == 4 and segments is None:
+        raise NotImplementedError(
+            "DiJiang attention is causal over the real tokens of a row: it does not follow masks of another shape, as "
+            "for packed rows given to an inner model, or for image tokens that see each other"
+        )
     mask = None if attention_mask is None or segments is not None else attention_mask[:, -query.shape[2] :]
     if mask is not None and mask.all():
         mask = None
     causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    call = dijiang._replace(segments=segments)
-    out = module.dijiang(query, key, value, mask, scaling, causal, call)  # type: ignore[operator]
+    call = dijiang._replace(
+        segments=segments,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        sink=kwargs.get("s_aux"),
+        causal=getattr(module, "is_causal", True) if causal is None else causal,
+    )
+    out = module.dijiang(query, key, value, mask, call)  # type: ignore[operator]
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -94,27 +103,37 @@ def softmax_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The source's attention from the mask that DiJiang models pass around, of padding or of packed documents:
-    PyTorch's SDPA with the mask (causal, sliding window, padding or documents) made here."""
+    """The source's attention from the mask that DiJiang models pass around (see `dijiang_mask`): PyTorch's SDPA, or the
+    model's own function where that can't do it (soft-capped logits, sinks)."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    window = kwargs.pop("sliding_window", None) or _sliding_window(module)
+    plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
     queries, keys = query.shape[2], key.shape[2]
-    visible = sliding_window_causal_mask_function(window) if window else causal_mask_function
     segments = packed_segments(attention_mask)
     if segments is not None:
+        window = kwargs.get("sliding_window") or _sliding_window(module)
+        visible = sliding_window_causal_mask_function(window) if window else causal_mask_function
         attention_mask = packed_mask(segments, visible if causal else bidirectional_mask_function)
+    elif attention_mask is not None and attention_mask.dim() == 4:
+        pass  # transformers' own
     elif causal:
         if attention_mask is not None:
             attention_mask = attention_mask[:, -keys:].bool()
         attention_mask = sdpa_mask(
             batch_size=query.shape[0], q_length=queries, kv_length=keys, q_offset=keys - queries, kv_offset=0,
-            mask_function=visible, attention_mask=attention_mask, local_size=window, device=query.device,
+            attention_mask=attention_mask, allow_is_causal_skip=plain, device=query.device,
         )  # fmt: skip
     elif attention_mask is not None:
         attention_mask = attention_mask[:, None, None, -keys:].bool().expand(-1, 1, queries, -1)
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, is_causal=causal, **kwargs
-    )
+    if plain:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, is_causal=causal, **kwargs
+        )
+    if attention_mask is not None:
+        lowest = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
+    own = sys.modules[type(module).__module__].eager_attention_forward
+    out, _ = own(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return out, None
 
 
 def _sliding_window(module: nn.Module) -> int | None:
@@ -127,22 +146,44 @@ def _sliding_window(module: nn.Module) -> int | None:
 
 
 def dijiang_mask(
+    batch_size: int,
     q_length: int,
+    kv_length: int,
     attention_mask: Tensor | None = None,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    local_size: int | None = None,
     config: Any = None,
-    allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask as DiJiang attention wants it: [B, keys], True for real tokens, or None if all are. The keys are the
-    new ones; where softmax layers are left, all so far. (Of packed documents: see `packing`.)"""
-    if not allow_is_causal_skip and q_length > 1 and getattr(config, "is_causal", True):
-        raise ValueError("packed rows and masks of another shape than causal need the whole model, not its inner one")
+    new ones; where softmax layers are left, all so far. (Of packed documents: see `packing`.)
+
+    Layers that see less or more than all tokens before (sliding, chunked, images) get transformers' own mask,
+    [B, 1, N, keys], unless they were converted too."""
+    converted = _converted_layers(config)
+    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        is_local = local_size is not None and kwargs.get("allow_is_causal_skip", True)
+        if not (is_local and _local_layers(config) <= converted):
+            return sdpa_mask(
+                batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask,
+                mask_function=mask_function, local_size=local_size, **kwargs,
+            )  # fmt: skip
     if attention_mask is None:
         return None
-    section = getattr(config, "dijiang", None)
-    if section is not None and len(section["layers"]) == config.num_hidden_layers:
+    if len(converted) == config.num_hidden_layers:
         attention_mask = attention_mask[:, -q_length:]
     return None if attention_mask.all() else attention_mask
+
+
+def _converted_layers(config: Any) -> set[int]:
+    section = getattr(config, "dijiang", None)
+    return set() if section is None else set(section["layers"])
+
+
+def _local_layers(config: Any) -> set[int]:
+    """Those that see a part of the tokens before: all of them where the config does not tell layers apart."""
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return {i for i, kind in enumerate(types) if kind in ("sliding_attention", "chunked_attention")}
 
 
 AttentionInterface.register("dijiang", dijiang_attention)
@@ -156,10 +197,11 @@ def attach(model: nn.Module, kernel: Kernel, layers: Layers) -> list[str]:
     """Gives every converted attention module of ``model`` its child and its hook; returns their names."""
     converted = []
     for name, module in list(model.named_modules()):
-        is_attention = type(module).__name__ == layers.attention_class and name.endswith(f".{layers.attention_name}")
-        if is_attention and layer_index(name, module) in layers.layers:
+        is_attention = (type(module).__name__, attention_name(name)) == (layers.attention_class, layers.attention_name)
+        index = layer_index(name, module)
+        if is_attention and index in layers.layers:
             apply_rotary = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-            module.dijiang = DiJiangAttention(kernel, layers, apply_rotary)
+            module.dijiang = DiJiangAttention(kernel, layers, None if index in layers.unrotated else apply_rotary)
             module.register_forward_pre_hook(_hand_over, with_kwargs=True)
             converted.append(name)
     if len(converted) != len(layers.layers):
@@ -168,6 +210,11 @@ def attach(model: nn.Module, kernel: Kernel, layers: Layers) -> list[str]:
             f"the model has {len(converted)}: the checkpoint was made for another version of its source's code"
         )
     return converted
+
+
+def attention_name(name: str) -> str:
+    """What an attention module's parents call it: the last part of its name that is no number."""
+    return next((part for part in reversed(name.split(".")) if not part.isdecimal()), "")
 
 
 def layer_index(name: str, module: nn.Module) -> int | None:
@@ -264,7 +311,7 @@ def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
         ours = self.config._attn_implementation.startswith("dijiang")
         if ours:
             _refuse(self, given)
-        segments = find_segments(given) if ours or self.config._attn_implementation == "sdpa" else None
+        segments = find_segments(given) if ours or self.config._attn_implementation in ("sdpa", "eager") else None
         if segments is not None:
             return forward(self, **packed_arguments(given, segments, self.config, names))
         if ours:

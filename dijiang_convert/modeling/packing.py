@@ -82,7 +82,9 @@ def packed_arguments(given: dict[str, Any], segments: Tensor, config: Any, accep
         arguments["position_ids"] = places - given[FLASH_ARGUMENTS[0]][segments]
     if config._attn_implementation.startswith("dijiang"):
         arguments["attention_mask"] = (segments + 1)[:, None, None]
-    elif _is_full(config):  # else transformers makes a mask for each kind of layer
+    elif config._attn_implementation == "sdpa" and _is_full(
+        config
+    ):  # else transformers makes a mask for each kind of layer
         arguments["attention_mask"] = packed_mask(segments)
     return arguments
 
@@ -95,7 +97,8 @@ def _is_full(config: Any) -> bool:
 
 def packed_segments(mask: Tensor | None) -> Tensor | None:
     """The documents [B, N] that a mask of `packed_arguments` carries, or None where it is one of padding."""
-    return mask[:, 0, 0] if mask is not None and mask.dim() == 4 else None
+    is_packed = mask is not None and mask.dim() == 4 and mask.dtype == torch.long  # others are of bool
+    return mask[:, 0, 0] if is_packed else None  # type: ignore[index]
 
 
 def packed_mask(segments: Tensor, visible: Any = causal_mask_function) -> Tensor:

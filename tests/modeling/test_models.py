@@ -383,11 +383,11 @@ def test_autocast_keeps_the_kernel_in_float32(kind: str, variant: str) -> None:
 def test_autocast_leaves_the_kernels_products_alone(variant: str) -> None:
     child = kernels(load("llama", variant))[0]
     q, k, v, hidden = (torch.randn(1, heads, 200, size) for heads, size in ((4, 8), (2, 8), (2, 8), (1, 32)))
-    call = Call(None, hidden[:, 0], None)
+    call = Call(None, hidden[:, 0], None, scaling=0.3)
     with torch.no_grad():
-        expected = child(q, k, v, None, 0.3, True, call)
+        expected = child(q, k, v, None, call)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(child(q, k, v, None, 0.3, True, call), expected)
+            assert torch.equal(child(q, k, v, None, call), expected)
 
 
 def test_a_cast_kernel_still_accumulates_in_float32(default: Any) -> None:

@@ -156,7 +156,7 @@ def test_refusals(default: Any) -> None:
         with pytest.raises(ValueError, match=reason) as error:
             default(ids, **options)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="not its inner one"):
+    with pytest.raises(NotImplementedError, match="packed rows given to an inner model"):
         default.base_model(ids, position_ids=packed, use_cache=False)
 
 
