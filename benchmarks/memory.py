@@ -71,7 +71,7 @@ def compare(folder: Path, stage: Stage) -> tuple[int, int]:
     (copy,) = teacher_copies([stage])
     (cost,) = plan_costs([stage], converted_config(folder), [copy])
     model = load_converted(folder)
-    teacher = load_converted(folder, attention="sdpa").eval().requires_grad_(False) if copy else None
+    teacher = load_converted(folder, attention="softmax").eval().requires_grad_(False) if copy else None
     weights = sum(p.nbytes for each in (model, teacher) if each is not None for p in each.parameters())
     data = random_rows(model, stage.seq_len, 2 * cost.rows)
     with tempfile.TemporaryDirectory() as temporary, torch.profiler.profile(profile_memory=True) as profile:

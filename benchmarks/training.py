@@ -109,11 +109,11 @@ def way(
             student, live_teacher(student, inputs, within=lambda: original(student)), inputs, 0.0
         )
     if name == "full-copy":
-        teacher = load_converted(converted, attention="sdpa").eval().requires_grad_(False)
+        teacher = load_converted(converted, attention="softmax").eval().requires_grad_(False)
         return model, lambda student, inputs: distillation_loss(student, live_teacher(teacher, inputs), inputs, 0.0)
     rows: Any = [{key: x[i].cpu() for key, x in inputs.items()} for i in range(args.batch)]
     cached = cache_teacher(
-        rows, args.batch, lambda: load_converted(converted, attention="sdpa").eval(), top=TOP,
+        rows, args.batch, lambda: load_converted(converted, attention="softmax").eval(), top=TOP,
         folder=source.parent / "teacher",
     )  # fmt: skip
 

@@ -18,7 +18,11 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from .errors import DijiangError, Unsupported
 from .modeling.configuration_dijiang import Kernel, Layers
@@ -34,10 +38,14 @@ from .modeling.modeling_dijiang import (
 FOLLOWERS = "gpt_neox, llama, opt, qwen2, qwen3, mistral, phi, gpt2, olmo2 and many more do"
 NO_ATTENTION = f"has no attention that goes through AttentionInterface: {FOLLOWERS}"
 LAYER_SPECS = "all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N"
+# By model type, text models first; the others take images, sound or film as well, and their text part converts.
+LANGUAGE_MODELS = (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)  # fmt: skip
 # What attention functions get and the kernel follows, or what does not change their result.
 KNOWN_ARGUMENTS = {
     "mask", "scaling", "softcap", "s_aux", "is_causal", "sliding_window", "dropout", "position_ids", "use_cache",
-    "cache_position", "output_attentions",
+    "cache_position", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", "labels",
 }  # fmt: skip
 
 
@@ -81,7 +89,7 @@ def skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pr
     with torch.device("meta"), init.no_init_weights(), quiet():
         model = model_class(config)
         model.tie_weights()
-    return model
+    return model.eval()
 
 
 def examine(config: dict[str, Any], layers: str = "all") -> Architecture:
@@ -123,12 +131,12 @@ def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], PreTrainedC
         raise Unsupported(f"{kind} comes with its own code: only architectures that transformers has are converted")
     if kind not in transformers.CONFIG_MAPPING:
         raise Unsupported(f"transformers {transformers.__version__} knows no model type {kind!r}: a newer one may")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    language_models = [names[kind] for names in LANGUAGE_MODELS if kind in names]
+    if not language_models:
         raise Unsupported(f"{kind} is not a causal language model: only decoder-only language models are converted")
-    default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
-    name = (config.get("architectures") or [default])[0]
-    if name != default:
-        raise Unsupported(f"{name} is not a causal language model: convert the {default} it was made from")
+    name = (config.get("architectures") or language_models)[0]
+    if name not in language_models:
+        raise Unsupported(f"{name} is not a causal language model: convert the {language_models[0]} it was made from")
     try:
         parsed = transformers.CONFIG_MAPPING[kind].from_dict(dict(config))
     except Exception as error:

@@ -228,7 +228,7 @@ def timed(costs: Sequence[StageCost], plan: Sequence[Stage], folder: Path, copie
 
 def _step_seconds(folder: Path, stage: Stage, rows: int, copy: bool) -> float:
     model = load_converted(folder)
-    teacher = load_converted(folder, attention="sdpa").eval().requires_grad_(False) if copy else None
+    teacher = load_converted(folder, attention="softmax").eval().requires_grad_(False) if copy else None
     size = rows * stage.seq_len
     stage = replace(stage, batch_tokens=size, tokens=size * trainer.LEAST_STEPS)
     data = random_rows(model, stage.seq_len, 2 * rows)

@@ -253,7 +253,7 @@ class _Teacher:
 
     def load(self, device: torch.device) -> PreTrainedModel:
         if self.is_converted:
-            model = load_converted(self.name, attention="sdpa", device=device)
+            model = load_converted(self.name, attention="softmax", device=device)
         else:
             model = load_any(self.name, device)
         return model.eval().requires_grad_(False)  # type: ignore[return-value]

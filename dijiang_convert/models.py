@@ -24,17 +24,26 @@ def load_converted(
 ) -> PreTrainedModel:
     """A converted checkpoint, run by this package's code and never by the folder's.
 
-    attention: "dijiang", or "sdpa" for the softmax model that the base weights are.
+    attention: "dijiang", or "softmax" for the model that the base weights are.
     Raises DijiangError where the folder is no converted checkpoint or its weights don't fit.
     """
     name = read_checkpoint(folder)["architectures"][0]
     try:
-        config = converted_config(folder, attn_implementation=attention)
+        model_class = getattr(modeling_dijiang, name)
+        chosen = softmax_implementation(model_class) if attention == "softmax" else attention
         with quiet():
-            model: Any = getattr(modeling_dijiang, name).from_pretrained(str(folder), config=config)
+            model: Any = model_class.from_pretrained(
+                str(folder), config=converted_config(folder, attn_implementation=chosen)
+            )
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
         raise DijiangError(f"can't load {folder}: {' '.join(str(error).split())[:300]}") from error
     return model.to(device or default_device())
+
+
+def softmax_implementation(model_class: Any) -> str:
+    """What runs a converted model as the softmax model it was: "sdpa", or "eager" for logits that are soft-capped or
+    have sinks, which PyTorch's function does not know."""
+    return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def load_any(source: str, device: torch.device | None = None) -> PreTrainedModel:

@@ -157,7 +157,7 @@ def first_probes(folder: Path, tokenizer: PreTrainedTokenizerBase, held: HeldOut
     model = load_converted(folder)
     probes = {"before": probe(model, tokenizer, held)}
     if all(step["train"] == "kernel" for step in model.config.dijiang["history"]):
-        with attention(model, "sdpa"):
+        with attention(model, "softmax"):
             probes["original"] = probe(model, tokenizer, held)
     return probes
 

@@ -42,7 +42,7 @@ def run(checkpoint: str, folder: Path, stage: Stage, **options: Any) -> Any:
     def load() -> Any:
         return load_converted(checkpoint)
 
-    guide = load_converted(checkpoint, attention="sdpa").requires_grad_(False) if stage.train == "full" else None
+    guide = load_converted(checkpoint, attention="softmax").requires_grad_(False) if stage.train == "full" else None
     return trainer.run_stage(load(), stage, rows(), teacher=guide, folder=folder, reload=load, **options)
 
 

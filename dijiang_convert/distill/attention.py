@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..modeling.modeling_dijiang import dijiang_attention, dijiang_mask
+from ..models import softmax_implementation
 from .logits import causal_model
 
 RECOMPUTED = "dijiang_recomputed"
@@ -19,14 +20,19 @@ RECOMPUTED = "dijiang_recomputed"
 
 @contextmanager
 def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Inside, the model runs another attention function: "sdpa" makes it the softmax model its base weights are."""
-    config = model.config
-    before = config._attn_implementation
-    config._attn_implementation = name
+    """Inside, the model runs another attention function; "softmax" makes it the model that its base weights are."""
+    name = softmax_implementation(type(model)) if name == "softmax" else name
+    # The text part of a multimodal model has a config of its own; what its other parts run is left alone.
+    config: Any = model.config
+    configs = {id(each): each for each in (config, config.get_text_config(decoder=True))}.values()
+    before = [each._attn_implementation_internal for each in configs]
     try:
+        for each in configs:
+            each._attn_implementation_internal = name
         yield
     finally:
-        config._attn_implementation = before
+        for each, old in zip(configs, before, strict=True):
+            each._attn_implementation_internal = old
 
 
 @contextmanager
@@ -38,7 +44,7 @@ def original(student: Any) -> Iterator[None]:
     try:
         with (
             nullcontext() if adapted is None else adapted.disable_adapter(),
-            attention(causal_model(student), "sdpa"),
+            attention(causal_model(student), "softmax"),
         ):
             yield
     finally:

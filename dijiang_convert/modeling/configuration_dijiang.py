@@ -132,7 +132,9 @@ class DiJiangConfigMixin:
 
     def __post_init__(self, **kwargs: Any) -> None:
         if kwargs.get("attn_implementation") is None:
-            kwargs["attn_implementation"] = "dijiang"
+            # Of a multimodal model the text part alone; the others keep what they choose themselves.
+            text = [name for name in ("decoder", "generator", "text_config") if name in self.sub_configs]  # type: ignore[attr-defined]
+            kwargs["attn_implementation"] = dict.fromkeys(["", *text], "dijiang") if text else "dijiang"
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
 

@@ -315,7 +315,7 @@ def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
         if segments is not None:
             return forward(self, **packed_arguments(given, segments, self.config, names))
         if ours:
-            kwargs.update(_position_ids(given, "position_ids" in names))
+            kwargs.update(_position_ids(given, self.config, "position_ids" in names))
             if cache_name is not None and _is_long_prompt(self, given):
                 return _in_segments(self, forward, {**given, **kwargs}, cache_name)
         return forward(self, *args, **kwargs)
@@ -337,6 +337,8 @@ def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
     asked = {name for name, value in given.items() if value is not None and value is not False}
     tokens, keep = given.get("input_ids"), given.get("logits_to_keep", 0)
     if torch.is_grad_enabled() or tokens is None or tokens.shape[1] <= SEGMENT or asked - SEGMENTED_ARGUMENTS:
+        return False
+    if model.config.get_text_config(decoder=True) is not model.config:  # positions of images are of the whole prompt
         return False
     wants_dict = model.config.return_dict and given.get("return_dict") is not False
     return wants_dict and isinstance(keep, int) and keep <= (tokens.shape[1] - 1) % SEGMENT + 1
@@ -368,10 +370,12 @@ def _in_segments(model: Any, forward: Callable[..., Any], given: dict[str, Any],
     return result
 
 
-def _position_ids(given: dict[str, Any], accepted: bool) -> dict[str, Tensor]:
+def _position_ids(given: dict[str, Any], config: Any, accepted: bool) -> dict[str, Tensor]:
     """Positions from the padding mask where none are given: features of rotated keys depend on them."""
     mask = given.get("attention_mask")
     if given.get("position_ids") is not None or mask is None or not accepted or mask.bool().all():
+        return {}
+    if config.get_text_config(decoder=True) is not config:  # multimodal models have positions of images too
         return {}
     tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
