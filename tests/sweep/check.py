@@ -1,0 +1,276 @@
+"""Checks a converted model in a process that has torch and transformers but not this project.
+
+Run as `python -I check.py` it serves such jobs (`forks`). Sequences are far longer than the window of 8 and the
+kernel's chunk of 64, and deleting the far part must show.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.modules["dijiang_convert"] = None  # type: ignore[assignment]  # importing it fails from here on
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
+from forks import Answer, serve  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+SECONDS = 180
+TOLERANCE = 1e-4
+WINDOW = 8
+NEW = 12
+Numbers = dict[str, float]
+
+
+def check(folder: str, layouts: list[str], padding_shifts: bool) -> Answer:
+    """Runs every check of one converted type.
+
+    Args:
+        folder: what `make` wrote.
+        layouts: of the source; all checks run on the first, the others must load as the same model.
+        padding_shifts: whether left padding changes what the source itself answers.
+
+    Returns:
+        ``failures``: check and what was wrong, empty if all is well; ``figures``: the largest differences seen.
+    """
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    target = Path(folder)
+    subject = Subject(target, layouts, padding_shifts)
+    failures, figures = {}, {}
+    for name, function in CHECKS.items():
+        try:
+            figures |= function(subject)
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if name == "loads":
+                break
+    return {"failures": failures, "figures": {name: float(f"{value:.2g}") for name, value in figures.items()}}
+
+
+class Subject:
+    """What is checked. ``unit``: differences of logits are given in it: their standard deviation, at most 1."""
+
+    model: Any
+    unit: float = 1.0
+
+    def __init__(self, folder: Path, layouts: list[str], padding_shifts: bool) -> None:
+        self.folder, self.layouts, self.padding_shifts = folder, layouts, padding_shifts
+        reference = load_file(folder / "reference.safetensors")
+        self.state = {name[6:]: tensor for name, tensor in reference.items() if name.startswith("state.")}
+        self.ids, self.mask = reference["ids"], reference["mask"]
+        self.logits, self.padded = reference["logits"], reference["padded"]
+        self.padding = int((self.mask[0] == 0).sum())
+
+    def converted(self, layout: str | None = None) -> Path:
+        return self.folder / f"{layout or self.layouts[0]}-converted"
+
+    def difference(self, a: Tensor, b: Tensor) -> float:
+        if a.shape != b.shape:
+            raise AssertionError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}")
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise AssertionError("logits are not finite")
+        return (a - b).abs().max().item() / self.unit
+
+
+def load(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: Tensor, **options: Any) -> Tensor:
+    return model(input_ids=ids, use_cache=False, **options).logits
+
+
+@torch.no_grad()
+def fed(model: Any, ids: Tensor, sizes: list[int]) -> Tensor:
+    """Logits of a sequence fed in pieces through the cache, the last size repeated to the end."""
+    parts, start, cache = [], 0, None
+    while start < ids.shape[1]:
+        size = sizes[min(len(parts), len(sizes) - 1)]
+        out = model(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits)
+        start += size
+    return torch.cat(parts, 1)
+
+
+def kernels(model: Any) -> list[Any]:
+    return [module.dijiang for module in model.modules() if hasattr(module, "dijiang")]
+
+
+def with_kernel(model: Any, **changes: Any) -> Any:
+    """A copy whose kernels are set otherwise."""
+    changed = copy.deepcopy(model)
+    for kernel in kernels(changed):
+        kernel.kernel = dataclasses.replace(kernel.kernel, **changes)
+    return changed
+
+
+def within(value: float, what: str, limit: float = TOLERANCE) -> float:
+    if not value <= limit:
+        raise AssertionError(f"{what} differ by {value:.3g}")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def loads(s: Subject) -> Numbers:
+    s.model = load(s.converted())
+    if not (type(s.model).__name__.startswith("DiJiang") and kernels(s.model)):
+        raise AssertionError(f"{type(s.model).__name__} has no kernels")
+    full = logits_of(s.model, s.ids)
+    s.unit = min(full.std().item(), 1.0)
+    if not s.unit > 1e-4:
+        raise AssertionError("logits are all the same")
+    return {"spread": full.std().item()}
+
+
+def keeps_bytes(s: Subject) -> Numbers:
+    """Of every tensor in the source's files."""
+    for layout in s.layouts:
+        source, found = tensors(s.folder / layout), tensors(s.converted(layout))
+        for name, tensor in source.items():
+            if not torch.equal(tensor.view(torch.uint8), found[name].view(torch.uint8)):
+                raise AssertionError(f"{name} of layout {layout} changed on disk")
+        added = found.keys() - source.keys()
+        if not added or not all(".dijiang." in name for name in added):
+            raise AssertionError(f"{min(added, default='nothing')} was added")
+    return {}
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                found[name] = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    return found
+
+
+def loads_the_same(s: Subject) -> Numbers:
+    """Every weight is the source's after loading, from every layout. (Experts that a key mapping missed would be
+    random.)"""
+    for layout in s.layouts:
+        model = s.model if layout == s.layouts[0] else load(s.converted(layout))
+        same_state({k: v for k, v in model.state_dict().items() if ".dijiang." not in k}, s.state)
+    return {}
+
+
+def same_state(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    if found.keys() != expected.keys():
+        raise AssertionError(f"{min(found.keys() ^ expected.keys())} is on one side alone")
+    for name, tensor in found.items():
+        if not torch.equal(tensor, expected[name]):
+            raise AssertionError(f"{name} differs")
+
+
+def equals_softmax(s: Subject) -> Numbers:
+    """With a window as long as the text nothing is far: then it is the source's attention, all that it does kept."""
+    model = with_kernel(s.model, window=4096)
+    whole = s.difference(logits_of(model, s.ids), s.logits)
+    padded = logits_of(model, s.ids * s.mask, attention_mask=s.mask)
+    real = s.mask.bool()
+    within(max(whole, s.difference(padded[real], s.padded[real])), "the source's and a long window's logits")
+    return {"softmax": whole}
+
+
+def cached_equals_full(s: Subject) -> Numbers:
+    full = logits_of(s.model, s.ids)
+    pieces = s.difference(fed(s.model, s.ids, [1, 7, 64, 30, 1, 1, 20]), full)
+    single = s.difference(fed(s.model, s.ids[1:], [1]), full[1:])
+    within(max(pieces, single), "cached and full logits")
+    return {"cached": max(pieces, single)}
+
+
+def padding_changes_nothing(s: Subject) -> Numbers:
+    real = s.mask.bool()
+    padded = logits_of(s.model, s.ids * s.mask, attention_mask=s.mask)[real]
+    other = logits_of(s.model, torch.where(real, s.ids, 7), attention_mask=s.mask)[real]
+    worst = s.difference(padded, other)
+    within(worst, "logits with one padding and another")
+    if not s.padding_shifts:
+        alone = [logits_of(s.model, row[keep][None])[0] for row, keep in zip(s.ids, real, strict=True)]
+        worst = max(worst, s.difference(padded, torch.cat(alone)))
+        within(worst, "logits in a padded batch and alone")
+    return {"padding": worst}
+
+
+def generates(s: Subject) -> Numbers:
+    """Greedily: with and without a cache, and from a padded batch."""
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    ids, mask = s.ids * s.mask, s.mask
+    cached = s.model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **options)
+    plain = s.model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options)
+    if cached.shape[1] != ids.shape[1] + NEW or not torch.equal(cached, plain):
+        raise AssertionError("greedy texts with and without a cache differ")
+    if not s.padding_shifts:
+        alone = s.model.generate(input_ids=ids[:1, s.padding :], use_cache=True, **options)
+        if not torch.equal(cached[:1, s.padding :], alone):
+            raise AssertionError("greedy texts in a padded batch and alone differ")
+    return {}
+
+
+def far_part_counts(s: Subject) -> Numbers:
+    """Deleting it changes what lies beyond the window, by far more than any tolerance, and nothing before."""
+    full, near = logits_of(s.model, s.ids), logits_of(with_kernel(s.model, far=False), s.ids)
+    within(s.difference(near[:, :WINDOW], full[:, :WINDOW]), "logits inside the window, without the far part,")
+    beyond = min(s.difference(near[:, end - 20 : end], full[:, end - 20 : end]) for end in (60, 110, 160))
+    if not beyond > 100 * TOLERANCE:
+        raise AssertionError(f"deleting the far part changes no more than {beyond:.3g}")
+    return {"far": beyond}
+
+
+def learns(s: Subject) -> Numbers:
+    """Every kernel parameter gets a gradient in a training step."""
+    model = copy.deepcopy(s.model).train()
+    out = model(input_ids=s.ids, labels=s.ids)
+    loss = out.loss if out.loss is not None else F.cross_entropy(out.logits[:, :-1].flatten(0, 1), s.ids[:, 1:].flatten())
+    loss.backward()
+    smallest = float("inf")
+    for name, parameter in model.named_parameters():
+        if ".dijiang." in name:
+            if parameter.grad is None or not parameter.grad.isfinite().all():
+                raise AssertionError(f"{name} has no finite gradient")
+            smallest = min(smallest, parameter.grad.abs().max().item())
+            if not smallest > 1e-8:
+                raise AssertionError(f"{name} has a gradient of {smallest:.3g}")
+    return {"gradient": smallest}
+
+
+def saves(s: Subject) -> Numbers:
+    """Saved and loaded again it is the same to the bit."""
+    again = s.folder / "again"
+    s.model.save_pretrained(again)
+    model = load(again)
+    same_state(model.state_dict(), s.model.state_dict())
+    if not torch.equal(logits_of(model, s.ids), logits_of(s.model, s.ids)):
+        raise AssertionError("logits differ after saving and loading")
+    return {}
+
+
+CHECKS: dict[str, Callable[[Subject], Numbers]] = {
+    function.__name__: function
+    for function in (
+        loads, keeps_bytes, loads_the_same, equals_softmax, cached_equals_full, padding_changes_nothing, generates,
+        far_part_counts, learns, saves,
+    )
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    serve(check, SECONDS)

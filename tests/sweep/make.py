@@ -1,0 +1,175 @@
+"""Makes what is checked of one model type: a random source on disk, its conversion, and what the source itself answers.
+
+Run as a module it serves such jobs (`forks`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from dijiang_convert.architecture import Architecture, check_rotary, examine
+from dijiang_convert.convert import convert
+from dijiang_convert.errors import DijiangError, Unsupported
+from dijiang_convert.modeling.configuration_dijiang import Kernel
+from dijiang_convert.models import silence
+from tests.sources_on_disk import write_tokenizer
+from tests.sweep.forks import Answer, serve
+from tests.sweep.tiny import tiny_config
+
+SECONDS = 120
+WINDOW = 8
+LENGTH, PADDING = 160, 50
+# What a type is converted with: the first of these that it takes.
+CHOICES: tuple[tuple[str, list[str]], ...] = (
+    ("all", []),
+    ("all", ["rotary=keep"]),
+    ("sliding-only", []),
+    ("sliding-only", ["rotary=keep"]),
+)
+
+
+def make(kind: str, folder: str) -> Answer:
+    """Writes below ``folder`` the source in each layout that transformers knows, what each converts to, and
+    reference.safetensors: the source's weights as loaded (``state.*``) and its logits.
+
+    Returns:
+        ``refused``: the reason why it does not convert; or how it was converted, and the layouts.
+    """
+    torch.set_num_threads(1)
+    silence()
+    target = Path(folder)
+    config = tiny_config(kind)
+    model_class = class_of(kind, config)
+    content = {**config.to_dict(), "architectures": [model_class.__name__]}
+    try:
+        architecture, layers, settings = choose(content)
+    except Unsupported as error:
+        return {"refused": str(error)}
+    layouts = write_layouts(random_model(model_class, config), target)
+    answer = describe(architecture, layers, settings)
+    for layout in layouts:
+        out = target / f"{layout}-converted"
+        options = {"settings": [f"window={WINDOW}", *settings], "layers": layers}
+        convert(str(target / layout), out, **options)  # type: ignore[arg-type]
+        move_kernels(out)
+    answer["padding_shifts"] = write_reference(model_class, target)
+    return {**answer, "layouts": layouts, "parameters": architecture.parameters}
+
+
+def class_of(kind: str, config: Any) -> Any:
+    """The class that checkpoints of this type are of: with all that it takes in, where that is more than text."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    if config.get_text_config(decoder=True) is not config:
+        name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind, name)
+    return getattr(transformers, name)
+
+
+def choose(content: dict[str, Any]) -> tuple[Architecture, str, list[str]]:
+    """How to convert a model of this config.json. Raises what the first choice raises where there is no way."""
+    first: DijiangError | None = None
+    for layers, settings in CHOICES:
+        try:
+            architecture = examine(content, layers)
+            check_rotary(Kernel(rotary="keep" if settings else "remove"), architecture)
+            return architecture, layers, settings
+        except DijiangError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def describe(architecture: Architecture, layers: str, settings: list[str]) -> Answer:
+    found = architecture.layers
+    text = architecture.config.get_text_config(decoder=True)
+    return {
+        "architecture": architecture.model_class.__name__,
+        "attention": found.attention_class,
+        "layers": list(found.layers),
+        "of": text.num_hidden_layers,
+        "layer_types": getattr(text, "layer_types", None),
+        "options": [*([f"--layers {layers}"] if layers != "all" else []), *(f"--set {each}" for each in settings)],
+    }
+
+
+def random_model(model_class: Any, config: Any) -> Any:
+    """Always the same, with noise on all that a checkpoint holds so that nothing is neutral, and enough of it that
+    attention is sharp."""
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    kept = {*model.state_dict()}
+    with torch.no_grad():
+        for _, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.25)
+        for name, buffer in model.named_buffers():
+            if name in kept and buffer.is_floating_point():
+                buffer.add_(torch.randn_like(buffer), alpha=0.05)
+    return model
+
+
+def write_layouts(model: Any, target: Path) -> list[str]:
+    """Saves the model as transformers does by default, which is the layout that the Hub has (an expert a tensor, old
+    names), and, where that is another one, with the names and shapes that the model itself has."""
+    model.save_pretrained(target / "hub")
+    write_tokenizer(target / "hub")
+    if tensor_shapes(target / "hub") == {k: tuple(v.shape) for k, v in model.state_dict().items()}:
+        return ["hub"]
+    model.save_pretrained(target / "own", save_original_format=False)
+    write_tokenizer(target / "own")
+    return ["hub"] if tensor_shapes(target / "hub") == tensor_shapes(target / "own") else ["hub", "own"]
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def move_kernels(folder: Path) -> None:
+    """Moves kernel parameters away from their start, always to the same place."""
+    generator = torch.Generator().manual_seed(1)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if not all(".dijiang." in name for name in tensors):
+            continue
+        for name, tensor in sorted(tensors.items()):
+            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.3)
+        save_file(tensors, path, {"format": "pt"})
+
+
+def write_reference(model_class: Any, target: Path) -> bool:
+    """What the source answers with softmax, loaded from disk. Returns whether left padding changes its answers: where
+    positions are learned and count padding, it does."""
+    model = model_class.from_pretrained(target / "hub", attn_implementation="eager").eval()
+    ids, mask = inputs()
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        padded = model(input_ids=ids * mask, attention_mask=mask, use_cache=False).logits
+        alone = model(input_ids=ids[:1, PADDING:], use_cache=False).logits
+    state = {f"state.{name}": tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+    save_file({**state, "ids": ids, "mask": mask, "logits": whole, "padded": padded}, target / "reference.safetensors")
+    return (padded[:1, PADDING:] - alone).abs().max().item() > 1e-3 * alone.std().item()
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    """Two rows of tokens without special ones, and a mask that pads the first to the left."""
+    ids = torch.randint(1, 256, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :PADDING] = 0
+    return ids, mask
+
+
+if __name__ == "__main__":
+    serve(make, SECONDS)
