@@ -146,14 +146,15 @@ def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], PreTrainedC
 
 @dataclass(frozen=True)
 class _Seen:
-    """One call of the attention function. key: what it got, kept to tell layers that share one apart from others."""
+    """One call of the attention function. key: what it got, kept to tell layers that share one apart from others.
+    rotary_dim: how much of each head was given to the rotary embedding, 0 if nothing was."""
 
     module: Any
     name: str
     key: torch.Tensor
     heads: tuple[int, int, int, int]  # query heads, key/value heads, head_dim, value_dim
     arguments: dict[str, Any]
-    rotated: bool
+    rotary_dim: int
 
     @property
     def index(self) -> Any:
@@ -172,7 +173,7 @@ class _Notes:
         self.config: Any = model.config.get_text_config(decoder=True)
         self.names = {module: name for name, module in model.named_modules()}
         self.arguments: dict[nn.Module, dict[str, Any]] = {}  # of the modules that are handed a cache
-        self.rotated = False  # since the last call
+        self.rotary_dim = 0  # since the last call
 
     def run(self) -> None:
         """Raises Unsupported where the model can't run so."""
@@ -215,7 +216,8 @@ class _Notes:
 
     def _noting_rotation(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def rotate(*args: Any, **kwargs: Any) -> Any:
-            self.rotated = True
+            first = args[0] if args else next(iter(kwargs.values()))
+            self.rotary_dim = first.shape[-1]
             return function(*args, **kwargs)
 
         return rotate
@@ -230,9 +232,9 @@ class _Notes:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         heads = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-        seen = _Seen(module, self.names[module], key, heads, {**kwargs, "mask": attention_mask}, self.rotated)
+        seen = _Seen(module, self.names[module], key, heads, {**kwargs, "mask": attention_mask}, self.rotary_dim)
         self.calls.append(seen)
-        self.rotated = False
+        self.rotary_dim = 0
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     def layers(self, spec: str) -> Layers:
@@ -256,8 +258,13 @@ class _Notes:
             raise Unsupported(f"the layers of {self.kind} differ in head shape {sorted(shapes)}: choose with --layers")
         first = picked[0] if picked else self.calls[0]
         classes.add((type(first.module).__name__, attention_name(first.name)))
-        unrotated = tuple(seen.index for seen in picked if not seen.rotated) if any(s.rotated for s in picked) else ()
-        return Layers(*classes.pop(), tuple(chosen), *first.heads, self.config.hidden_size, unrotated)
+        rotary_dims = {seen.rotary_dim for seen in picked} - {0}
+        if len(rotary_dims) > 1:
+            raise Unsupported(f"the layers of {self.kind} rotate {sorted(rotary_dims)} of a head: choose with --layers")
+        rotary_dim = max(rotary_dims, default=0)
+        unrotated = tuple(seen.index for seen in picked if rotary_dim and not seen.rotary_dim)
+        shape = (*first.heads, self.config.hidden_size)
+        return Layers(*classes.pop(), tuple(chosen), *shape, rotary_dim, unrotated)
 
     def of(self, layers: Layers) -> list[_Seen]:
         return [seen for seen in self.calls if seen.index in layers.layers]
@@ -272,8 +279,7 @@ class _Notes:
             return not rotates and "position_embeddings" not in given
         # Where only a part of each head is rotated it must be the first, as everywhere but in latent attention.
         rope = getattr(self.config, "rope_parameters", None) or {}
-        dim = given["position_embeddings"][0].shape[-1]
-        return dim == layers.head_dim or (dim < layers.head_dim and rope.get("partial_rotary_factor", 1.0) < 1.0)
+        return layers.rotary_dim == layers.head_dim or rope.get("partial_rotary_factor", 1.0) < 1.0
 
     def _check(self, seen: _Seen) -> None:
         """Whether the kernel knows all that the attention function gets."""

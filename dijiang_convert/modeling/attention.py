@@ -268,7 +268,7 @@ class DiJiangAttention(nn.Module):
         if not self._keeps_far_keys or self.apply_rotary is None or cos_sin is None:
             return q, k
         cos, sin = (x.float() for x in cos_sin)
-        dim = cos.shape[-1]  # less than head_dim with partial rotary embedding
+        dim = self.layers.rotary_dim  # less than head_dim with partial rotary embedding
         length = cos[..., :1].square() + sin[..., :1].square()
         turned_q, turned_k = self.apply_rotary(q[..., :dim], k[..., :dim], cos / length, -sin / length)
         return (

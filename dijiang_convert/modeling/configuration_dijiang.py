@@ -103,6 +103,7 @@ class Layers:
 
     attention_class, attention_name: the class of the source's attention modules, and the name that their parents have
         for them. Those whose `layer_index` is in `layers` get the kernel.
+    rotary_dim: how much of each head, the first part, the model's rotary function takes; 0 for none.
     unrotated: those of `layers` that have no rotary embedding, in a model where others do.
     """
 
@@ -114,13 +115,14 @@ class Layers:
     head_dim: int
     value_dim: int
     hidden_size: int
+    rotary_dim: int = 0
     unrotated: tuple[int, ...] = ()
 
 
 def read_section(config: transformers.PreTrainedConfig) -> tuple[Kernel, Layers]:
     """The kernel and the layers recorded in a converted model's config."""
     section: dict[str, Any] = config.dijiang  # type: ignore[attr-defined]
-    values = {field.name: section[field.name] for field in fields(Layers)}
+    values = {field.name: section[field.name] for field in fields(Layers) if field.name in section}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list | tuple)}
     return Kernel(**section["kernel"]), Layers(**{**values, **lists})
 

@@ -239,7 +239,9 @@ def learns(s: Subject) -> Numbers:
     """Every kernel parameter gets a gradient in a training step."""
     model = copy.deepcopy(s.model).train()
     out = model(input_ids=s.ids, labels=s.ids)
-    loss = out.loss if out.loss is not None else F.cross_entropy(out.logits[:, :-1].flatten(0, 1), s.ids[:, 1:].flatten())
+    loss = (
+        out.loss if out.loss is not None else F.cross_entropy(out.logits[:, :-1].flatten(0, 1), s.ids[:, 1:].flatten())
+    )
     loss.backward()
     smallest = float("inf")
     for name, parameter in model.named_parameters():

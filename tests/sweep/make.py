@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from dijiang_convert.architecture import Architecture, check_rotary, examine
+from dijiang_convert.architecture import Architecture, check_kernel, examine
 from dijiang_convert.convert import convert
 from dijiang_convert.errors import DijiangError, Unsupported
 from dijiang_convert.modeling.configuration_dijiang import Kernel
@@ -81,7 +81,7 @@ def choose(content: dict[str, Any]) -> tuple[Architecture, str, list[str]]:
     for layers, settings in CHOICES:
         try:
             architecture = examine(content, layers)
-            check_rotary(Kernel(rotary="keep" if settings else "remove"), architecture)
+            check_kernel(Kernel(rotary="keep" if settings else "remove"), architecture)
             return architecture, layers, settings
         except DijiangError as error:
             first = first or error

@@ -125,6 +125,9 @@ def _values(config_class: Any, layers: int, changes: dict[str, Any]) -> dict[str
         if sub is transformers.AutoConfig:
             sub = transformers.CONFIG_MAPPING.get(config_class.sub_configs_defaults[name].model_type)
         if dataclasses.is_dataclass(sub):
-            values[name] = {**_values(sub, layers, {**CHANGES.get(sub.model_type, {}), **changes.get(name, {})}), "model_type": sub.model_type}
+            values[name] = {
+                **_values(sub, layers, {**CHANGES.get(sub.model_type, {}), **changes.get(name, {})}),
+                "model_type": sub.model_type,
+            }
     given = {name: value for name, value in changes.items() if not isinstance(value, dict) or name not in values}
     return values | given
