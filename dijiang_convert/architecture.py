@@ -14,9 +14,14 @@ import torch
 import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -31,6 +36,8 @@ from .modeling.modeling_dijiang import (
     attach,
     attention_name,
     cache_argument,
+    cache_of,
+    hidden_states_of,
     layer_index,
     parameter_names,
 )
@@ -40,8 +47,10 @@ NO_ATTENTION = f"has no attention that goes through AttentionInterface: {FOLLOWE
 LAYER_SPECS = "all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N"
 # By model type, text models first; the others take images, sound or film as well, and their text part converts.
 LANGUAGE_MODELS = (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-)  # fmt: skip
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 # What attention functions get and the kernel follows, or what does not change their result.
 KNOWN_ARGUMENTS = {
     "mask", "scaling", "softcap", "s_aux", "is_causal", "sliding_window", "dropout", "position_ids", "use_cache",
@@ -56,7 +65,6 @@ class Architecture:
     model_class: its causal language model.
     layers: what a kernel would replace; parameters: how many numbers the model has.
     rotary_removable: whether there is no rotary embedding, or one that the kernel can undo in all these layers.
-    rotates: whether there is any.
     has_sinks: whether each head has a logit that takes its share of the weights (attention sinks).
     """
 
@@ -65,7 +73,6 @@ class Architecture:
     layers: Layers
     parameters: int
     rotary_removable: bool
-    rotates: bool
     has_sinks: bool
 
     def new_tensors(self, kernel: Kernel) -> dict[str, torch.Tensor]:
@@ -113,7 +120,6 @@ def examine(config: dict[str, Any], layers: str = "all") -> Architecture:
     picked = seen.of(found)
     return Architecture(
         model_class, parsed, found, parameters, seen.rotary_removable(found),
-        rotates=any(_rotary_source(call.module) is not None for call in picked),
         has_sinks=any(call.arguments.get("s_aux") is not None for call in picked),
     )  # fmt: skip
 
@@ -138,7 +144,7 @@ def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], PreTrainedC
     if name not in language_models:
         raise Unsupported(f"{name} is not a causal language model: convert the {language_models[0]} it was made from")
     try:
-        parsed = transformers.CONFIG_MAPPING[kind].from_dict(dict(config))
+        parsed = transformers.CONFIG_MAPPING[kind].from_dict(PreTrainedConfig._decode_special_floats(config))
     except Exception as error:
         raise DijiangError(f"config.json is not valid for {kind} ({_first_line(error)}): get the model again") from None
     return getattr(transformers, name), parsed
@@ -174,6 +180,7 @@ class _Notes:
         self.names = {module: name for name, module in model.named_modules()}
         self.arguments: dict[nn.Module, dict[str, Any]] = {}  # of the modules that are handed a cache
         self.rotary_dim = 0  # since the last call
+        self.returns_cache = False
 
     def run(self) -> None:
         """Raises Unsupported where the model can't run so."""
@@ -200,7 +207,8 @@ class _Notes:
             with torch.no_grad(), quiet(), _WithoutValues():
                 self.model.set_attn_implementation("dijiang_probe")
                 cache = {str(cache_argument(self.model.forward)): DynamicCache(config=self.config)}
-                self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **cache)
+                out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **cache)
+                self.returns_cache = any(isinstance(value, Cache) for value in out.values())
         finally:
             AttentionInterface._global_mapping.pop("dijiang_probe", None)
             AttentionMaskInterface._global_mapping.pop("dijiang_probe", None)
@@ -211,7 +219,7 @@ class _Notes:
 
     def _note_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
-        if any(isinstance(value, DynamicCache) for value in given.values()):
+        if cache_of(given) is not None:
             self.arguments[module] = given
 
     def _noting_rotation(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -262,9 +270,15 @@ class _Notes:
         if len(rotary_dims) > 1:
             raise Unsupported(f"the layers of {self.kind} rotate {sorted(rotary_dims)} of a head: choose with --layers")
         rotary_dim = max(rotary_dims, default=0)
-        unrotated = tuple(seen.index for seen in picked if rotary_dim and not seen.rotary_dim)
-        shape = (*first.heads, self.config.hidden_size)
-        return Layers(*classes.pop(), tuple(chosen), *shape, rotary_dim, unrotated)
+        seen_to_rotate = any(seen.rotary_dim for seen in self.calls)
+        unrotated = tuple(seen.index for seen in picked if seen_to_rotate and not seen.rotary_dim)
+        hidden = hidden_states_of(self.arguments.get(first.module, {}))
+        width = self.config.hidden_size if hidden is None else hidden.shape[-1]
+        rotates = any(
+            _rotary_source(seen.module) is not None or "position_embeddings" in self.arguments.get(seen.module, {})
+            for seen in picked
+        )
+        return Layers(*classes.pop(), tuple(chosen), *first.heads, width, rotates, rotary_dim, unrotated)
 
     def of(self, layers: Layers) -> list[_Seen]:
         return [seen for seen in self.calls if seen.index in layers.layers]
@@ -273,10 +287,11 @@ class _Notes:
         picked = [seen for seen in self.of(layers) if seen.index not in layers.unrotated]
         if not picked:
             return True
-        given = self.arguments[picked[0].module]
-        rotates = _rotary_source(picked[0].module) is not None
-        if not rotates or given.get("position_embeddings") is None:
-            return not rotates and "position_embeddings" not in given
+        tables = self.arguments[picked[0].module].get("position_embeddings")
+        if not layers.rotates:
+            return True
+        if not (isinstance(tables, tuple) and len(tables) == 2 and layers.rotary_dim):
+            return False
         # Where only a part of each head is rotated it must be the first, as everywhere but in latent attention.
         rope = getattr(self.config, "rope_parameters", None) or {}
         return layers.rotary_dim == layers.head_dim or rope.get("partial_rotary_factor", 1.0) < 1.0
@@ -289,9 +304,13 @@ class _Notes:
             raise Unsupported(f"the attention of {self.kind} has {unknown[0]}, which the kernel does not follow")
         mask = seen.arguments["mask"]
         if mask is not None and mask.shape != (1, self.LENGTH):
-            raise Unsupported(f"the attention of {self.kind} adds a bias to its mask, which the kernel does not follow")
+            raise Unsupported(f"the attention of {self.kind} has a mask of another shape than causal, or a bias in it")
         if not getattr(seen.module, "is_causal", True):
             raise Unsupported(f"{self.kind} has attention that is not causal: only decoders are converted")
+        if not self.returns_cache:
+            raise Unsupported(f"{self.kind} keeps its cache inside the model, where the kernel has none")
+        if type(DynamicCache(config=self.config).layers[seen.index]).__name__.startswith("LinearAttentionAnd"):
+            raise Unsupported(f"layers of {self.kind} have attention and a recurrent state at once, in one cache layer")
         if seen.module not in self.arguments:
             raise Unsupported(f"the attention module of {self.kind} is not handed its cache, which the kernel needs")
 
@@ -310,9 +329,13 @@ class _Notes:
         return seen.arguments.get("sliding_window") is not None
 
 
-def _padding_mask(**kwargs: Any) -> torch.Tensor:
+def _padding_mask(
+    mask_function: Callable[..., Any] = causal_mask_function, local_size: int | None = None, **kwargs: Any
+) -> torch.Tensor:
     """As `dijiang_mask` has it, and never None: a model that works on it shows."""
-    return torch.ones(1, _Notes.LENGTH, dtype=torch.bool, device="meta")
+    plain = local_size is not None or mask_function in (causal_mask_function, bidirectional_mask_function)
+    shape = (1, _Notes.LENGTH) if plain else (1, 1, _Notes.LENGTH, _Notes.LENGTH)
+    return torch.ones(shape, dtype=torch.bool, device="meta")
 
 
 class _WithoutValues(TorchDispatchMode):

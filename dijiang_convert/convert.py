@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
@@ -139,11 +141,11 @@ def converted_config(
     config: dict[str, Any], architecture: Architecture, recipe: Recipe, source: Source, dtype: str | None
 ) -> dict[str, Any]:
     """The source's config.json, with the classes that run the checkpoint and the section ``dijiang``."""
-    model, kind = architecture.model_class.__name__, config["model_type"]
-    result = {**config, "architectures": [f"DiJiang{model}"], "model_type": f"dijiang_{kind}"}
+    kind, model = config["model_type"], class_name(architecture.model_class, architecture.config)
+    result = {**config, "architectures": [model], "model_type": f"dijiang_{kind}"}
     result["auto_map"] = {
         "AutoConfig": f"configuration_dijiang.DiJiang{type(architecture.config).__name__}",
-        **{auto: f"modeling_dijiang.DiJiang{name}" for auto, name in auto_classes(kind).items()},
+        **{auto: f"modeling_dijiang.{name}" for auto, name in auto_classes(kind, architecture).items()},
     }
     if dtype is not None:
         result.pop("torch_dtype", None)
@@ -168,13 +170,28 @@ def converted_config(
     return result
 
 
-def auto_classes(kind: str) -> dict[str, str]:
+def class_name(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
+    """What `modeling_dijiang` calls a converted model class: with its config's name, where that is not its own."""
+    config_class, own = type(config), model_class.config_class
+    return f"DiJiang{model_class.__name__}" + ("" if config_class is own else f"Of{config_class.__name__}")
+
+
+def auto_classes(kind: str, architecture: Architecture) -> dict[str, str]:
     """The Auto classes that know a model type, with the class that each gives for it: one for every kind of head."""
+    parts = [type(getattr(architecture.config, name)) for name in architecture.config.sub_configs]
     found = {}
     for auto, value in vars(modeling_auto).items():
         names = getattr(getattr(value, "_model_mapping", None), "_model_mapping", {})
-        if auto.startswith("AutoModel") and kind in names:
-            found[auto] = names[kind] if isinstance(names[kind], str) else names[kind][0]
+        if not auto.startswith("AutoModel") or kind not in names:
+            continue
+        model_class = getattr(transformers, names[kind] if isinstance(names[kind], str) else names[kind][0])
+        if model_class.config_class in parts:  # of a part alone, whose weights have other names in the whole
+            if auto != "AutoModelForCausalLM":
+                continue
+            model_class = architecture.model_class
+        found[auto] = class_name(model_class, architecture.config)
+    if getattr(type(architecture.config)(), "is_encoder_decoder", False):  # its decoder alone was converted
+        found = {auto: name for auto, name in found.items() if auto == "AutoModelForCausalLM"}
     return found
 
 

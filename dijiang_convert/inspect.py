@@ -72,7 +72,7 @@ def inspect(
         head_dim=shape.head_dim,
         parameters=architecture.parameters,
         new_parameters=new,
-        state_bytes=state_bytes(chosen.kernel, shape, width, architecture.rotates),
+        state_bytes=state_bytes(chosen.kernel, shape, width, shape.rotates),
         kv_cache_bytes_at={
             n: len(shape.layers) * shape.kv_heads * (shape.head_dim + shape.value_dim) * n * width for n in LENGTHS
         },

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import transformers
-
 from .errors import DijiangError
 from .recipe import Recipe, Stage, adjust_stages, scale_tokens
 
@@ -103,8 +101,7 @@ def source_context(config: Any) -> int:
 
 def has_rotary_positions(config: Any) -> bool:
     """Whether attention rotates queries and keys. Other decoders here learn their positions, up to a last one."""
-    model_class = getattr(transformers, config.architectures[0].removeprefix("DiJiang"))
-    return hasattr(sys.modules[model_class.__module__], "apply_rotary_pos_emb")
+    return bool(config.dijiang["rotates"])
 
 
 def extended_config(content: Mapping[str, Any], config: Any, seq_len: int) -> dict[str, Any]:

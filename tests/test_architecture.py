@@ -164,7 +164,7 @@ def test_rotary_embedding_that_the_kernel_can_not_undo() -> None:
 def test_layers_that_do_not_rotate() -> None:
     """Every fourth layer of smollm3 has no position embedding, though it is handed one: there is nothing to undo."""
     config = {**config_of("smollm3", num_hidden_layers=4).to_dict(), "architectures": ["SmolLM3ForCausalLM"]}
-    for layers, unrotated in (("all", (3,)), ("3", ()), ("0-2", ()), ("2,3", (3,))):
+    for layers, unrotated in (("all", (3,)), ("3", (3,)), ("0-2", ()), ("2,3", (3,))):
         found = examine(config, layers)
         assert found.layers.unrotated == unrotated
         check_kernel(Kernel(), found)

@@ -5,6 +5,7 @@ Prefill goes through `chunked`, a single token with a full window through `atten
 Shape legend: B batch, H query heads, G key/value heads, N new tokens, D head_dim, V value head_dim.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -270,7 +271,11 @@ class DiJiangAttention(nn.Module):
         cos, sin = (x.float() for x in cos_sin)
         dim = self.layers.rotary_dim  # less than head_dim with partial rotary embedding
         length = cos[..., :1].square() + sin[..., :1].square()
-        turned_q, turned_k = self.apply_rotary(q[..., :dim], k[..., :dim], cos / length, -sin / length)
+        back = (cos / length, -sin / length)
+        if "k" in inspect.signature(self.apply_rotary).parameters:
+            turned_q, turned_k = self.apply_rotary(q[..., :dim], k[..., :dim], *back)
+        else:  # a function of one of them
+            turned_q, turned_k = (self.apply_rotary(x[..., :dim], *back) for x in (q, k))
         return (
             torch.cat([turned_q.to(q.dtype), q[..., dim:]], -1),
             torch.cat([turned_k.to(k.dtype), k[..., dim:]], -1),

@@ -103,6 +103,7 @@ class Layers:
 
     attention_class, attention_name: the class of the source's attention modules, and the name that their parents have
         for them. Those whose `layer_index` is in `layers` get the kernel.
+    rotates: whether attention has rotary embedding, so that it depends on positions.
     rotary_dim: how much of each head, the first part, the model's rotary function takes; 0 for none.
     unrotated: those of `layers` that have no rotary embedding, in a model where others do.
     """
@@ -115,6 +116,7 @@ class Layers:
     head_dim: int
     value_dim: int
     hidden_size: int
+    rotates: bool = False
     rotary_dim: int = 0
     unrotated: tuple[int, ...] = ()
 

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -227,7 +227,7 @@ def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     """Forward pre-hook of converted attention modules: adds what the attention function does not see to its keyword
     arguments. (Arguments survive gradient checkpointing and threads; attributes of the module would not.)"""
     given = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
-    cache = next((value for value in given.values() if isinstance(value, Cache)), None)
+    cache = cache_of(given)
     layer = None
     if cache is not None:
         if module.config._attn_implementation.startswith("dijiang"):
@@ -236,7 +236,19 @@ def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
             raise ValueError("a DiJiang cache can't serve softmax attention: start from an empty cache")
     if not module.config._attn_implementation.startswith("dijiang"):
         return args, kwargs
-    return args, {**kwargs, "dijiang": Call(layer, given.get("hidden_states"), given.get("position_embeddings"))}
+    return args, {**kwargs, "dijiang": Call(layer, hidden_states_of(given), given.get("position_embeddings"))}
+
+
+def cache_of(given: dict[str, Any]) -> Cache | None:
+    """The cache among a module's arguments: of its own attention, where there is one for an encoder's states too."""
+    cache = next((value for value in given.values() if isinstance(value, Cache)), None)
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def hidden_states_of(given: dict[str, Any]) -> Tensor | None:
+    """What an attention module makes queries from, [B, N, hidden], by whatever name."""
+    tensors = (value for value in given.values() if isinstance(value, Tensor) and value.dim() == 3)
+    return given["hidden_states"] if isinstance(given.get("hidden_states"), Tensor) else next(tensors, None)
 
 
 @functools.cache
@@ -375,18 +387,20 @@ def _position_ids(given: dict[str, Any], config: Any, accepted: bool) -> dict[st
     mask = given.get("attention_mask")
     if given.get("position_ids") is not None or mask is None or not accepted or mask.bool().all():
         return {}
-    if config.get_text_config(decoder=True) is not config:  # multimodal models have positions of images too
-        return {}
+    if config.get_text_config(decoder=True) is not config or not config.dijiang["rotates"]:
+        return {}  # multimodal models have positions of images too, and learned positions are counted as they were
     tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return {"position_ids": positions[:, -tokens.shape[1] :]}
 
 
 def __getattr__(name: str) -> type:
-    base = getattr(transformers, name.removeprefix("DiJiang"), None) if name.startswith("DiJiang") else None
+    # DiJiangLlamaForCausalLMOfExaoneConfig is a class that several model types share, with the config of another one.
+    model, _, config = name.removeprefix("DiJiang").partition("Of")
+    base = getattr(transformers, model, None) if name.startswith("DiJiang") else None
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    source_config: Any = base.config_class
+    source_config: Any = getattr(transformers, config) if config else base.config_class
     config_class = getattr(sys.modules[read_section.__module__], f"DiJiang{source_config.__name__}")
     namespace = {"__module__": __name__, "config_class": config_class, "forward": _checked(base.forward)}
     globals()[name] = type(name, (DiJiangMixin, base), namespace)
