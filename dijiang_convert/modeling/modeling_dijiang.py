@@ -184,7 +184,7 @@ def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     layer = None
     if cache is not None:
         if module.config._attn_implementation.startswith("dijiang"):
-            layer = cache_layer(cache, module.layer_idx, module.dijiang.kernel.window)
+            layer = cache_layer(cache, module.layer_idx, module.dijiang.kept)
         elif any(isinstance(each, DiJiangCacheLayer) for each in cache.layers):
             raise ValueError("a DiJiang cache can't serve softmax attention: start from an empty cache")
     if not module.config._attn_implementation.startswith("dijiang"):
@@ -244,9 +244,9 @@ class DiJiangMixin:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
         cache = next((model_kwargs[name] for name in CACHE_NAMES if name in model_kwargs), None)
         if isinstance(cache, Cache) and self.config._attn_implementation == "dijiang":  # type: ignore[attr-defined]
-            kernel, layers = read_section(self.config)  # type: ignore[attr-defined]
-            for layer_idx in layers.layers:
-                cache_layer(cache, layer_idx, kernel.window)
+            for name, module in self.named_modules():  # type: ignore[attr-defined]
+                if isinstance(getattr(module, "dijiang", None), DiJiangAttention):
+                    cache_layer(cache, layer_index(name, module), module.dijiang.kept)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
