@@ -43,6 +43,7 @@ class DiJiangAttention(nn.Module):
     def __init__(self, kernel: Kernel, layers: Layers, apply_rotary: Callable[..., Any] | None) -> None:
         super().__init__()
         self.kernel, self.layers = kernel, layers
+        self.arguments: list[str] = []  # of the attention module's forward
         self.apply_rotary = apply_rotary if kernel.rotary == "remove" else None
         heads, kv_heads = layers.heads, layers.kv_heads
         if kernel.far:

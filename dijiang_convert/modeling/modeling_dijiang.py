@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ from transformers.modeling_utils import AttentionInterface
 from .attention import Call, DiJiangAttention
 from .cache import DiJiangCacheLayer, cache_layer
 from .configuration_dijiang import Kernel, Layers, read_section
-from .packing import CACHE_NAMES, find_segments, packed_arguments, packed_mask, packed_segments
+from .packing import CACHE_NAMES, find_segments, new_tokens, packed_arguments, packed_mask, packed_segments
 
 # Tokens of a prompt that the model works on at once when no gradient is needed: see `_in_segments`.
 SEGMENT = 2048
@@ -67,8 +68,8 @@ def dijiang_attention(
     refuse_unsupported(kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     segments = packed_segments(attention_mask)
-    mask = None if attention_mask is None or segments is not None else attention_mask[:, -query.shape[2] :]
-    if mask is not None and mask.all():
+    mask = None if attention_mask is None or segments is not None else real_tokens(attention_mask, query.shape[2])
+    if mask is not None and is_all(mask):
         mask = None
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -103,6 +104,8 @@ def softmax_attention(
     segments = packed_segments(attention_mask)
     if segments is not None:
         attention_mask = packed_mask(segments, visible if causal else bidirectional_mask_function)
+    elif attention_mask is not None and attention_mask.dim() == 4:
+        attention_mask = attention_mask[:, :, :-1]
     elif causal:
         if attention_mask is not None:
             attention_mask = attention_mask[:, -keys:].bool()
@@ -128,21 +131,63 @@ def _sliding_window(module: nn.Module) -> int | None:
 
 def dijiang_mask(
     q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     config: Any = None,
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask as DiJiang attention wants it: [B, keys], True for real tokens, or None if all are. The keys are the
-    new ones; where softmax layers are left, all so far. (Of packed documents: see `packing`.)"""
+    new ones; where softmax layers are left, all so far. (Of packed documents: see `packing`; of a cache that has places
+    for tokens to come: `static_mask`.)"""
     if not allow_is_causal_skip and q_length > 1 and getattr(config, "is_causal", True):
         raise ValueError("packed rows and masks of another shape than causal need the whole model, not its inner one")
+    section = getattr(config, "dijiang", None)
+    converted = section is not None and len(section["layers"]) == config.num_hidden_layers
+    if isinstance(q_offset, Tensor) or kv_offset + kv_length > q_offset + q_length:
+        return static_mask(q_length, kv_length, q_offset, kv_offset, attention_mask, converted, **kwargs)
     if attention_mask is None:
         return None
-    section = getattr(config, "dijiang", None)
-    if section is not None and len(section["layers"]) == config.num_hidden_layers:
+    if converted:
         attention_mask = attention_mask[:, -q_length:]
-    return None if attention_mask.all() else attention_mask
+    return None if is_all(attention_mask) else attention_mask
+
+
+def static_mask(
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    converted: bool,
+    **arguments: Any,
+) -> Tensor | None:
+    """The mask for a static cache: [B, 1, N + 1, keys], True where a new token sees a key, and in a last row which of
+    the new tokens are real (see `real_tokens`). That row alone, [B, 1, 1, N], where every layer is ``converted``."""
+    real = None
+    if attention_mask is not None:
+        real = attention_mask[:, torch.arange(q_length, device=attention_mask.device) + q_offset]
+    if converted:
+        return None if real is None or is_all(real) else real[:, None, None]
+    visible = sdpa_mask(
+        q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        attention_mask=attention_mask, **{**arguments, "allow_is_causal_skip": False},
+    )  # fmt: skip
+    assert visible is not None
+    real = torch.ones_like(visible[:, 0, 0, :q_length]) if real is None else real
+    return torch.cat([visible, F.pad(real, (kv_length - q_length, 0))[:, None, None]], 2)
+
+
+def real_tokens(mask: Tensor, count: int) -> Tensor:
+    """Which of the ``count`` new tokens are not padding, [B, N], by a mask of `dijiang_mask`."""
+    return (mask[:, 0, -1] if mask.dim() == 4 else mask)[:, -count:]
+
+
+def is_all(mask: Tensor) -> bool:
+    """Whether every token is real. False where that can't be asked: a compiled graph does not look at values."""
+    return not torch.compiler.is_compiling() and bool(mask.all())
 
 
 AttentionInterface.register("dijiang", dijiang_attention)
@@ -160,6 +205,7 @@ def attach(model: nn.Module, kernel: Kernel, layers: Layers) -> list[str]:
         if is_attention and layer_index(name, module) in layers.layers:
             apply_rotary = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
             module.dijiang = DiJiangAttention(kernel, layers, apply_rotary)
+            module.dijiang.arguments = parameter_names(type(module).forward)
             module.register_forward_pre_hook(_hand_over, with_kwargs=True)
             converted.append(name)
     if len(converted) != len(layers.layers):
@@ -179,7 +225,7 @@ def layer_index(name: str, module: nn.Module) -> int | None:
 def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of converted attention modules: adds what the attention function does not see to its keyword
     arguments. (Arguments survive gradient checkpointing and threads; attributes of the module would not.)"""
-    given = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
+    given = {**dict(zip(module.dijiang.arguments, args, strict=False)), **kwargs}
     cache = next((value for value in given.values() if isinstance(value, Cache)), None)
     layer = None
     if cache is not None:
@@ -268,7 +314,7 @@ def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
         if segments is not None:
             return forward(self, **packed_arguments(given, segments, self.config, names))
         if ours:
-            kwargs.update(_position_ids(given, "position_ids" in names))
+            kwargs.update(_position_ids(given, "position_ids" in names, cache_name))
             if cache_name is not None and _is_long_prompt(self, given):
                 return _in_segments(self, forward, {**given, **kwargs}, cache_name)
         return forward(self, *args, **kwargs)
@@ -280,16 +326,26 @@ def _refuse(model: Any, given: dict[str, Any]) -> None:
     """Raises ValueError for arguments that linear attention can't follow."""
     if given.get("output_attentions") or getattr(model.config, "output_attentions", False):
         raise ValueError("output_attentions: linear attention has no attention matrix to return")
-    mask = given.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() != 2:
-        raise ValueError(f"attention_mask has {mask.dim()} dimensions: DiJiang attention takes a [batch, length] mask")
+    mask, tokens = given.get("attention_mask"), new_tokens(given)
+    for each in mask.values() if isinstance(mask, dict) else [mask]:
+        if isinstance(each, Tensor) and each.dim() != 2 and not (tokens is not None and _is_ours(each, tokens.shape[1])):
+            raise ValueError(f"attention_mask has {each.dim()} dimensions: DiJiang attention takes [batch, length]")
+
+
+def _is_ours(mask: Tensor, count: int) -> bool:
+    """Whether a mask for ``count`` new tokens has been through `static_mask`, as generate() does it beforehand."""
+    return mask.dim() == 4 and (mask.shape[2] == count + 1 or mask.shape[2:] == (1, count))
 
 
 def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
     """Whether a call is one that `_in_segments` answers: tokens in, logits or hidden states out, no gradient."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
     asked = {name for name, value in given.items() if value is not None and value is not False}
-    tokens, keep = given.get("input_ids"), given.get("logits_to_keep", 0)
-    if torch.is_grad_enabled() or tokens is None or tokens.shape[1] <= SEGMENT or asked - SEGMENTED_ARGUMENTS:
+    tokens, keep, mask = given.get("input_ids"), given.get("logits_to_keep", 0), given.get("attention_mask")
+    if tokens is None or tokens.shape[1] <= SEGMENT or asked - SEGMENTED_ARGUMENTS:
+        return False
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):  # of a static cache
         return False
     wants_dict = model.config.return_dict and given.get("return_dict") is not False
     return wants_dict and isinstance(keep, int) and keep <= (tokens.shape[1] - 1) % SEGMENT + 1
@@ -321,14 +377,18 @@ def _in_segments(model: Any, forward: Callable[..., Any], given: dict[str, Any],
     return result
 
 
-def _position_ids(given: dict[str, Any], accepted: bool) -> dict[str, Tensor]:
+def _position_ids(given: dict[str, Any], accepted: bool, cache_name: str | None) -> dict[str, Tensor]:
     """Positions from the padding mask where none are given: features of rotated keys depend on them."""
     mask = given.get("attention_mask")
-    if given.get("position_ids") is not None or mask is None or not accepted or mask.bool().all():
+    if given.get("position_ids") is not None or not accepted or not isinstance(mask, Tensor) or mask.dim() != 2:
         return {}
-    tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return {"position_ids": positions[:, -tokens.shape[1] :]}
+    tokens, cache = new_tokens(given), given.get(cache_name or "")
+    if tokens is None or is_all(mask):
+        return {}
+    positions, seen = (mask.long().cumsum(-1) - 1).clamp(min=0), mask.shape[1] - tokens.shape[1]
+    if isinstance(cache, Cache) and isinstance(cache.get_seq_length(), Tensor):  # the mask may be longer than needed
+        seen = cache.get_seq_length()
+    return {"position_ids": positions[:, torch.arange(tokens.shape[1], device=mask.device) + seen]}
 
 
 def __getattr__(name: str) -> type:
