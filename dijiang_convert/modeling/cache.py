@@ -394,7 +394,9 @@ class StaticDiJiangCacheLayer(DiJiangCacheLayer):
                 x.copy_(x.index_select(0, rows))
 
     def activate_past_recording(self) -> None:
-        raise NotImplementedError("a static DiJiang cache can't take tokens back: assisted decoding needs a dynamic one")
+        raise NotImplementedError(
+            "a static DiJiang cache can't take tokens back: assisted decoding needs a dynamic one"
+        )
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:

@@ -328,7 +328,11 @@ def _refuse(model: Any, given: dict[str, Any]) -> None:
         raise ValueError("output_attentions: linear attention has no attention matrix to return")
     mask, tokens = given.get("attention_mask"), new_tokens(given)
     for each in mask.values() if isinstance(mask, dict) else [mask]:
-        if isinstance(each, Tensor) and each.dim() != 2 and not (tokens is not None and _is_ours(each, tokens.shape[1])):
+        if (
+            isinstance(each, Tensor)
+            and each.dim() != 2
+            and not (tokens is not None and _is_ours(each, tokens.shape[1]))
+        ):
             raise ValueError(f"attention_mask has {each.dim()} dimensions: DiJiang attention takes [batch, length]")
 
 
@@ -386,7 +390,7 @@ def _position_ids(given: dict[str, Any], accepted: bool, cache_name: str | None)
     if tokens is None or is_all(mask):
         return {}
     positions, seen = (mask.long().cumsum(-1) - 1).clamp(min=0), mask.shape[1] - tokens.shape[1]
-    if isinstance(cache, Cache) and isinstance(cache.get_seq_length(), Tensor):  # the mask may be longer than needed
+    if isinstance(cache, Cache) and seen > 0:  # a static cache's mask may have places for tokens to come
         seen = cache.get_seq_length()
     return {"position_ids": positions[:, torch.arange(tokens.shape[1], device=mask.device) + seen]}
 

@@ -97,8 +97,8 @@ def packed_arguments(given: dict[str, Any], segments: Tensor, config: Any, accep
     if "use_cache" in accepted:
         arguments["use_cache"] = False
     if "position_ids" in accepted and given.get("position_ids") is None:
-        places = torch.arange(segments.shape[1], device=segments.device)
-        arguments["position_ids"] = places - given[FLASH_ARGUMENTS[0]][segments]
+        places, bounds = torch.arange(segments.shape[1], device=segments.device)[None], given.get(FLASH_ARGUMENTS[0])
+        arguments["position_ids"] = places if bounds is None else places - bounds[segments]
     if config._attn_implementation.startswith("dijiang"):
         arguments["attention_mask"] = (segments + 1)[:, None, None]
     elif _is_full(config):  # else transformers makes a mask for each kind of layer
