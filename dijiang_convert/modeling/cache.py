@@ -79,7 +79,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        self.state: FarState | None = None
+        self.state: Any = None  # FarState, once there is one
         self.recent: Tokens | None = None
         self.trail: Tensor | None = None  # see `follow`
         self.oldest = 0  # index of the oldest token in the ring
@@ -226,6 +226,8 @@ class DiJiangCacheLayer(CacheLayerMixin):
         of the state: call `activate_past_recording` before feeding them."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number: how many tokens to remove")
+        if not self.is_initialized:  # a layer that was left out: early exit
+            return
         count = -tokens_to_remove
         if count > (self.kept if self.seen == self.kept else self.pending):
             raise RuntimeError(

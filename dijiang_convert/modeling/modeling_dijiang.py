@@ -145,7 +145,7 @@ def dijiang_mask(
     if not allow_is_causal_skip and q_length > 1 and getattr(config, "is_causal", True):
         raise ValueError("packed rows and masks of another shape than causal need the whole model, not its inner one")
     section = getattr(config, "dijiang", None)
-    converted = section is not None and len(section["layers"]) == config.num_hidden_layers
+    converted = section is not None and set(range(config.num_hidden_layers)) <= set(section["layers"])
     if isinstance(q_offset, Tensor) or kv_offset + kv_length > q_offset + q_length:
         return static_mask(q_length, kv_length, q_offset, kv_offset, attention_mask, converted, **kwargs)
     if attention_mask is None:
@@ -172,7 +172,7 @@ def static_mask(
     if converted:
         return None if real is None or is_all(real) else real[:, None, None]
     visible = sdpa_mask(
-        q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,  # type: ignore[arg-type]
         attention_mask=attention_mask, **{**arguments, "allow_is_causal_skip": False},
     )  # fmt: skip
     assert visible is not None
@@ -216,7 +216,7 @@ def attach(model: nn.Module, kernel: Kernel, layers: Layers) -> list[str]:
     return converted
 
 
-def layer_index(name: str, module: nn.Module) -> int | None:
+def layer_index(name: str, module: nn.Module) -> Any:
     """Which layer an attention module belongs to: what it says itself, or else the last number in its name."""
     numbers = [int(part) for part in name.split(".") if part.isdecimal()]
     return getattr(module, "layer_idx", numbers[-1] if numbers else None)
