@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.generation import GenerationMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -295,6 +296,9 @@ class DiJiangMixin:
                     cache_layer(cache, layer_index(name, module), module.dijiang.kept)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
+            elif GenerationMode.ASSISTED_GENERATION in args and cache.get_seq_length() > 0:
+                # transformers feeds the whole prompt to it again
+                raise ValueError("assisted decoding starts from an empty cache: leave the filled one out")
 
 
 def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
