@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .cache import DiJiangCacheLayer, Tokens, preceding
+from .cache import DiJiangCacheLayer, Kept, Tokens, preceding
 from .configuration_dijiang import Kernel, Layers
 from .feature_map import FeatureMap
 from .linear_attention import FASTEST, FarState, absorb, attend_one, attend_window, chunked
@@ -49,6 +49,7 @@ class DiJiangAttention(nn.Module):
     def __init__(self, kernel: Kernel, layers: Layers, apply_rotary: Callable[..., Any] | None) -> None:
         super().__init__()
         self.kernel, self.layers = kernel, layers
+        self.arguments: list[str] = []  # of the attention module's forward
         self.apply_rotary = apply_rotary if kernel.rotary == "remove" else None
         heads, kv_heads = layers.heads, layers.kv_heads
         if kernel.far:
@@ -120,7 +121,7 @@ class DiJiangAttention(nn.Module):
         valid = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask.bool()
         new = Tokens(k, v, far_k if self._keeps_far_keys else None, *self._gates(call.hidden_states), valid)
         cache = call.cache
-        if cache is not None and q.shape[2] == 1 and mask is None and cache.is_full and not torch.is_grad_enabled():
+        if cache is not None and q.shape[2] == 1 and cache.takes_one(mask):
             out = self._decode(cache, q, far_q, new, call)
         else:
             out = self._prefill(q, far_q, new, mask is not None, call)
@@ -131,7 +132,7 @@ class DiJiangAttention(nn.Module):
     def _prefill(self, q: Tensor, far_q: Tensor, new: Tokens, padded: bool, call: Call) -> Tensor:
         """Any number of tokens, chunked. What the cache kept comes before them."""
         window, queries, cache = self.kernel.window, q.shape[2], call.cache
-        past = DiJiangCacheLayer(window) if cache is None else cache
+        past = DiJiangCacheLayer(window) if cache is None else cache.opened()
         if past.kept > window + past.pending:  # confirmed by `crop`, and behind the window: part of the state now
             old = past.split_oldest(past.kept - window - past.pending)
             if self.kernel.far:
@@ -152,8 +153,9 @@ class DiJiangAttention(nn.Module):
         if past.record_past:
             past.pending += queries
         elif cache is not None:
-            cache.state = state
-            cache.split_oldest(cache.kept - window)
+            past.state = state
+            past.split_oldest(past.kept - window)
+            cache.settle(past, new.valid)
         past.trim_trail()
         return out
 
@@ -179,7 +181,7 @@ class DiJiangAttention(nn.Module):
         keys, values, *_, valid = cache.tokens(ordered=False)
         if not kernel.far:
             return attend_window(q, keys, values, valid=valid, **exact)[0]
-        cache.state = self._absorb(cache.state, old, scaling)
+        cache.set_state(self._absorb(cache.state, old, scaling))
         return attend_one(
             q, self._per_state_head(keys), self._per_state_head(values), *self._query_features(far_q, scaling),
             cache.state, valid=valid, normalize=kernel.normalize, **exact,
@@ -193,6 +195,20 @@ class DiJiangAttention(nn.Module):
         return absorb(state, fk, gk, v, self._log_decay(old.gates), self._feature_decay(old.code), old.valid)
 
     # ------------------------------------------------------------------------------------------------------ features
+
+    @property
+    def kept(self) -> Kept:
+        """What a cache keeps for this layer."""
+        kernel, layers = self.kernel, self.layers
+        return Kept(
+            window=kernel.window,
+            state_heads=layers.heads if kernel.decay == "retnet" else layers.kv_heads,
+            features=self.k_features.features if kernel.far else 0,
+            far_keys=self._keeps_far_keys,
+            gates=kernel.far and kernel.selective,
+            code=kernel.decay_rank if kernel.far else 0,
+            trail=layers.heads + layers.kv_heads if kernel.far and kernel.shift else 0,
+        )
 
     @property
     def _keeps_far_keys(self) -> bool:
@@ -297,7 +313,7 @@ def _bounded_exp(x: Tensor, bound: float) -> Tensor:
 
 
 def _padding_first(valid: Tensor) -> Tensor | None:
-    """The order [B, K] that puts padding before the real tokens of each row, or None if it is there already."""
-    if not (valid[:, :-1] & ~valid[:, 1:]).any():
+    """The order [B, K] that puts padding before the real tokens of each row, or None if it is seen to be there."""
+    if not torch.compiler.is_compiling() and not (valid[:, :-1] & ~valid[:, 1:]).any():
         return None
     return valid.to(torch.int8).argsort(dim=1, stable=True)

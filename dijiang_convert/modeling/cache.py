@@ -1,7 +1,9 @@
 """The cache of a converted layer: a state of fixed size and the window's keys, whatever the length.
 
-Shape legend: B batch, G key/value heads, L kept tokens (at most the window, and more only while recording the past),
-D head_dim, V value head_dim.
+`DiJiangCacheLayer` takes the place of a layer of `DynamicCache`, `StaticDiJiangCacheLayer` of one of `StaticCache`.
+
+Shape legend: B batch, G key/value heads, A query and key/value heads, L kept tokens (at most the window, and more only
+while recording the past), D head_dim, V value head_dim, F features, R rank of the code.
 """
 
 from collections.abc import Callable
@@ -10,9 +12,25 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
-from .linear_attention import FarState
+from .linear_attention import FLOOR, FarState
+
+
+class Kept(NamedTuple):
+    """What a kernel has a cache keep: so many tokens, and of what sizes their parts and the state are. 0 is none.
+
+    state_heads and features are of the state; gates and code tell whether `Tokens` has them, and how long a code is;
+    trail is A, of how many heads the last token is kept.
+    """
+
+    window: int
+    state_heads: int
+    features: int
+    far_keys: bool
+    gates: bool
+    code: int
+    trail: int
 
 
 class Tokens(NamedTuple):
@@ -61,7 +79,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        self.state: FarState | None = None
+        self.state: Any = None  # FarState, once there is one
         self.recent: Tokens | None = None
         self.trail: Tensor | None = None  # see `follow`
         self.oldest = 0  # index of the oldest token in the ring
@@ -91,15 +109,25 @@ class DiJiangCacheLayer(CacheLayerMixin):
 
     # ------------------------------------------------------------------------------ what the attention function uses
 
+    def set_state(self, state: FarState | None) -> None:
+        self.state = state
+
+    def opened(self) -> "DiJiangCacheLayer":
+        """A layer that any number of tokens can be appended to."""
+        return self
+
+    def settle(self, opened: "DiJiangCacheLayer", valid: Tensor) -> None:
+        """Takes over what became of the layer that `opened` returned. valid: [B, N], of the tokens since."""
+
     @property
     def kept(self) -> int:
         """L, how many tokens are kept one by one."""
         return 0 if self.recent is None else self.recent.valid.shape[1]
 
-    @property
-    def is_full(self) -> bool:
-        """From here on a token costs the same, however many there were: see `replace_oldest`."""
-        return self.recent is not None and self.kept == self.window and not self.record_past
+    def takes_one(self, mask: Tensor | None) -> bool:
+        """Whether `replace_oldest` can take a single token. mask: [B, 1] if it is padding in some rows."""
+        full = self.recent is not None and self.kept == self.window and not self.record_past
+        return full and mask is None and not torch.is_grad_enabled()
 
     def tokens(self, ordered: bool = True) -> Tokens:
         """The kept tokens, oldest first unless ``ordered`` is False."""
@@ -198,6 +226,8 @@ class DiJiangCacheLayer(CacheLayerMixin):
         of the state: call `activate_past_recording` before feeding them."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number: how many tokens to remove")
+        if not self.is_initialized:  # a layer that was left out: early exit
+            return
         count = -tokens_to_remove
         if count > (self.kept if self.seen == self.kept else self.pending):
             raise RuntimeError(
@@ -213,7 +243,171 @@ class DiJiangCacheLayer(CacheLayerMixin):
         self.pending = 0
 
     def offload(self) -> None:
-        raise NotImplementedError("a DiJiang cache is small and stays: drop cache_implementation='offloaded'")
+        """Nothing: what is kept is small and stays where it is. (Softmax layers of the same cache are offloaded.)"""
+
+    def prefetch(self) -> None:
+        """Nothing, as `offload`."""
+
+
+class StaticDiJiangCacheLayer(DiJiangCacheLayer):
+    """The same in tensors whose shape and place never change, and which every call writes to: for compiled decoding.
+
+    Nothing is a Python number that changes from token to token. Each row of the batch has a ring of its own: its real
+    token number n is at place n % window, and padding takes no place. Tokens can't be taken back.
+    """
+
+    is_compileable = True
+    is_croppable = False  # type: ignore[assignment]
+
+    def __init__(self, kept: Kept, max_cache_len: int) -> None:
+        CacheLayerMixin.__init__(self)
+        self.sizes, self.window = kept, kept.window
+        self.max_cache_len = max_cache_len  # of softmax layers in the same cache, whose masks are sized by any layer
+        self.record_past, self.pending, self.oldest = False, 0, 0
+        self.state, self.recent, self.trail = None, None, None
+        self.seen = torch.tensor(0)  # type: ignore[assignment]
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes everything, empty, from the shapes of new keys [B, G, N, D] and values [B, G, N, V]."""
+        super().lazy_initialization(key_states, value_states)
+        self.batch_size, heads, _, dim = key_states.shape
+        sizes, values = self.sizes, value_states.shape[-1]
+
+        def empty(heads: int, dim: int, like: Tensor, tokens: int = self.window) -> Tensor:
+            return like.new_zeros(self.batch_size, heads, tokens, dim)
+
+        single = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.recent = Tokens(
+            empty(heads, dim, key_states),
+            empty(heads, values, value_states),
+            empty(heads, dim, key_states) if sizes.far_keys else None,
+            empty(heads, 2, single) if sizes.gates else None,
+            empty(1, sizes.code, single) if sizes.code else None,
+            torch.zeros(self.batch_size, self.window, dtype=torch.bool, device=self.device),
+        )
+        if sizes.features:
+            self.state = FarState.empty(
+                self.batch_size, sizes.state_heads, sizes.features, values, value_states
+            )  # fmt: skip
+        if sizes.trail:
+            self.trail = empty(sizes.trail, dim, key_states, 1)
+        self.count = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)  # real tokens of each row
+        self.seen = self.seen.to(self.device)  # type: ignore[attr-defined]
+        if not torch.compiler.is_compiling():  # so that CUDA graphs may write to them
+            for x in self._tensors():
+                torch._dynamo.mark_static_address(x)
+
+    def _tensors(self) -> list[Tensor]:
+        kept = (*(self.recent or ()), *(self.state or ()), self.trail, self.count, self.seen)
+        return [x for x in kept if isinstance(x, Tensor)]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Counts the new tokens. Raises ValueError for another batch, and where a gradient is wanted of the past."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch_size:
+            raise ValueError(f"this static cache holds {self.batch_size} rows, not {key_states.shape[0]}: make another")
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            raise ValueError("a static cache is written in place and keeps no gradient: call under torch.no_grad()")
+        self.seen.add_(key_states.shape[-2])  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def get_seq_length(self) -> Any:
+        return self.seen if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len, 0
+
+    def reset(self) -> None:
+        if self.is_initialized:
+            for x in self._tensors():
+                x.zero_()
+            if self.state is not None:
+                self.state.m.fill_(FLOOR)
+
+    def set_state(self, state: FarState | None) -> None:
+        if self.state is not None and state is not None:
+            self.state.s.copy_(state.s)
+            self.state.m.copy_(state.m)
+
+    def opened(self) -> DiJiangCacheLayer:
+        layer = DiJiangCacheLayer(self.window)
+        layer.state, layer.recent = self.state, self._turned(self.count)
+        return layer
+
+    def settle(self, opened: DiJiangCacheLayer, valid: Tensor) -> None:
+        self.set_state(opened.state)
+        self.count.add_(valid.sum(1))
+        kept = iter(x for x in self._turned(-self.count, opened.recent) if x is not None)
+        self.tokens(ordered=False).map(lambda x, dim: x.copy_(next(kept)))
+
+    def _turned(self, by: Tensor, kept: Tokens | None = None) -> Tokens:
+        """Each row's kept tokens moved to the left by so many places [B], around the end."""
+        kept = self.tokens(ordered=False) if kept is None else kept
+        if self.window == 0:
+            return kept
+        places = (torch.arange(self.window, device=by.device) + by[:, None]) % self.window  # [B, L]
+        return kept.map(lambda x, dim: x.gather(dim, _along(places, x, dim)))
+
+    def follow(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+        assert self.trail is not None
+        before, last = preceding(tokens, self.trail, valid)
+        before = before.clone()  # not a view of what is written next
+        self.trail.copy_(last)
+        return before
+
+    def trim_trail(self) -> None:
+        """Nothing: one token is all there is."""
+
+    def takes_one(self, mask: Tensor | None) -> bool:
+        return True
+
+    def replace_oldest(self, new: Tokens) -> Tokens:
+        """Puts each row's new token in the place of its oldest, which it returns; but padding takes no place."""
+        if self.window == 0:
+            return new
+        place, kept = (self.count % self.window)[:, None], self.tokens(ordered=False)
+        old = kept.map(lambda x, dim: x.gather(dim, _along(place, x, dim)))
+        parts = zip((x for x in old if x is not None), (x for x in new if x is not None), strict=True)
+
+        def put(x: Tensor, dim: int) -> Tensor:
+            before, after = next(parts)
+            real = new.valid if dim == 1 else new.valid[:, None, :, None]
+            return x.scatter_(dim, _along(place, x, dim), torch.where(real, after, before))
+
+        kept.map(put)
+        self.count.add_(new.valid[:, 0])
+        return old._replace(valid=old.valid & new.valid)
+
+    def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._map_batch(change)
+        if self.is_initialized:
+            self.count = change(self.count)
+            self.batch_size = self.count.shape[0]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.is_initialized:
+            rows = beam_idx.to(self.device)
+            for x in self._tensors()[:-1]:  # all but `seen`
+                x.copy_(x.index_select(0, rows))
+
+    def activate_past_recording(self) -> None:
+        raise NotImplementedError(
+            "a static DiJiang cache can't take tokens back: assisted decoding needs a dynamic one"
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise RuntimeError("a static DiJiang cache can't take tokens back: use a dynamic one")
+
+
+def _along(places: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Indices [B, L] into dimension ``dim`` of x, in the shape that gather and scatter want."""
+    return places if dim == 1 else places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
 
 
 def preceding(tokens: Tensor, first: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -229,24 +423,31 @@ def preceding(tokens: Tensor, first: Tensor, valid: Tensor | None = None) -> tup
     return every[:, :, :-1], every[:, :, -1:]
 
 
-def cache_layer(cache: Cache, layer_idx: int, window: int) -> DiJiangCacheLayer:
+def cache_layer(cache: Cache, layer_idx: int, kept: Kept) -> DiJiangCacheLayer:
     """The DiJiang layer at ``layer_idx``, put in place of the plain and still empty one that generate() made.
 
-    Raises ValueError where the layer holds tokens of another kind of cache, or is of a fixed kind (StaticCache).
+    Raises ValueError where the layer holds tokens of another kind of cache, or is of an unknown kind.
     """
     while len(cache.layers) <= layer_idx:  # caches that grow their layers when first updated
         cache.layers.append(DynamicLayer())
     layer = cache.layers[layer_idx]
     if isinstance(layer, DiJiangCacheLayer):
         return layer
-    if type(layer).__name__ == DiJiangCacheLayer.__name__:
+    if type(layer).__name__ in (DiJiangCacheLayer.__name__, StaticDiJiangCacheLayer.__name__):
         raise ValueError("this cache was made by another DiJiang version: start from an empty cache")
-    if not isinstance(layer, DynamicLayer):
-        raise ValueError(f"a converted layer can't use {type(layer).__name__}: pass a DynamicCache or none")
+    if not isinstance(layer, DynamicLayer | StaticLayer):
+        raise ValueError(
+            f"a converted layer can't use {type(layer).__name__}: pass a DynamicCache, a StaticCache or none"
+        )
     if layer.get_seq_length() > 0:
         raise ValueError(
             "the cache was filled by a softmax model: a converted layer keeps no keys, start from an empty cache"
         )
-    cache.layers[layer_idx] = new = DiJiangCacheLayer(window)
-    new.record_past = getattr(layer, "record_past", False)
+    new: DiJiangCacheLayer
+    if isinstance(layer, StaticLayer):
+        new = StaticDiJiangCacheLayer(kept, cache.get_max_length())
+    else:
+        new = DiJiangCacheLayer(kept.window)
+        new.record_past = getattr(layer, "record_past", False)
+    cache.layers[layer_idx] = new
     return new

@@ -14,11 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.generation import GenerationMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -32,7 +34,7 @@ from transformers.modeling_utils import AttentionInterface
 from .attention import Call, DiJiangAttention
 from .cache import DiJiangCacheLayer, cache_layer
 from .configuration_dijiang import Kernel, Layers, read_section
-from .packing import CACHE_NAMES, find_segments, packed_arguments, packed_mask, packed_segments
+from .packing import CACHE_NAMES, find_segments, new_tokens, packed_arguments, packed_mask, packed_segments
 
 # Tokens of a prompt that the model works on at once when no gradient is needed: see `_in_segments`.
 SEGMENT = 2048
@@ -66,13 +68,8 @@ def dijiang_attention(
         raise RuntimeError(f"{type(module).__name__} lost the forward hook that hands over the cache: reload the model")
     refuse_unsupported(kwargs)
     segments = packed_segments(attention_mask)
-    if attention_mask is not None and attention_mask.dim() == 4 and segments is None:
-        raise NotImplementedError(
-            "DiJiang attention is causal over the real tokens of a row: it does not follow masks of another shape, as "
-            "for packed rows given to an inner model, or for image tokens that see each other"
-        )
-    mask = None if attention_mask is None or segments is not None else attention_mask[:, -query.shape[2] :]
-    if mask is not None and mask.all():
+    mask = None if attention_mask is None or segments is not None else real_tokens(attention_mask, query.shape[2])
+    if mask is not None and is_all(mask):
         mask = None
     causal = kwargs.get("is_causal")
     call = dijiang._replace(
@@ -114,7 +111,8 @@ def softmax_attention(
         visible = sliding_window_causal_mask_function(window) if window else causal_mask_function
         attention_mask = packed_mask(segments, visible if causal else bidirectional_mask_function)
     elif attention_mask is not None and attention_mask.dim() == 4:
-        pass  # transformers' own
+        if attention_mask.shape[2] == queries + 1:  # of a static cache, see `static_mask`
+            attention_mask = attention_mask[:, :, :-1]
     elif causal:
         if attention_mask is not None:
             attention_mask = attention_mask[:, -keys:].bool()
@@ -149,6 +147,8 @@ def dijiang_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     mask_function: Callable[..., Any] = causal_mask_function,
     local_size: int | None = None,
@@ -156,23 +156,73 @@ def dijiang_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask as DiJiang attention wants it: [B, keys], True for real tokens, or None if all are. The keys are the
-    new ones; where softmax layers are left, all so far. (Of packed documents: see `packing`.)
+    new ones; where softmax layers are left, all so far. (Of packed documents: see `packing`; of a cache that has places
+    for tokens to come: `static_mask`.)
 
     Layers that see less or more than all tokens before (sliding, chunked, images) get transformers' own mask,
     [B, 1, N, keys], unless they were converted too."""
-    converted = _converted_layers(config)
+    layers = _converted_layers(config)
+    sizes: dict[str, Any] = {
+        "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
+        "kv_offset": kv_offset, "attention_mask": attention_mask,
+    }  # fmt: skip
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         is_local = local_size is not None and kwargs.get("allow_is_causal_skip", True)
-        if not (is_local and _local_layers(config) <= converted):
-            return sdpa_mask(
-                batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask,
-                mask_function=mask_function, local_size=local_size, **kwargs,
-            )  # fmt: skip
+        if not (is_local and _local_layers(config) <= layers):
+            return sdpa_mask(**sizes, mask_function=mask_function, local_size=local_size, **kwargs)
+    converted = set(range(config.num_hidden_layers)) <= layers
+    if isinstance(q_offset, Tensor) or kv_offset + kv_length > q_offset + q_length:
+        return static_mask(**sizes, converted=converted, **kwargs)
     if attention_mask is None:
         return None
-    if len(converted) == config.num_hidden_layers:
+    if converted:
         attention_mask = attention_mask[:, -q_length:]
-    return None if attention_mask.all() else attention_mask
+    return None if is_all(attention_mask) else attention_mask
+
+
+def static_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    converted: bool,
+    **arguments: Any,
+) -> Tensor | None:
+    """The mask for a static cache: [B, 1, N + 1, keys], True where a new token sees a key, and in a last row which of
+    the new tokens are real (see `real_tokens`). That row alone, [B, 1, 1, N], where every layer is ``converted``."""
+    real = None
+    if attention_mask is not None:
+        real = attention_mask[:, torch.arange(q_length, device=attention_mask.device) + q_offset]
+    if converted:
+        return None if real is None or is_all(real) else real[:, None, None]
+    visible = sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,  # type: ignore[arg-type]
+        attention_mask=attention_mask, **{**arguments, "allow_is_causal_skip": False},
+    )  # fmt: skip
+    assert visible is not None
+    real = torch.ones_like(visible[:, 0, 0, :q_length]) if real is None else real
+    return torch.cat([visible, F.pad(real, (kv_length - q_length, 0))[:, None, None]], 2)
+
+
+def real_tokens(mask: Tensor, count: int) -> Tensor:
+    """Which of the ``count`` new tokens are not padding, [B, N], by a mask of `dijiang_mask`.
+
+    Raises NotImplementedError for a mask that is no causal one."""
+    if mask.dim() == 4:
+        if mask.shape[2] != count + 1 and mask.shape[2:] != (1, count):
+            raise NotImplementedError(
+                "DiJiang attention is causal over the real tokens of a row: it does not follow masks of another shape, "
+                "as for packed rows given to an inner model, or for image tokens that see each other"
+            )
+        mask = mask[:, 0, -1]
+    return mask[:, -count:]
+
+
+def is_all(mask: Tensor) -> bool:
+    """Whether every token is real. False where that can't be asked: a compiled graph does not look at values."""
+    return not torch.compiler.is_compiling() and bool(mask.all())
 
 
 def _converted_layers(config: Any) -> set[int]:
@@ -202,6 +252,7 @@ def attach(model: nn.Module, kernel: Kernel, layers: Layers) -> list[str]:
         if is_attention and index in layers.layers:
             apply_rotary = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
             module.dijiang = DiJiangAttention(kernel, layers, None if index in layers.unrotated else apply_rotary)
+            module.dijiang.arguments = parameter_names(type(module).forward)
             module.register_forward_pre_hook(_hand_over, with_kwargs=True)
             converted.append(name)
     if len(converted) != len(layers.layers):
@@ -217,7 +268,7 @@ def attention_name(name: str) -> str:
     return next((part for part in reversed(name.split(".")) if not part.isdecimal()), "")
 
 
-def layer_index(name: str, module: nn.Module) -> int | None:
+def layer_index(name: str, module: nn.Module) -> Any:
     """Which layer an attention module belongs to: what it says itself, or else the last number in its name."""
     numbers = [int(part) for part in name.split(".") if part.isdecimal()]
     return getattr(module, "layer_idx", numbers[-1] if numbers else None)
@@ -226,12 +277,12 @@ def layer_index(name: str, module: nn.Module) -> int | None:
 def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of converted attention modules: adds what the attention function does not see to its keyword
     arguments. (Arguments survive gradient checkpointing and threads; attributes of the module would not.)"""
-    given = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
+    given = {**dict(zip(module.dijiang.arguments, args, strict=False)), **kwargs}
     cache = cache_of(given)
     layer = None
     if cache is not None:
         if module.config._attn_implementation.startswith("dijiang"):
-            layer = cache_layer(cache, module.layer_idx, module.dijiang.kernel.window)
+            layer = cache_layer(cache, module.layer_idx, module.dijiang.kept)
         elif any(isinstance(each, DiJiangCacheLayer) for each in cache.layers):
             raise ValueError("a DiJiang cache can't serve softmax attention: start from an empty cache")
     if not module.config._attn_implementation.startswith("dijiang"):
@@ -303,11 +354,14 @@ class DiJiangMixin:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
         cache = next((model_kwargs[name] for name in CACHE_NAMES if name in model_kwargs), None)
         if isinstance(cache, Cache) and self.config._attn_implementation == "dijiang":  # type: ignore[attr-defined]
-            kernel, layers = read_section(self.config)  # type: ignore[attr-defined]
-            for layer_idx in layers.layers:
-                cache_layer(cache, layer_idx, kernel.window)
+            for name, module in self.named_modules():  # type: ignore[attr-defined]
+                if isinstance(getattr(module, "dijiang", None), DiJiangAttention):
+                    cache_layer(cache, layer_index(name, module), module.dijiang.kept)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
+            elif GenerationMode.ASSISTED_GENERATION in args and cache.get_seq_length() > 0:
+                # transformers feeds the whole prompt to it again
+                raise ValueError("assisted decoding starts from an empty cache: leave the filled one out")
 
 
 def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -327,7 +381,7 @@ def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
         if segments is not None:
             return forward(self, **packed_arguments(given, segments, self.config, names))
         if ours:
-            kwargs.update(_position_ids(given, self.config, "position_ids" in names))
+            kwargs.update(_position_ids(given, self.config, "position_ids" in names, cache_name))
             if cache_name is not None and _is_long_prompt(self, given):
                 return _in_segments(self, forward, {**given, **kwargs}, cache_name)
         return forward(self, *args, **kwargs)
@@ -339,16 +393,30 @@ def _refuse(model: Any, given: dict[str, Any]) -> None:
     """Raises ValueError for arguments that linear attention can't follow."""
     if given.get("output_attentions") or getattr(model.config, "output_attentions", False):
         raise ValueError("output_attentions: linear attention has no attention matrix to return")
-    mask = given.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() != 2:
-        raise ValueError(f"attention_mask has {mask.dim()} dimensions: DiJiang attention takes a [batch, length] mask")
+    mask, tokens = given.get("attention_mask"), new_tokens(given)
+    for each in mask.values() if isinstance(mask, dict) else [mask]:
+        if (
+            isinstance(each, Tensor)
+            and each.dim() != 2
+            and not (tokens is not None and _is_ours(each, tokens.shape[1]))
+        ):
+            raise ValueError(f"attention_mask has {each.dim()} dimensions: DiJiang attention takes [batch, length]")
+
+
+def _is_ours(mask: Tensor, count: int) -> bool:
+    """Whether a mask for ``count`` new tokens has been through `static_mask`, as generate() does it beforehand."""
+    return mask.dim() == 4 and (mask.shape[2] == count + 1 or mask.shape[2:] == (1, count))
 
 
 def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
     """Whether a call is one that `_in_segments` answers: tokens in, logits or hidden states out, no gradient."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
     asked = {name for name, value in given.items() if value is not None and value is not False}
-    tokens, keep = given.get("input_ids"), given.get("logits_to_keep", 0)
-    if torch.is_grad_enabled() or tokens is None or tokens.shape[1] <= SEGMENT or asked - SEGMENTED_ARGUMENTS:
+    tokens, keep, mask = given.get("input_ids"), given.get("logits_to_keep", 0), given.get("attention_mask")
+    if tokens is None or tokens.shape[1] <= SEGMENT or asked - SEGMENTED_ARGUMENTS:
+        return False
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):  # of a static cache
         return False
     if model.config.get_text_config(decoder=True) is not model.config:  # positions of images are of the whole prompt
         return False
@@ -382,16 +450,20 @@ def _in_segments(model: Any, forward: Callable[..., Any], given: dict[str, Any],
     return result
 
 
-def _position_ids(given: dict[str, Any], config: Any, accepted: bool) -> dict[str, Tensor]:
+def _position_ids(given: dict[str, Any], config: Any, accepted: bool, cache_name: str | None) -> dict[str, Tensor]:
     """Positions from the padding mask where none are given: features of rotated keys depend on them."""
     mask = given.get("attention_mask")
-    if given.get("position_ids") is not None or mask is None or not accepted or mask.bool().all():
+    if given.get("position_ids") is not None or not accepted or not isinstance(mask, Tensor) or mask.dim() != 2:
         return {}
     if config.get_text_config(decoder=True) is not config or not config.dijiang["rotates"]:
         return {}  # multimodal models have positions of images too, and learned positions are counted as they were
-    tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return {"position_ids": positions[:, -tokens.shape[1] :]}
+    tokens, cache = new_tokens(given), given.get(cache_name or "")
+    if tokens is None or is_all(mask):
+        return {}
+    positions, seen = (mask.long().cumsum(-1) - 1).clamp(min=0), mask.shape[1] - tokens.shape[1]
+    if isinstance(cache, Cache) and seen > 0:  # a static cache's mask may have places for tokens to come
+        seen = cache.get_seq_length()
+    return {"position_ids": positions[:, torch.arange(tokens.shape[1], device=mask.device) + seen]}
 
 
 def __getattr__(name: str) -> type:

@@ -11,6 +11,7 @@ Shape legend: B batch, N tokens.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import (
     and_masks,
@@ -24,19 +25,26 @@ CACHE_NAMES = ("cache", "past_key_values")  # the newer one first
 FLASH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
+def new_tokens(given: dict[str, Any]) -> Tensor | None:
+    """The tokens [B, N] that a forward is given, or their embeddings [B, N, …]."""
+    return given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+
+
 def find_segments(given: dict[str, Any]) -> Tensor | None:
     """The document of each token [B, N], counted from 0 in every row, or None where nothing is packed.
 
     given: the arguments of a model's forward. Raises ValueError for packed rows with an attention_mask or a cache, and
     for bounds that don't fit the row.
     """
-    tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+    tokens = new_tokens(given)
     mask, positions, bounds = (given.get(name) for name in ("attention_mask", "position_ids", FLASH_ARGUMENTS[0]))
     segments: Tensor | None = None
     if tokens is None:
         return None
     if bounds is not None:
         segments = _between(bounds, given.get(FLASH_ARGUMENTS[1]), tokens)
+    elif torch.compiler.is_compiling():
+        segments = _unseen(given, tokens)
     elif positions is None or positions.shape[-1] == 1:
         return None
     elif mask is not None:
@@ -56,6 +64,17 @@ def find_segments(given: dict[str, Any]) -> Tensor | None:
     return segments
 
 
+def _unseen(given: dict[str, Any], tokens: Tensor) -> Tensor | None:
+    """The same in a compiled graph, which can't ask whether positions restart: documents wherever there may be some."""
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    caches = any(given.get(name) is not None for name in CACHE_NAMES) or given.get("use_cache")
+    if mask is not None or caches or (positions is None and given.get("use_cache") is not False):
+        return None
+    if positions is None or positions.dim() != 2:
+        return torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    return F.pad((positions.diff(dim=-1) != 1).cumsum(-1), (1, 0)).expand(tokens.shape[0], -1)
+
+
 def _between(bounds: Tensor, of_keys: Tensor | None, tokens: Tensor) -> Tensor:
     """The document of each token from the index where each starts, and the length of all at the end."""
     length = tokens.shape[1]
@@ -66,7 +85,7 @@ def _between(bounds: Tensor, of_keys: Tensor | None, tokens: Tensor) -> Tensor:
 
 def _restart(positions: Tensor, mask: Tensor) -> bool:
     """Whether positions go back between two real tokens."""
-    if mask.dim() != 2 or positions.dim() != 2:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or positions.dim() != 2:
         return False
     real = mask[:, -positions.shape[1] :].bool()
     return bool(((positions.diff(dim=-1) < 1) & real[:, 1:] & real[:, :-1]).any())
@@ -78,13 +97,12 @@ def packed_arguments(given: dict[str, Any], segments: Tensor, config: Any, accep
     if "use_cache" in accepted:
         arguments["use_cache"] = False
     if "position_ids" in accepted and given.get("position_ids") is None:
-        places = torch.arange(segments.shape[1], device=segments.device)
-        arguments["position_ids"] = places - given[FLASH_ARGUMENTS[0]][segments]
+        places, bounds = torch.arange(segments.shape[1], device=segments.device)[None], given.get(FLASH_ARGUMENTS[0])
+        arguments["position_ids"] = places if bounds is None else places - bounds[segments]
     if config._attn_implementation.startswith("dijiang"):
         arguments["attention_mask"] = (segments + 1)[:, None, None]
-    elif config._attn_implementation == "sdpa" and _is_full(
-        config
-    ):  # else transformers makes a mask for each kind of layer
+    elif config._attn_implementation == "sdpa" and _is_full(config):
+        # (Else transformers makes a mask for each kind of layer.)
         arguments["attention_mask"] = packed_mask(segments)
     return arguments
 

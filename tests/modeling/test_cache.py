@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from dijiang_convert.modeling.cache import DiJiangCacheLayer, cache_layer
 from tests.models import WINDOW, difference, feed, kernels, load, logits_of, tokens
@@ -84,8 +84,8 @@ def test_answers() -> None:
     k, v = torch.randn(2, 1, 5, 8), torch.randn(2, 1, 5, 8)
     assert layer.update(k, v) == (k, v)  # the new ones alone
     assert layer.get_seq_length() == 5 and layer.get_mask_sizes(3) == (8, 0) and layer.is_initialized
-    with pytest.raises(NotImplementedError, match="offload"):
-        layer.offload()
+    layer.offload()  # it stays where it is
+    layer.prefetch()
 
 
 # ------------------------------------------------------------------------------------------------------- the batch
@@ -107,7 +107,7 @@ def test_batch_operations(model: Any, decoded: int) -> None:
 
 def test_batch_operations_on_an_empty_cache(default: Any) -> None:
     cache = DynamicCache(config=default.config)
-    cache_layer(cache, 0, WINDOW)
+    cache_layer(cache, 0, kernels(default)[0].kept)
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0]))
@@ -223,12 +223,11 @@ def test_softmax_refuses_our_cache(model: Any) -> None:
         model.set_attn_implementation("dijiang")
 
 
-def test_static_cache_is_refused(model: Any) -> None:
-    cache = StaticCache(config=model.config, max_cache_len=64)
-    with pytest.raises(ValueError, match="DynamicCache"):
-        feed(model, tokens(1, 5), [5], cache)
-    with pytest.raises(ValueError, match="DynamicCache"):
-        model.generate(tokens(1, 5), max_new_tokens=2, cache_implementation="static")
+def test_unknown_kinds_of_layers_are_refused(default: Any) -> None:
+    cache = DynamicCache(config=default.config)
+    cache.layers[0] = LinearAttentionLayer()
+    with pytest.raises(ValueError, match="LinearAttentionLayer: pass a DynamicCache, a StaticCache or none"):
+        feed(default, tokens(1, 5), [5], cache)
 
 
 def test_layer_of_another_version_is_refused(default: Any) -> None:

@@ -46,7 +46,7 @@ NAMES: dict[Any, str] = {
     SLIDING_WINDOW: "sliding_window sliding_window_size local_attention window_size attention_window_size",
 }  # fmt: skip
 FIELDS: dict[str, Any] = {name: value for value, names in NAMES.items() for name in names.split()}
-LAYERS = "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers".split()
+LAYERS = ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"]
 # Fields that are None by default and then follow others: these are given a value of their own.
 SET_ANYWAY = {*TOKENS, "num_key_value_heads", "num_kv_heads", "head_dim", "unpadded_vocab_size"}
 # Layer types that are no full attention have one of these in their name.
