@@ -20,7 +20,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .errors import DijiangError, Unsupported
 from .modeling.configuration_dijiang import Kernel, Layers
-from .modeling.modeling_dijiang import UNSUPPORTED_ARGUMENTS, DiJiangAttention, attach, parameter_names
+from .modeling.modeling_dijiang import (
+    UNSUPPORTED_ARGUMENTS,
+    DiJiangAttention,
+    attach,
+    cache_argument,
+    layer_index,
+    parameter_names,
+)
 
 FOLLOWERS = "gpt_neox, llama, opt, qwen2, qwen3, mistral, phi, gpt2, olmo2 and many more do"
 
@@ -123,9 +130,15 @@ def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], type[PreTra
 @dataclass(frozen=True)
 class _Seen:
     module: Any
+    name: str
     heads: tuple[int, int, int, int]  # query heads, key/value heads, head_dim, value_dim
     arguments: dict[str, Any]
     rotated: bool
+
+    @property
+    def index(self) -> Any:
+        """Its layer, an int; None is refused by `_check`."""
+        return layer_index(self.name, self.module)
 
 
 class _Notes:
@@ -133,6 +146,7 @@ class _Notes:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.calls = model, list[_Seen]()
+        self.names = {module: name for name, module in model.named_modules()}
         self.arguments: dict[nn.Module, dict[str, Any]] = {}  # of the modules that are handed a cache
         self.rotated = False  # since the last call
 
@@ -149,7 +163,12 @@ class _Notes:
             with torch.no_grad(), quiet():
                 self.model.set_attn_implementation("dijiang_probe")
                 cache = DynamicCache(config=self.model.config)
-                self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+                self.model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    use_cache=True,
+                    **{str(cache_argument(self.model.forward)): cache},
+                )
         finally:
             AttentionInterface._global_mapping.pop("dijiang_probe", None)
             for source, function in functions:
@@ -173,7 +192,7 @@ class _Notes:
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         heads = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-        self.calls.append(_Seen(module, heads, kwargs, self.rotated))
+        self.calls.append(_Seen(module, self.names[module], heads, kwargs, self.rotated))
         self.rotated = False
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
@@ -183,21 +202,21 @@ class _Notes:
             raise Unsupported(f"{kind} has no attention that goes through AttentionInterface: {FOLLOWERS}")
         for seen in self.calls:
             self._check(seen, kind)
-        full = {seen.module.layer_idx: seen for seen in self.calls if not self._is_sliding(seen)}
+        full = {seen.index: seen for seen in self.calls if not self._is_sliding(seen)}
         if not full:
             raise Unsupported(f"every layer of {kind} has a sliding window: its attention is linear already")
         chosen = select_layers(spec, self.model.config.num_hidden_layers, sorted(full))
         picked = [full[index] for index in chosen]
-        classes = {type(seen.module).__name__ for seen in picked}
+        classes = {(type(seen.module).__name__, seen.name.rpartition(".")[2]) for seen in picked}
         shapes = {seen.heads for seen in picked}
         if len(classes) > 1 or len(shapes) > 1:
             raise Unsupported(f"the layers of {kind} differ in head shape {sorted(shapes)}: choose with --layers")
         heads, kv_heads, head_dim, value_dim = picked[0].heads
         hidden = self.model.config.get_text_config().hidden_size
-        return Layers(classes.pop(), tuple(chosen), heads, kv_heads, head_dim, value_dim, hidden)
+        return Layers(*classes.pop(), tuple(chosen), heads, kv_heads, head_dim, value_dim, hidden)
 
     def of(self, layers: Layers) -> list[_Seen]:
-        return [seen for seen in self.calls if seen.module.layer_idx in layers.layers]
+        return [seen for seen in self.calls if seen.index in layers.layers]
 
     def rotary_removable(self, layers: Layers) -> bool:
         picked = self.of(layers)
@@ -218,13 +237,13 @@ class _Notes:
                 raise Unsupported(f"the attention of {kind} has {name}, which the kernel does not follow yet")
         if not getattr(seen.module, "is_causal", True):
             raise Unsupported(f"{kind} has attention that is not causal: only decoders are converted")
-        if getattr(seen.module, "layer_idx", None) is None or seen.module not in self.arguments:
+        if seen.index is None or seen.module not in self.arguments:
             raise Unsupported(f"the attention module of {kind} is not handed its cache, which the kernel needs")
 
     def _is_sliding(self, seen: _Seen) -> bool:
         types = getattr(self.model.config, "layer_types", None)
         if types is not None:
-            return types[seen.module.layer_idx] != "full_attention"
+            return types[seen.index] != "full_attention"
         return seen.arguments.get("sliding_window") is not None
 
 

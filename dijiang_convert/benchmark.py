@@ -5,12 +5,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .errors import DijiangError
+from .modeling.modeling_dijiang import cache_argument
 from .models import load_any, silence
 from .progress import count_bar
 
@@ -91,13 +93,14 @@ def _time(model: PreTrainedModel, length: int, batch_size: int, decode_tokens: i
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch_size, length), device=model.device)
     cache = DynamicCache(config=model.config.get_text_config())
+    state: dict[str, Any] = {str(cache_argument(model.forward)): cache, "use_cache": True}
     start = _now(model)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, logits_to_keep=1, **state)
     prefill = _now(model) - start
     steps = []
     for i in range(decode_tokens):
         start = _now(model)
-        model(input_ids=ids[:, i % length, None], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, i % length, None], **state)
         steps.append(_now(model) - start)
     return prefill, statistics.median(steps), cache_bytes(cache)
 

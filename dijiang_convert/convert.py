@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from . import __version__
@@ -138,12 +139,11 @@ def converted_config(
     config: dict[str, Any], architecture: Architecture, recipe: Recipe, source: Source, dtype: str | None
 ) -> dict[str, Any]:
     """The source's config.json, with the classes that run the checkpoint and the section ``dijiang``."""
-    model, base, kind = architecture.model_class.__name__, architecture.base_class.__name__, config["model_type"]
+    model, kind = architecture.model_class.__name__, config["model_type"]
     result = {**config, "architectures": [f"DiJiang{model}"], "model_type": f"dijiang_{kind}"}
     result["auto_map"] = {
         "AutoConfig": f"configuration_dijiang.DiJiang{type(architecture.config).__name__}",
-        "AutoModel": f"modeling_dijiang.DiJiang{base}",
-        "AutoModelForCausalLM": f"modeling_dijiang.DiJiang{model}",
+        **{auto: f"modeling_dijiang.DiJiang{name}" for auto, name in auto_classes(kind).items()},
     }
     if dtype is not None:
         result.pop("torch_dtype", None)
@@ -166,6 +166,16 @@ def converted_config(
         "history": [],
     }
     return result
+
+
+def auto_classes(kind: str) -> dict[str, str]:
+    """The Auto classes that know a model type, with the class that each gives for it: one for every kind of head."""
+    found = {}
+    for auto, value in vars(modeling_auto).items():
+        names = getattr(getattr(value, "_model_mapping", None), "_model_mapping", {})
+        if auto.startswith("AutoModel") and kind in names:
+            found[auto] = names[kind] if isinstance(names[kind], str) else names[kind][0]
+    return found
 
 
 def write_code(folder: Path) -> None:

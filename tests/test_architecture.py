@@ -102,7 +102,6 @@ def test_what_attention_looks_like(kind: str, kv_heads: int, layers: tuple[int, 
     [
         ("falcon", "falcon does not route its attention through AttentionInterface"),
         ("bloom", "bloom does not route its attention through AttentionInterface"),
-        ("gptj", "gptj does not route its attention through AttentionInterface"),
         ("gpt_neo", "gpt_neo does not route its attention through AttentionInterface"),
         ("gemma2", "the attention of gemma2 has softcap"),
         ("mamba", "mamba has no attention that goes through AttentionInterface"),

@@ -158,6 +158,9 @@ def test_the_config(sources: Path, tmp_path: Path) -> None:
         "AutoConfig": "configuration_dijiang.DiJiangLlamaConfig",
         "AutoModel": "modeling_dijiang.DiJiangLlamaModel",
         "AutoModelForCausalLM": "modeling_dijiang.DiJiangLlamaForCausalLM",
+        "AutoModelForQuestionAnswering": "modeling_dijiang.DiJiangLlamaForQuestionAnswering",
+        "AutoModelForSequenceClassification": "modeling_dijiang.DiJiangLlamaForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_dijiang.DiJiangLlamaForTokenClassification",
     }
     own = {"architectures", "model_type", "auto_map", "dijiang", "tokenizer_class"}
     assert {k: v for k, v in config.items() if k not in own} == {k: v for k, v in before.items() if k not in own}

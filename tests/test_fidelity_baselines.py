@@ -26,7 +26,7 @@ from dijiang_convert.modeling.configuration_dijiang import Kernel, Layers
 from dijiang_convert.models import load_any, load_tokenizer
 
 WINDOW, LENGTH = 8, 41
-LAYERS = Layers("Attention", (0,), heads=4, kv_heads=2, head_dim=8, value_dim=6, hidden_size=24)
+LAYERS = Layers("Attention", "attention", (0,), heads=4, kv_heads=2, head_dim=8, value_dim=6, hidden_size=24)
 BEYOND_A_CHUNK = (1, 17, 63)
 ROWS = ("window-only:window=16", "lolcats:window=16")
 

@@ -242,12 +242,10 @@ def cache_layer(cache: Cache, layer_idx: int, window: int) -> DiJiangCacheLayer:
     if type(layer).__name__ == DiJiangCacheLayer.__name__:
         raise ValueError("this cache was made by another DiJiang version: start from an empty cache")
     if not isinstance(layer, DynamicLayer):
-        raise ValueError(
-            f"a converted layer can't use {type(layer).__name__}: pass a DynamicCache or leave past_key_values out"
-        )
+        raise ValueError(f"a converted layer can't use {type(layer).__name__}: pass a DynamicCache or none")
     if layer.get_seq_length() > 0:
         raise ValueError(
-            "past_key_values was filled by a softmax model: a converted layer keeps no keys, start from an empty cache"
+            "the cache was filled by a softmax model: a converted layer keeps no keys, start from an empty cache"
         )
     cache.layers[layer_idx] = new = DiJiangCacheLayer(window)
     new.record_past = getattr(layer, "record_past", False)

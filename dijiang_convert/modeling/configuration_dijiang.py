@@ -101,10 +101,12 @@ class Kernel:
 class Layers:
     """Which layers are converted, and the shape of their attention.
 
-    attention_class: the source's attention module; those whose layer_idx is in `layers` get the kernel.
+    attention_class, attention_name: the class of the source's attention modules, and the name that their parents have
+        for them. Those whose `layer_index` is in `layers` get the kernel.
     """
 
     attention_class: str
+    attention_name: str
     layers: tuple[int, ...]
     heads: int
     kv_heads: int

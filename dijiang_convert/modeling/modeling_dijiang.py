@@ -32,12 +32,13 @@ from transformers.modeling_utils import AttentionInterface
 from .attention import Call, DiJiangAttention
 from .cache import DiJiangCacheLayer, cache_layer
 from .configuration_dijiang import Kernel, Layers, read_section
-from .packing import find_segments, packed_arguments, packed_mask, packed_segments
+from .packing import CACHE_NAMES, find_segments, packed_arguments, packed_mask, packed_segments
 
 # Tokens of a prompt that the model works on at once when no gradient is needed: see `_in_segments`.
 SEGMENT = 2048
 SEGMENTED_ARGUMENTS = {
-    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict",
+    "input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep",
+    "return_dict",
 }  # fmt: skip
 
 # Arguments of attention functions that change the result and that the kernel does not follow.
@@ -155,7 +156,8 @@ def attach(model: nn.Module, kernel: Kernel, layers: Layers) -> list[str]:
     """Gives every converted attention module of ``model`` its child and its hook; returns their names."""
     converted = []
     for name, module in list(model.named_modules()):
-        if type(module).__name__ == layers.attention_class and getattr(module, "layer_idx", None) in layers.layers:
+        is_attention = type(module).__name__ == layers.attention_class and name.endswith(f".{layers.attention_name}")
+        if is_attention and layer_index(name, module) in layers.layers:
             apply_rotary = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
             module.dijiang = DiJiangAttention(kernel, layers, apply_rotary)
             module.register_forward_pre_hook(_hand_over, with_kwargs=True)
@@ -166,6 +168,12 @@ def attach(model: nn.Module, kernel: Kernel, layers: Layers) -> list[str]:
             f"the model has {len(converted)}: the checkpoint was made for another version of its source's code"
         )
     return converted
+
+
+def layer_index(name: str, module: nn.Module) -> int | None:
+    """Which layer an attention module belongs to: what it says itself, or else the last number in its name."""
+    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+    return getattr(module, "layer_idx", numbers[-1] if numbers else None)
 
 
 def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -188,6 +196,11 @@ def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 def parameter_names(forward: Callable[..., Any]) -> list[str]:
     """What a method takes, without self."""
     return list(inspect.signature(forward).parameters)[1:]
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """What a model's forward calls its cache: versions of transformers differ. None if it takes none."""
+    return next((name for name in CACHE_NAMES if name in inspect.signature(forward).parameters), None)
 
 
 class DiJiangMixin:
@@ -229,7 +242,7 @@ class DiJiangMixin:
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
-        cache = model_kwargs.get("past_key_values")
+        cache = next((model_kwargs[name] for name in CACHE_NAMES if name in model_kwargs), None)
         if isinstance(cache, Cache) and self.config._attn_implementation == "dijiang":  # type: ignore[attr-defined]
             kernel, layers = read_section(self.config)  # type: ignore[attr-defined]
             for layer_idx in layers.layers:
@@ -241,9 +254,12 @@ class DiJiangMixin:
 def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
     """``forward`` with the source's signature (Trainer and generate() read it), after looking at its arguments."""
     names = list(inspect.signature(forward).parameters)
+    cache_name = cache_argument(forward)
 
     @functools.wraps(forward)
     def checked_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if cache_name is not None:  # whichever of its names the caller knows
+            kwargs = {cache_name if name in CACHE_NAMES else name: value for name, value in kwargs.items()}
         given = {**dict(zip(names[1:], args, strict=False)), **kwargs}
         ours = self.config._attn_implementation.startswith("dijiang")
         if ours:
@@ -253,8 +269,8 @@ def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, **packed_arguments(given, segments, self.config, names))
         if ours:
             kwargs.update(_position_ids(given, "position_ids" in names))
-            if _is_long_prompt(self, given):
-                return _in_segments(self, forward, {**given, **kwargs})
+            if cache_name is not None and _is_long_prompt(self, given):
+                return _in_segments(self, forward, {**given, **kwargs}, cache_name)
         return forward(self, *args, **kwargs)
 
     return checked_forward
@@ -279,16 +295,16 @@ def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
     return wants_dict and isinstance(keep, int) and keep <= (tokens.shape[1] - 1) % SEGMENT + 1
 
 
-def _in_segments(model: Any, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+def _in_segments(model: Any, forward: Callable[..., Any], given: dict[str, Any], cache_name: str) -> Any:
     """A long prompt piece by piece, through the cache: the same numbers, and memory does not grow with its length.
     (Not packed rows, which have no cache.)"""
     tokens, mask, positions = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
-    cache = given.get("past_key_values")
+    cache = given.get(cache_name)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if cache is None else cache
     keep, outputs = given.get("logits_to_keep", 0), []
     for start in range(0, tokens.shape[1], SEGMENT):
         end = min(start + SEGMENT, tokens.shape[1])
-        piece = {**given, "input_ids": tokens[:, start:end], "past_key_values": cache, "use_cache": True}
+        piece = {**given, "input_ids": tokens[:, start:end], cache_name: cache, "use_cache": True}
         if mask is not None:
             piece["attention_mask"] = mask[:, : mask.shape[1] - tokens.shape[1] + end]
         if positions is not None:
@@ -300,8 +316,8 @@ def _in_segments(model: Any, forward: Callable[..., Any], given: dict[str, Any])
     for name in ("logits", "last_hidden_state"):
         if name in result and not keep:
             result[name] = torch.cat([output[name] for output in outputs], 1)
-    if given.get("use_cache") is False and given.get("past_key_values") is None:
-        result["past_key_values"] = None
+    if given.get("use_cache") is False and given.get(cache_name) is None:
+        result[cache_name] = None
     return result
 
 

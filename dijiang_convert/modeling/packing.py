@@ -20,6 +20,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+CACHE_NAMES = ("cache", "past_key_values")  # the newer one first
 FLASH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -50,8 +51,8 @@ def find_segments(given: dict[str, Any]) -> Tensor | None:
         raise ValueError(
             "position_ids restart inside a row: packed rows take position_ids [batch, length] and no attention_mask"
         )
-    if given.get("past_key_values") is not None or given.get("use_cache"):
-        raise ValueError("packed rows neither fill a cache nor go on from one: leave past_key_values and use_cache out")
+    if any(given.get(name) is not None for name in CACHE_NAMES) or given.get("use_cache"):
+        raise ValueError("packed rows neither fill a cache nor go on from one: leave the cache and use_cache out")
     return segments
 
 

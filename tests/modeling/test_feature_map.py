@@ -147,7 +147,7 @@ def test_fixed_frequencies_are_not_trained() -> None:
 
 def test_strength_zero_ignores_the_keys_scale() -> None:
     """b, which starts at 0, multiplies g(k)."""
-    child = DiJiangAttention(Kernel(), Layers("X", (0,), 4, 2, 8, 8, 32), None)
+    child = DiJiangAttention(Kernel(), Layers("X", "attention", (0,), 4, 2, 8, 8, 32), None)
     child.reset_parameters()
     k = torch.randn(2, 2, 9, 8)
     tokens = Tokens(k, k, None, None, None, torch.ones(2, 9, dtype=torch.bool))
