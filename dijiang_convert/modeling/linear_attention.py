@@ -50,7 +50,13 @@ class FarState(NamedTuple):
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 for a float64 model."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def accumulated(x: Tensor) -> Tensor:
+    """x in its accumulation dtype."""
+    return x.to(accumulation_dtype(x))
 
 
 # ------------------------------------------------------------------------------------------------- naive (reference)
@@ -252,7 +258,7 @@ def near_attention(
 
     q_blocks = _to_chunks(q, kv_heads, size)  # [B, G, blocks, R, size, D]
     scores = (q_blocks.flatten(3, 4) @ k_blocks).unflatten(3, (-1, size))
-    scores = scores.to(accumulation_dtype(scores)) * scaling
+    scores = accumulated(scores) * scaling
     weights, lse = softmax_with_lse(scores.masked_fill(~allowed, FLOOR))
     weights = weights.to(v.dtype)
     out = (weights.flatten(3, 4) @ v_blocks.mT).unflatten(3, (-1, size))
@@ -505,7 +511,7 @@ def attend_window(
     """One query [B, H, 1, D] over all W given keys: the output [B, H, 1, V] and the log-sum-exp [B, H, 1]."""
     batch, heads, _, dim = q.shape
     scores = q.reshape(batch, k.shape[1], -1, dim) @ k.mT
-    scores = scores.to(accumulation_dtype(scores)) * scaling  # [B, G, R, W]
+    scores = accumulated(scores) * scaling  # [B, G, R, W]
     if valid is not None:
         scores = scores.masked_fill(~valid[:, None, None], FLOOR)
     weights, lse = softmax_with_lse(scores)
@@ -532,7 +538,7 @@ def merge(far: tuple[Tensor, Tensor], near: tuple[Tensor, Tensor] | None) -> Ten
 
 def _with_ones(v: Tensor) -> Tensor:
     """v in the accumulation dtype with a last column of ones, which sums the denominator."""
-    return F.pad(v.to(accumulation_dtype(v)), (0, 1), value=1.0)
+    return F.pad(accumulated(v), (0, 1), value=1.0)
 
 
 def _if_same(state: FarState, document: Tensor, other: Tensor) -> FarState:
