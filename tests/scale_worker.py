@@ -61,8 +61,9 @@ def with_checkpointing(arguments: Any) -> Any:
 
     def made(stage: Stage, *args: Any) -> Any:
         result = arguments(stage, *args)
-        result.activation_checkpointing = stage.train == "lora"
-        result.activation_checkpointing_kwargs = {"use_reentrant": False}
+        for name in ("gradient_checkpointing", "activation_checkpointing"):  # the old name, and that since 5.23
+            setattr(result, name, stage.train == "lora")
+            setattr(result, f"{name}_kwargs", {"use_reentrant": False})
         return result
 
     return made

@@ -247,7 +247,7 @@ def test_recomputing_and_checkpointing_change_no_gradient(train: str) -> None:
     recomputed, few_kept = run(recomputing(model))
     assert_same(plain, recomputed, 1e-6)
     assert few_kept < 0.6 * all_kept
-    student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    student.gradient_checkpointing_enable({"use_reentrant": False})
     checkpointed, fewer_kept = run(nullcontext())
     assert_same(plain, checkpointed, 1e-6)
     assert fewer_kept < few_kept

@@ -209,7 +209,7 @@ def _attention(
 ) -> AbstractContextManager[None]:
     if stage.objective == "attention_transfer":
         return transferring(model, log.note_errors if log else None)
-    return nullcontext() if args.activation_checkpointing else recomputing(model)
+    return nullcontext() if args.gradient_checkpointing else recomputing(model)
 
 
 def _loss(stage: Stage, trained: Any, teacher: PreTrainedModel | None) -> Loss:
@@ -350,8 +350,9 @@ def _arguments(stage: Stage, folder: Path, batches: Batches, seed: int) -> Train
         warmup_steps=round(stage.warmup * steps),
         max_grad_norm=LONGEST_GRADIENT,
         bf16=cuda and torch.cuda.is_bf16_supported(),
-        activation_checkpointing=cuda and stage.objective != "attention_transfer",
-        activation_checkpointing_kwargs={"use_reentrant": False} if cuda else None,
+        # (By the names that every transformers 5 knows.)
+        gradient_checkpointing=cuda and stage.objective != "attention_transfer",
+        gradient_checkpointing_kwargs={"use_reentrant": False} if cuda else None,
         ddp_find_unused_parameters=False,  # looks in the output, and attention transfer's losses are not there
         ddp_broadcast_buffers=False,
         logging_steps=every,

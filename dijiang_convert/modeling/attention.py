@@ -18,7 +18,7 @@ from transformers import initialization as init
 from .cache import DiJiangCacheLayer, Kept, Tokens, preceding
 from .configuration_dijiang import Kernel, Layers
 from .feature_map import FeatureMap
-from .linear_attention import FASTEST, FarState, absorb, attend_one, attend_window, chunked
+from .linear_attention import FASTEST, FarState, absorb, accumulated, attend_one, attend_window, chunked
 
 
 class Call(NamedTuple):
@@ -240,13 +240,13 @@ class DiJiangAttention(nn.Module):
             raise ValueError(
                 "the attention module got no hidden_states: convert with kernel.selective false, kernel.decay_rank 0"
             )
-        x = hidden_states.float()
+        x = accumulated(hidden_states)
         x = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
         gates = code = None
         if self.kernel.selective:
-            gates = (x @ self.selection.float().mT).unflatten(-1, (-1, 2)).transpose(1, 2)
+            gates = (x @ self.selection.to(x.dtype).mT).unflatten(-1, (-1, 2)).transpose(1, 2)
         if self.kernel.decay_rank:
-            code = (x @ self.decay_down.float().mT)[:, None]
+            code = (x @ self.decay_down.to(x.dtype).mT)[:, None]
         return gates, code
 
     def _log_decay(self, gates: Tensor | None) -> Tensor | None:
@@ -254,8 +254,8 @@ class DiJiangAttention(nn.Module):
         if not self.kernel.far or self.kernel.decay == "none":
             return None
         if self.kernel.decay == "retnet":
-            return self.log_decay.float()
-        decay = self.decay.float()
+            return accumulated(self.log_decay)
+        decay = accumulated(self.decay)
         # At most 4: a single token can wipe out what came before it.
         return -decay.exp() if gates is None else -_bounded_exp(decay[:, None] + gates[..., 1], 4.0)
 
@@ -263,8 +263,10 @@ class DiJiangAttention(nn.Module):
         """log γ of each key and feature, [B, G, K, F]."""
         if code is None:
             return None
-        moved = (code @ self.decay_up.float().mT).squeeze(1).unflatten(-1, self.feature_decay.shape).transpose(1, 2)
-        return -_bounded_exp(self.feature_decay.float()[:, None] + moved, FASTEST)
+        moved = (
+            (code @ self.decay_up.to(code.dtype).mT).squeeze(1).unflatten(-1, self.feature_decay.shape).transpose(1, 2)
+        )
+        return -_bounded_exp(accumulated(self.feature_decay)[:, None] + moved, FASTEST)
 
     def _shifted(self, q: Tensor, k: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """Adds a share of the token before to queries and keys; the first of a document has none before it."""
@@ -284,7 +286,7 @@ class DiJiangAttention(nn.Module):
         scaled variants (YaRN) give cos and sin."""
         if not self._keeps_far_keys or self.apply_rotary is None or cos_sin is None:
             return q, k
-        cos, sin = (x.float() for x in cos_sin)
+        cos, sin = (accumulated(x) for x in cos_sin)
         dim = self.layers.rotary_dim  # less than head_dim with partial rotary embedding
         length = cos[..., :1].square() + sin[..., :1].square()
         back = (cos / length, -sin / length)
@@ -303,7 +305,8 @@ class DiJiangAttention(nn.Module):
         out = F.layer_norm(out, out.shape[-1:])
         shape = (self.layers.heads, 1, self.layers.value_dim)
         out = out * self.norm_weight.view(shape) + self.norm_bias.view(shape)
-        gate = F.silu(hidden_states.float() @ self.gate.float().mT)
+        x = accumulated(hidden_states)
+        gate = F.silu(x @ self.gate.to(x.dtype).mT)
         return out * gate.unflatten(-1, (self.layers.heads, -1)).transpose(1, 2)
 
 

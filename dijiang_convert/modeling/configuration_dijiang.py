@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .modeling_dijiang import DiJiangMixin  # noqa: F401
     from .packing import packed_mask  # noqa: F401
 
-REQUIRES_TRANSFORMERS = "5.23.0"
+REQUIRES_TRANSFORMERS = "5.18.0"
 
 # Before anything else of transformers is named: an old one may not have it. Development versions count as released.
 if [int(n) for n in transformers.__version__.split(".")[:2]] < [int(n) for n in REQUIRES_TRANSFORMERS.split(".")[:2]]:

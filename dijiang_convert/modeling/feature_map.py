@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_dijiang import Kernel
-from .linear_attention import softmax_with_lse
+from .linear_attention import accumulated, softmax_with_lse
 
 
 def dct_matrix(dim: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
@@ -33,7 +33,8 @@ def quasi_random_normal(heads: int, dim: int, seed: int) -> Tensor:
 
 
 class FeatureMap(nn.Module):
-    """Maps queries or keys [B, H, N, D] to features [B, H, N, F] and their log-scale [B, H, N], in float32.
+    """Maps queries or keys [B, H, N, D] to features [B, H, N, F] and their log-scale [B, H, N], in float32 (float64
+    if they are).
 
     scaled: False where the log-scale cancels (queries without a window): it is 0 then, and has no parameter.
     """
@@ -74,17 +75,17 @@ class FeatureMap(nn.Module):
             init.constant_(self.norm_weight, float(kernel.frequency) ** 2 / (2 * self.head_dim))
 
     def forward(self, x: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        x = x.float() * math.sqrt(scaling)
-        matrix = self.frequency.float()[..., None] * self.dct.float()  # T C, [H, D, D]
+        x = accumulated(x) * math.sqrt(scaling)
+        matrix = self.frequency.to(x.dtype)[..., None] * self.dct.to(x.dtype)  # T C, [H, D, D]
         if self.kernel.projection:
-            matrix = matrix + self.projection.float()
+            matrix = matrix + self.projection.to(x.dtype)
         y = x @ matrix.mT
         if self.kernel.signed:
             y = torch.cat([y, -y], -1)
         if self.kernel.learned_features:
-            y = y + self.bias.float()[:, None]
+            y = y + self.bias.to(x.dtype)[:, None]
         if not self.scaled:
             return y.softmax(-1), y.new_zeros(y.shape[:-1])
         features, lse = softmax_with_lse(y)
-        norm = x.square().sum(-1) * self.norm_weight.float()[:, None]
+        norm = x.square().sum(-1) * self.norm_weight.to(x.dtype)[:, None]
         return features, lse - math.log(self.features) - norm

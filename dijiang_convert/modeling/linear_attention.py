@@ -53,7 +53,13 @@ class FarState(NamedTuple):
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 for a float64 model."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def accumulated(x: Tensor) -> Tensor:
+    """x in its accumulation dtype."""
+    return x.to(accumulation_dtype(x))
 
 
 # ------------------------------------------------------------------------------------------------- naive (reference)
@@ -267,7 +273,7 @@ def near_attention(
 
     q_blocks = _to_chunks(q, kv_heads, size)  # [B, G, blocks, R, size, D]
     scores = (q_blocks.flatten(3, 4) @ k_blocks).unflatten(3, (-1, size))
-    scores = _capped(scores.to(accumulation_dtype(scores)) * scaling, softcap)
+    scores = _capped(accumulated(scores) * scaling, softcap)
     weights, lse = softmax_with_lse(scores.masked_fill(~allowed, FLOOR))
     weights = weights.to(v.dtype)
     out = (weights.flatten(3, 4) @ v_blocks.mT).unflatten(3, (-1, size))
@@ -533,7 +539,7 @@ def attend_window(
     """One query [B, H, 1, D] over all W given keys: the output [B, H, 1, V] and the log-sum-exp [B, H, 1]."""
     batch, heads, _, dim = q.shape
     scores = q.reshape(batch, k.shape[1], -1, dim) @ k.mT
-    scores = _capped(scores.to(accumulation_dtype(scores)) * scaling, softcap)  # [B, G, R, W]
+    scores = _capped(accumulated(scores) * scaling, softcap)  # [B, G, R, W]
     if valid is not None:
         scores = scores.masked_fill(~valid[:, None, None], FLOOR)
     weights, lse = softmax_with_lse(scores)
@@ -572,7 +578,7 @@ def _with_sink(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, T
 
 def _with_ones(v: Tensor) -> Tensor:
     """v in the accumulation dtype with a last column of ones, which sums the denominator."""
-    return F.pad(v.to(accumulation_dtype(v)), (0, 1), value=1.0)
+    return F.pad(accumulated(v), (0, 1), value=1.0)
 
 
 def _if_same(state: FarState, document: Tensor, other: Tensor) -> FarState:

@@ -120,7 +120,7 @@ def test_start_estimates_the_softmax_kernel() -> None:
     q, k = (0.01 * torch.randn(1, 1, 50, dim, dtype=torch.float64) for _ in range(2))
     made.double()
     (fq, gq), (fk, gk) = made(q, 1.0), made(k, 1.0)
-    assert torch.allclose(made(q, 1.0)[1], torch.zeros(()), atol=1e-3)  # lse and norm cancel
+    assert made(q, 1.0)[1].abs().max() <= 1e-3  # lse and norm cancel
     found = (fq.double() @ fk.double().mT) * (gq[..., None] + gk[..., None, :]).double().exp() * 2 * dim
     expected = (q @ k.mT).exp() - 1
     assert (found - 1 - expected).abs().max() <= 0.01 * expected.abs().max()

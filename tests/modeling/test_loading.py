@@ -316,7 +316,7 @@ def test_versions_do_not_mix(tmp_path: Path) -> None:
     assert "another DiJiang version" in found["cache"]
 
 
-@pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.22.3"])
+@pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.17.3"])
 def test_old_transformers_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one line that names the version needed, before anything else can fail."""
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
