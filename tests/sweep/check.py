@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
+from feed import PIECES, fed  # noqa: E402
 from forks import Answer, serve  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -33,13 +34,18 @@ NEW = 12
 Numbers = dict[str, float]
 
 
-def check(folder: str, layouts: list[str], padding_shifts: bool) -> Answer:
+def check(
+    folder: str, layouts: list[str], padding_shifts: bool, cached: float, padding: float, window: int | None = None
+) -> Answer:
     """Runs every check of one converted type.
 
     Args:
         folder: what `make` wrote.
         layouts: of the source; all checks run on the first, the others must load as the same model.
         padding_shifts: whether left padding changes what the source itself answers.
+        cached, padding: how far the source's own answers differ with a cache, and beside padding. A converted model may
+            differ as far, where that is more than rounding: its recurrent layers are the source's.
+        window: of the source's layers that were converted, where they had a sliding one.
 
     Returns:
         ``failures``: check and what was wrong, empty if all is well; ``figures``: the largest differences seen.
@@ -48,7 +54,7 @@ def check(folder: str, layouts: list[str], padding_shifts: bool) -> Answer:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     target = Path(folder)
-    subject = Subject(target, layouts, padding_shifts)
+    subject = Subject(target, layouts, padding_shifts, 2 * cached, 2 * padding, window)
     failures, figures = {}, {}
     for name, function in CHECKS.items():
         try:
@@ -66,7 +72,17 @@ class Subject:
     model: Any
     unit: float = 1.0
 
-    def __init__(self, folder: Path, layouts: list[str], padding_shifts: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layouts: list[str],
+        padding_shifts: bool,
+        cached: float,
+        padding: float,
+        window: int | None,
+    ) -> None:
+        self.cached_limit, self.padding_limit = max(cached, TOLERANCE), max(padding, TOLERANCE)
+        self.window = window
         self.folder, self.layouts, self.padding_shifts = folder, layouts, padding_shifts
         reference = load_file(folder / "reference.safetensors")
         self.state = {name[6:]: tensor for name, tensor in reference.items() if name.startswith("state.")}
@@ -92,19 +108,6 @@ def load(folder: Path) -> Any:
 @torch.no_grad()
 def logits_of(model: Any, ids: Tensor, **options: Any) -> Tensor:
     return model(input_ids=ids, use_cache=False, **options).logits
-
-
-@torch.no_grad()
-def fed(model: Any, ids: Tensor, sizes: list[int]) -> Tensor:
-    """Logits of a sequence fed in pieces through the cache, the last size repeated to the end."""
-    parts, start, cache = [], 0, None
-    while start < ids.shape[1]:
-        size = sizes[min(len(parts), len(sizes) - 1)]
-        out = model(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        parts.append(out.logits)
-        start += size
-    return torch.cat(parts, 1)
 
 
 def kernels(model: Any) -> list[Any]:
@@ -180,8 +183,9 @@ def same_state(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def equals_softmax(s: Subject) -> Numbers:
-    """With a window as long as the text nothing is far: then it is the source's attention, all that it does kept."""
-    model = with_kernel(s.model, window=4096)
+    """With a window as long as the text nothing is far: then it is the source's attention, all that it does kept. So
+    it is with a sliding layer's own window and no far part."""
+    model = with_kernel(s.model, window=4096) if s.window is None else with_kernel(s.model, window=s.window, far=False)
     whole = s.difference(logits_of(model, s.ids), s.logits)
     padded = logits_of(model, s.ids * s.mask, attention_mask=s.mask)
     real = s.mask.bool()
@@ -191,10 +195,9 @@ def equals_softmax(s: Subject) -> Numbers:
 
 def cached_equals_full(s: Subject) -> Numbers:
     full = logits_of(s.model, s.ids)
-    pieces = s.difference(fed(s.model, s.ids, [1, 7, 64, 30, 1, 1, 20]), full)
-    single = s.difference(fed(s.model, s.ids[1:], [1]), full[1:])
-    within(max(pieces, single), "cached and full logits")
-    return {"cached": max(pieces, single)}
+    worst = max(s.difference(fed(s.model, s.ids, sizes), full) for sizes in PIECES)
+    within(worst, "cached and full logits", s.cached_limit)
+    return {"cached": worst}
 
 
 def padding_changes_nothing(s: Subject) -> Numbers:
@@ -206,7 +209,7 @@ def padding_changes_nothing(s: Subject) -> Numbers:
     if not s.padding_shifts:
         alone = [logits_of(s.model, row[keep][None])[0] for row, keep in zip(s.ids, real, strict=True)]
         worst = max(worst, s.difference(padded, torch.cat(alone)))
-        within(worst, "logits in a padded batch and alone")
+        within(worst, "logits in a padded batch and alone", s.padding_limit)
     return {"padding": worst}
 
 

@@ -24,6 +24,7 @@ from dijiang_convert.errors import DijiangError, Unsupported
 from dijiang_convert.modeling.configuration_dijiang import Kernel
 from dijiang_convert.models import silence
 from tests.sources_on_disk import write_tokenizer
+from tests.sweep.feed import PIECES, fed
 from tests.sweep.forks import Answer, serve
 from tests.sweep.tiny import tiny_config
 
@@ -63,8 +64,16 @@ def make(kind: str, folder: str) -> Answer:
         options = {"settings": [f"window={WINDOW}", *settings], "layers": layers}
         convert(str(target / layout), out, **options)  # type: ignore[arg-type]
         move_kernels(out)
-    answer["padding_shifts"] = write_reference(model_class, target)
-    return {**answer, "layouts": layouts, "parameters": architecture.parameters}
+    if layers != "all":
+        answer["window"] = local_window(architecture.config)
+    return {**answer, "layouts": layouts, "parameters": architecture.parameters, **write_reference(model_class, target)}
+
+
+def local_window(config: Any) -> int:
+    """How many keys, the token's own included, the layers with a sliding window see."""
+    text = config.get_text_config(decoder=True)
+    names = ("sliding_window", "attention_window_size", "local_attention")
+    return next(value for name in names if (value := getattr(text, name, None)))
 
 
 def class_of(kind: str, config: Any) -> Any:
@@ -144,14 +153,19 @@ def move_kernels(folder: Path) -> None:
         tensors = load_file(path)
         if not all(".dijiang." in name for name in tensors):
             continue
-        for name, tensor in sorted(tensors.items()):
+        for _, tensor in sorted(tensors.items()):
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.3)
         save_file(tensors, path, {"format": "pt"})
 
 
-def write_reference(model_class: Any, target: Path) -> bool:
-    """What the source answers with softmax, loaded from disk. Returns whether left padding changes its answers: where
-    positions are learned and count padding, it does."""
+def write_reference(model_class: Any, target: Path) -> Answer:
+    """What the source answers with softmax, loaded from disk.
+
+    Returns:
+        ``padding_shifts``: whether left padding changes its answers: where positions are learned and count padding, it
+        does. ``cached``, ``padding``: how far its own answers differ with and without a cache, and beside padding, in
+        units of their spread: recurrent layers round differently piece by piece.
+    """
     model = model_class.from_pretrained(target / "hub", attn_implementation="eager").eval()
     ids, mask = inputs()
     with torch.no_grad():
@@ -160,7 +174,10 @@ def write_reference(model_class: Any, target: Path) -> bool:
         alone = model(input_ids=ids[:1, PADDING:], use_cache=False).logits
     state = {f"state.{name}": tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
     save_file({**state, "ids": ids, "mask": mask, "logits": whole, "padded": padded}, target / "reference.safetensors")
-    return (padded[:1, PADDING:] - alone).abs().max().item() > 1e-3 * alone.std().item()
+    unit = min(whole.std().item(), 1.0)
+    padding = (padded[:1, PADDING:] - alone).abs().max().item() / unit
+    cached = max((fed(model, ids, sizes) - whole).abs().max().item() for sizes in PIECES) / unit
+    return {"padding_shifts": padding > 1e-2, "cached": cached, "padding": padding}
 
 
 def inputs() -> tuple[Tensor, Tensor]:
