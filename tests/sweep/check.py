@@ -29,6 +29,7 @@ from torch import Tensor  # noqa: E402
 
 SECONDS = 180
 TOLERANCE = 1e-4
+MOST = 1e-2  # whatever the source itself does
 WINDOW = 8
 NEW = 12
 Numbers = dict[str, float]
@@ -81,7 +82,7 @@ class Subject:
         padding: float,
         window: int | None,
     ) -> None:
-        self.cached_limit, self.padding_limit = max(cached, TOLERANCE), max(padding, TOLERANCE)
+        self.cached_limit, self.padding_limit = (min(max(x, TOLERANCE), MOST) for x in (cached, padding))
         self.window = window
         self.folder, self.layouts, self.padding_shifts = folder, layouts, padding_shifts
         reference = load_file(folder / "reference.safetensors")

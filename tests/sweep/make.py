@@ -31,6 +31,7 @@ from tests.sweep.tiny import tiny_config
 SECONDS = 120
 WINDOW = 8
 LENGTH, PADDING = 160, 50
+TOLERANCE = 1e-4  # of logits, in units of their spread; `check` has the same
 # What a type is converted with: the first of these that it takes.
 CHOICES: tuple[tuple[str, list[str]], ...] = (
     ("all", []),
@@ -107,6 +108,8 @@ def describe(architecture: Architecture, layers: str, settings: list[str]) -> An
         "layers": list(found.layers),
         "of": text.num_hidden_layers,
         "layer_types": getattr(text, "layer_types", None),
+        "attention_sinks": architecture.has_sinks,
+        "soft-capped_logits": getattr(text, "attn_logit_softcapping", None) is not None,
         "options": [*([f"--layers {layers}"] if layers != "all" else []), *(f"--set {each}" for each in settings)],
     }
 

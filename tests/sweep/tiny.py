@@ -85,6 +85,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+# What can't be built here or doesn't run on text alone, with softmax neither; and why.
+UNBUILT: dict[str, str] = {
+    "gemma3n": "its vision tower needs the library timm, which is not installed here; gemma3n_text works",
+}
+
 
 def tiny_config(kind: str, **changes: Any) -> PreTrainedConfig:
     """The config of a model with at least one layer of full attention, or of two layers where none is.
