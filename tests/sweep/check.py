@@ -29,21 +29,19 @@ from torch import Tensor  # noqa: E402
 
 SECONDS = 180
 TOLERANCE = 1e-4
+SOURCE_DIFFERS = 1e-2
 WINDOW = 8
 NEW = 12
 Numbers = dict[str, float]
 
 
-def check(
-    folder: str, layouts: list[str], padding_shifts: bool, cached: float, padding: float, window: int | None = None
-) -> Answer:
+def check(folder: str, layouts: list[str], source: Answer, window: int | None = None) -> Answer:
     """Runs every check of one converted type.
 
     Args:
         folder: what `make` wrote.
         layouts: of the source; all checks run on the first, the others must load as the same model.
-        padding_shifts: whether left padding changes what the source itself answers.
-        cached, padding: how far the source's own answers differ with a cache, and beside padding. A converted model may
+        source: what `make` says of the source's own answers with padding and with a cache. A converted model may
             differ as far, where that is more than rounding: its recurrent layers are the source's.
         window: of the source's layers that were converted, where they had a sliding one.
 
@@ -54,7 +52,7 @@ def check(
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     target = Path(folder)
-    subject = Subject(target, layouts, padding_shifts, 2 * cached, 2 * padding, window)
+    subject = Subject(target, layouts, source, window)
     failures, figures = {}, {}
     for name, function in CHECKS.items():
         try:
@@ -72,18 +70,8 @@ class Subject:
     model: Any
     unit: float = 1.0
 
-    def __init__(
-        self,
-        folder: Path,
-        layouts: list[str],
-        padding_shifts: bool,
-        cached: float,
-        padding: float,
-        window: int | None,
-    ) -> None:
-        self.cached_limit, self.padding_limit = max(cached, TOLERANCE), max(padding, TOLERANCE)
-        self.window = window
-        self.folder, self.layouts, self.padding_shifts = folder, layouts, padding_shifts
+    def __init__(self, folder: Path, layouts: list[str], source: Answer, window: int | None) -> None:
+        self.folder, self.layouts, self.source, self.window = folder, layouts, source, window
         reference = load_file(folder / "reference.safetensors")
         self.state = {name[6:]: tensor for name, tensor in reference.items() if name.startswith("state.")}
         self.ids, self.mask = reference["ids"], reference["mask"]
@@ -187,29 +175,37 @@ def equals_softmax(s: Subject) -> Numbers:
     it is with a sliding layer's own window and no far part."""
     model = with_kernel(s.model, window=4096) if s.window is None else with_kernel(s.model, window=s.window, far=False)
     whole = s.difference(logits_of(model, s.ids), s.logits)
-    padded = logits_of(model, s.ids * s.mask, attention_mask=s.mask)
-    real = s.mask.bool()
-    within(max(whole, s.difference(padded[real], s.padded[real])), "the source's and a long window's logits")
+    if not s.source["padding_shifts"]:
+        padded, real = logits_of(model, s.ids * s.mask, attention_mask=s.mask), s.mask.bool()
+        whole = max(whole, s.difference(padded[real], s.padded[real]))
+    within(whole, "the source's and a long window's logits", TOLERANCE)
     return {"softmax": whole}
 
 
 def cached_equals_full(s: Subject) -> Numbers:
     full = logits_of(s.model, s.ids)
-    worst = max(s.difference(fed(s.model, s.ids, sizes), full) for sizes in PIECES)
-    within(worst, "cached and full logits", s.cached_limit)
+    worst = 0.0
+    for sizes, own in zip(PIECES, s.source["cached"], strict=True):
+        if own > SOURCE_DIFFERS:  # it can't go on with several tokens at once
+            continue
+        worst = max(worst, s.difference(fed(s.model, s.ids, sizes), full))
+        within(worst, "cached and full logits", max(TOLERANCE, 2 * own))
+    if s.source["cached"][0] > SOURCE_DIFFERS:
+        raise AssertionError("the source itself differs with a cache")
     return {"cached": worst}
 
 
 def padding_changes_nothing(s: Subject) -> Numbers:
     real = s.mask.bool()
     padded = logits_of(s.model, s.ids * s.mask, attention_mask=s.mask)[real]
-    other = logits_of(s.model, torch.where(real, s.ids, 7), attention_mask=s.mask)[real]
-    worst = s.difference(padded, other)
-    within(worst, "logits with one padding and another")
-    if not s.padding_shifts:
+    worst = 0.0
+    if not s.source["padding_shows"]:
+        worst = s.difference(padded, logits_of(s.model, torch.where(real, s.ids, 7), attention_mask=s.mask)[real])
+        within(worst, "logits with one padding and another")
+    if not s.source["padding_shifts"]:
         alone = [logits_of(s.model, row[keep][None])[0] for row, keep in zip(s.ids, real, strict=True)]
         worst = max(worst, s.difference(padded, torch.cat(alone)))
-        within(worst, "logits in a padded batch and alone", s.padding_limit)
+        within(worst, "logits in a padded batch and alone", max(TOLERANCE, 2 * s.source["padding"]))
     return {"padding": worst}
 
 
@@ -221,7 +217,7 @@ def generates(s: Subject) -> Numbers:
     plain = s.model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options)
     if cached.shape[1] != ids.shape[1] + NEW or not torch.equal(cached, plain):
         raise AssertionError("greedy texts with and without a cache differ")
-    if not s.padding_shifts:
+    if not s.source["padding_shifts"]:
         alone = s.model.generate(input_ids=ids[:1, s.padding :], use_cache=True, **options)
         if not torch.equal(cached[:1, s.padding :], alone):
             raise AssertionError("greedy texts in a padded batch and alone differ")
