@@ -171,7 +171,7 @@ class _Seen:
 class _Notes:
     """Runs a model once on the meta device and notes every call of its attention function."""
 
-    LENGTH = 8
+    LENGTH = 256  # long enough for keys that stand for several tokens to show
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.calls = model, list[_Seen]()
@@ -302,6 +302,8 @@ class _Notes:
         unknown = sorted(given - KNOWN_ARGUMENTS)
         if unknown:
             raise Unsupported(f"the attention of {self.kind} has {unknown[0]}, which the kernel does not follow")
+        if seen.key.shape[2] != self.LENGTH:
+            raise Unsupported(f"the attention of {self.kind} sees other keys than one a token")
         mask = seen.arguments["mask"]
         if mask is not None and mask.shape != (1, self.LENGTH):
             raise Unsupported(f"the attention of {self.kind} has a mask of another shape than causal, or a bias in it")
@@ -333,7 +335,8 @@ def _padding_mask(
     mask_function: Callable[..., Any] = causal_mask_function, local_size: int | None = None, **kwargs: Any
 ) -> torch.Tensor:
     """As `dijiang_mask` has it, and never None: a model that works on it shows."""
-    plain = local_size is not None or mask_function in (causal_mask_function, bidirectional_mask_function)
+    plain = mask_function in (causal_mask_function, bidirectional_mask_function)
+    plain = plain or (local_size is not None and kwargs.get("allow_is_causal_skip", True))
     shape = (1, _Notes.LENGTH) if plain else (1, 1, _Notes.LENGTH, _Notes.LENGTH)
     return torch.ones(shape, dtype=torch.bool, device="meta")
 

@@ -1,8 +1,8 @@
 """Every model type that transformers registers for causal language modelling: which convert, and why others don't.
 
-Writes benchmarks/results/architectures.json and docs/architectures.md. Ends with 1, and the list on stderr, where a type
-neither works nor is refused with a reason. `make sweep`, or some types: python -m scripts.sweep llama mixtral (which
-writes nothing).
+Writes benchmarks/results/architectures.json and docs/architectures.md. Ends with 1, and the list on stderr, where a
+type neither works nor is refused with a reason. `make sweep`, or some types: python -m scripts.sweep llama mixtral
+(which writes nothing).
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny here: threads only wait for each other
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import torch
+import transformers
 
-from tests.sweep.run import ROOT, Outcome, sweep  # noqa: E402
-from tests.sweep.tiny import KINDS, UNBUILT  # noqa: E402
+from tests.sweep.feed import LENGTH, SOURCE_DIFFERS, TOLERANCE
+from tests.sweep.run import ROOT, Outcome, sweep
+from tests.sweep.tiny import KINDS, UNBUILT
 
 RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
 PAGE = ROOT / "docs" / "architectures.md"
 INTRO = """# Architectures
 
-Written by `make sweep` (`scripts/sweep.py`) with transformers {transformers}: of the {total} model types that it registers
-for causal language modelling {works} convert and {refused} are refused.
+Written by `make sweep` (`scripts/sweep.py`) with transformers {transformers}: of the {total} model types that it
+registers for causal language modelling {works} convert and {refused} are refused.
 
 Each type is tried as a tiny random model, in the layouts that transformers writes: the Hub's (one tensor an expert, old
 names) and its own. It is converted with the recipe `default` and a window of 8, its kernels are moved away from their
@@ -94,20 +95,17 @@ def tell(outcome: Outcome) -> None:
 
 
 def row(outcome: Outcome) -> dict[str, Any]:
-    made = {name: value for name, value in outcome.made.items() if name not in ("cached", "padding")}
+    made = {name: value for name, value in outcome.made.items() if name != "source"}
     result = {"type": outcome.kind, "works": outcome.works, "refused": outcome.refused, "failures": outcome.failures}
     return {name: value for name, value in {**result, **made, **outcome.figures}.items() if value not in ("", {}, None)}
 
 
 def page(outcomes: list[Outcome]) -> str:
-    from tests.sweep.make import LENGTH
-    from tests.sweep.make import TOLERANCE as tolerance
-
     works = [outcome for outcome in outcomes if outcome.works]
     refused = [outcome for outcome in outcomes if outcome.refused]
     text = INTRO.format(
         transformers=transformers.__version__, total=len(outcomes), works=len(works), refused=len(refused),
-        length=LENGTH, tolerance=tolerance,
+        length=LENGTH, tolerance=TOLERANCE,
     )  # fmt: skip
     text += WORKS + "".join(
         f"| {o.kind} | {o.made['attention']} | {len(o.made['layers'])} of {o.made['of']} | {notes(o)} |\n"
@@ -125,10 +123,15 @@ def notes(outcome: Outcome) -> str:
     parts += [name for name in ("attention sinks", "soft-capped logits") if made.get(name.replace(" ", "_"))]
     if "own" in made["layouts"]:
         parts.append("both layouts")
-    if made["padding_shifts"]:
-        parts.append("left padding shifts its positions, in the source too")
-    if outcome.figures["cached"] > 1e-4:
-        parts.append(f"cached logits differ by {outcome.figures['cached']:g}, the source's by {made['cached']:.1g}")
+    source = made["source"]
+    if source["padding_shifts"]:
+        parts.append("the source counts padding as positions")
+    if max(source["cached"]) > SOURCE_DIFFERS:
+        parts.append("goes on from a cache a token at a time, as the source")
+    if outcome.figures["cached"] > TOLERANCE:
+        parts.append(
+            f"cached logits differ by {outcome.figures['cached']:g}, the source's by {source['cached'][0]:.1g}"
+        )
     return "; ".join(parts)
 
 

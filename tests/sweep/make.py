@@ -24,14 +24,13 @@ from dijiang_convert.errors import DijiangError, Unsupported
 from dijiang_convert.modeling.configuration_dijiang import Kernel
 from dijiang_convert.models import silence
 from tests.sources_on_disk import write_tokenizer
-from tests.sweep.feed import PIECES, fed
+from tests.sweep.feed import LENGTH, PIECES, fed
 from tests.sweep.forks import Answer, serve
 from tests.sweep.tiny import tiny_config
 
 SECONDS = 120
 WINDOW = 8
-LENGTH, PADDING = 160, 50
-TOLERANCE = 1e-4  # of logits, in units of their spread; `check` has the same
+PADDING = 50
 # What a type is converted with: the first of these that it takes.
 CHOICES: tuple[tuple[str, list[str]], ...] = (
     ("all", []),
@@ -58,7 +57,8 @@ def make(kind: str, folder: str) -> Answer:
         architecture, layers, settings = choose(content)
     except Unsupported as error:
         return {"refused": str(error)}
-    layouts = write_layouts(random_model(model_class, config), target)
+    model = random_model(model_class, config)
+    layouts = write_layouts(model, target)
     answer = describe(architecture, layers, settings)
     for layout in layouts:
         out = target / f"{layout}-converted"
@@ -67,7 +67,8 @@ def make(kind: str, folder: str) -> Answer:
         move_kernels(out)
     if layers != "all":
         answer["window"] = local_window(architecture.config)
-    return {**answer, "layouts": layouts, "parameters": architecture.parameters, **write_reference(model_class, target)}
+    answer |= {"layouts": layouts, "parameters": architecture.parameters, "source": write_reference(model, target)}
+    return answer
 
 
 def local_window(config: Any) -> int:
@@ -161,26 +162,30 @@ def move_kernels(folder: Path) -> None:
         save_file(tensors, path, {"format": "pt"})
 
 
-def write_reference(model_class: Any, target: Path) -> Answer:
-    """What the source answers with softmax, loaded from disk.
+def write_reference(model: Any, target: Path) -> Answer:
+    """What the source answers with softmax.
 
     Returns:
         ``padding_shifts``: whether left padding changes its answers: where positions are learned and count padding, it
-        does. ``cached``, ``padding``: how far its own answers differ with and without a cache, and beside padding, in
-        units of their spread: recurrent layers round differently piece by piece.
+        does; ``padding_shows``: whether another token as padding does. ``cached``, of each of `PIECES`, and
+        ``padding``: how far its own answers differ with and without a cache, and beside padding, in units of their
+        spread.
     """
-    model = model_class.from_pretrained(target / "hub", attn_implementation="eager").eval()
+    model.set_attn_implementation("eager")
     ids, mask = inputs()
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits
         padded = model(input_ids=ids * mask, attention_mask=mask, use_cache=False).logits
+        other = model(input_ids=torch.where(mask == 1, ids, 7), attention_mask=mask, use_cache=False).logits
         alone = model(input_ids=ids[:1, PADDING:], use_cache=False).logits
     state = {f"state.{name}": tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
-    save_file({**state, "ids": ids, "mask": mask, "logits": whole, "padded": padded}, target / "reference.safetensors")
+    answers = {"ids": ids, "mask": mask, "logits": whole, "padded": padded, "alone": alone}
+    save_file({**state, **answers}, target / "reference.safetensors")
     unit = min(whole.std().item(), 1.0)
     padding = (padded[:1, PADDING:] - alone).abs().max().item() / unit
-    cached = max((fed(model, ids, sizes) - whole).abs().max().item() for sizes in PIECES) / unit
-    return {"padding_shifts": padding > 1e-2, "cached": cached, "padding": padding}
+    shown = (padded - other)[mask == 1].abs().max().item() / unit
+    cached = [(fed(model, ids, sizes) - whole).abs().max().item() / unit for sizes in PIECES]
+    return {"padding_shifts": padding > 1e-2, "padding_shows": shown > 1e-2, "cached": cached, "padding": padding}
 
 
 def inputs() -> tuple[Tensor, Tensor]:

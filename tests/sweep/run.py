@@ -15,7 +15,7 @@ from typing import Any
 from tests.sweep.forks import Answer, Server
 
 ROOT = Path(__file__).resolve().parents[2]
-TO_CHECK = ("layouts", "padding_shifts", "cached", "padding", "window")
+TO_CHECK = ("layouts", "source", "window")
 # A refusal that only says what broke is not the reason why a type can't be converted.
 NO_REASON = ("can't be traced", "can't be built")
 

@@ -23,7 +23,7 @@ SLIDING_WINDOW = 24
 NAMES: dict[Any, str] = {
     32: "hidden_size d_model n_embd emb_dim embed_dim embedding_size input_embedding_size output_embedding_size "
     "word_embed_proj_dim backbone_hidden_size out_hidden_size vision_output_dim projector_input_dim "
-    "projector_output_dim adapter_in_dim mm_embed_dim audio_embed_dim output_proj_dims adapter_out_dim "
+    "projector_output_dim adapter_in_dim adapter_input_size downsample_hidden_size mm_embed_dim audio_embed_dim output_proj_dims adapter_out_dim "
     "hidden_size_global",
     64: "intermediate_size ffn_dim d_inner dff dim_ff ffn_hidden_size encoder_ffn_dim decoder_ffn_dim n_inner "
     "feed_forward_size mlp_dim intermediate_size_mlp dense_intermediate_size mamba_d_ssm",
