@@ -129,7 +129,7 @@ def _values(config_class: Any, layers: int, changes: dict[str, Any]) -> dict[str
         values["is_encoder_decoder"] = False
     for name, sub in config_class.sub_configs.items():
         if sub is transformers.AutoConfig:
-            sub = transformers.CONFIG_MAPPING.get(config_class.sub_configs_defaults[name].model_type)
+            sub = transformers.CONFIG_MAPPING[config_class.sub_configs_defaults[name].model_type]
         if dataclasses.is_dataclass(sub):
             values[name] = {
                 **_values(sub, layers, {**CHANGES.get(sub.model_type, {}), **changes.get(name, {})}),
