@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types check hub clean
+.PHONY: demo test lint types check sweep hub clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dijiang demo --force
@@ -19,6 +19,10 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 check: test lint types
+
+# Every architecture of transformers, and docs/architectures.md; about 10 minutes.
+sweep: $(VENV)/.installed
+	$(BIN)/python -m scripts.sweep
 
 hub: $(VENV)/.installed
 	$(BIN)/python -m tests.hub --port 8000

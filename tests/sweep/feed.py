@@ -1,4 +1,4 @@
-"""A sequence piece by piece through a model's cache. Imports torch alone, for it serves a process without this project."""
+"""A sequence piece by piece through a model's cache. Imports torch alone: it serves a process without this project."""
 
 from __future__ import annotations
 

@@ -1,0 +1,89 @@
+"""Converts a tiny random model of every type that transformers has for causal language modelling, and checks it.
+
+    python -m scripts.sweep [TYPE ...]
+
+What is checked, and where, is in tests/sweep. With all types (about 10 minutes on 2 cores) it writes
+docs/architectures.md and benchmarks/results/sweep.json. A type that neither works nor is refused ends it with code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import transformers
+
+from tests.sweep.forks import Answer
+from tests.sweep.run import ROOT, fails, sweep, works
+from tests.sweep.tiny import KINDS
+
+HEAD = """# Architectures
+
+<!-- Written by `make sweep`. -->
+
+What a conversion needs is that attention goes through transformers' `AttentionInterface`; no code here is specific to
+an architecture. This is what came of every model type that transformers {version} registers for causal language
+modelling: a tiny random model of each was saved in the layouts that checkpoints have, converted with a window of 8,
+and loaded by `AutoModelForCausalLM` in a process that can't import this package. There
+
+- every base weight is the source's, to the byte on disk and after loading;
+- with a window as long as the text, logits are the source's (≤ 1e-4 of their spread): whatever its attention does
+  (soft-capping, sinks, norms of queries and keys, scaling) is kept;
+- cached and full logits agree (≤ 1e-4, or twice what the source itself differs by, where its recurrent layers round
+  differently), left padding changes nothing, greedy texts with and without a cache are the same;
+- deleting the far part changes the logits beyond the window;
+- every kernel parameter gets a gradient, and saving and loading is exact.
+
+**{works} of {all} types work.** The others are refused, by `dijiang inspect` and `dijiang convert`, in one line and
+before weights are downloaded. A type's default layers are those with attention to every token before; layers with a
+sliding window, recurrent ones and those of images or sound stay as they are. "Options" is what a tiny model of the type
+needed: `--set rotary=keep` where the kernel can't undo its rotary embedding (latent attention, rotation of the last
+part of a head), `--layers sliding-only` where every layer has a sliding window.
+
+Models with images, sound or film whose type is not in this list convert too, where their language model does: LLaVA,
+Qwen-VL, InternVL, SmolVLM, Idefics3, Mistral 3, Voxtral and others. `dijiang inspect` tells.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    answers = sweep(args.types or KINDS, args.workers, tell)
+    wrong = {kind: reason for kind, answer in answers.items() if (reason := fails(answer)) is not None}
+    if not args.types:
+        content = {"transformers": transformers.__version__, "types": {k: kept(a) for k, a in answers.items()}}
+        (ROOT / "benchmarks/results/sweep.json").write_text(json.dumps(content, indent=1) + "\n")
+        (ROOT / "docs/architectures.md").write_text(page(answers))
+    for kind, reason in wrong.items():
+        print(f"error: {kind}: {reason}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def tell(kind: str, answer: Answer) -> None:
+    print(f"{kind}: {'works' if works(answer) else answer.get('refused') or fails(answer)}", flush=True)
+
+
+def kept(answer: Answer) -> Answer:
+    return {name: value for name, value in answer.items() if name not in ("layer_types", "source")}
+
+
+def page(answers: dict[str, Answer]) -> str:
+    good = {kind: answer for kind, answer in answers.items() if works(answer)}
+    lines = [HEAD.format(version=transformers.__version__, works=len(good), all=len(answers))]
+    lines += ["## Works", "", "| type | attention | layers of the tiny model | options |", "|---|---|---|---|"]
+    for kind, answer in good.items():
+        options = ", ".join(f"`{option}`" for option in answer["options"])
+        lines.append(f"| {kind} | `{answer['attention']}` | {len(answer['layers'])} of {answer['of']} | {options} |")
+    lines += ["", "## Refused", "", "| type | reason |", "|---|---|"]
+    for kind, answer in answers.items():
+        if "refused" in answer:
+            reason = answer["refused"].removeprefix(f"{kind} ").split(": gpt_neox, ")[0]
+            lines.append(f"| {kind} | {reason} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""A fixed dozen of the types that `make sweep` goes through, by the very same checks."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sweep.forks import Answer
+from tests.sweep.run import fails, sweep, works
+
+WORK = (
+    "gpt_neox",  # a part of each head rotated, old tensor names
+    "opt",  # learned positions
+    "gemma2",  # soft-capped logits, sliding layers left as they are
+    "gpt_oss",  # attention sinks, experts
+    "mixtral",  # experts that checkpoints hold one by one
+    "deepseek_v3",  # latent attention: values of another size than keys
+    "smollm3",  # a layer without rotation
+    "gemma3n_text",  # layers that share keys and values
+    "gemma3",  # the text part of a multimodal model
+    "qwen3_5_text",  # recurrent layers between
+    "exaone",  # a model class of several types
+    "bart",  # the decoder of an encoder-decoder
+)
+REFUSED = {
+    "falcon": "does not route its attention through AttentionInterface",
+    "mamba": "is recurrent: it has no attention to convert",
+    "doge": "reads or changes its attention mask itself",
+    "zamba": "runs the same attention module several times a token",
+}
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, Answer]:
+    return sweep([*WORK, *REFUSED])
+
+
+@pytest.mark.parametrize("kind", WORK)
+def test_works(kind: str, answers: dict[str, Answer]) -> None:
+    assert fails(answers[kind]) is None
+    assert works(answers[kind])
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused(kind: str, answers: dict[str, Answer]) -> None:
+    assert REFUSED[kind] in answers[kind]["refused"]
