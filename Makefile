@@ -20,6 +20,7 @@ types: $(VENV)/.installed
 
 check: test lint types
 
+# Every architecture of transformers, and docs/architectures.md; about 10 minutes.
 sweep: $(VENV)/.installed
 	$(BIN)/python -m scripts.sweep
 

@@ -1,138 +1,88 @@
-"""Every model type that transformers registers for causal language modelling: which convert, and why others don't.
+"""Converts a tiny random model of every type that transformers has for causal language modelling, and checks it.
 
-Writes benchmarks/results/architectures.json and docs/architectures.md. Ends with 1, and the list on stderr, where a
-type neither works nor is refused with a reason. `make sweep`, or some types: python -m scripts.sweep llama mixtral
-(which writes nothing).
+    python -m scripts.sweep [TYPE ...]
+
+What is checked, and where, is in tests/sweep. With all types (about 10 minutes on 2 cores) it writes
+docs/architectures.md and benchmarks/results/sweep.json. A type that neither works nor is refused ends it with code 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import time
-from pathlib import Path
-from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny here: threads only wait for each other
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
 import transformers
 
-from tests.sweep.feed import LENGTH, SOURCE_DIFFERS, TOLERANCE
-from tests.sweep.run import ROOT, Outcome, sweep
-from tests.sweep.tiny import KINDS, UNBUILT
+from tests.sweep.forks import Answer
+from tests.sweep.run import ROOT, fails, sweep, works
+from tests.sweep.tiny import KINDS
 
-RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
-PAGE = ROOT / "docs" / "architectures.md"
-INTRO = """# Architectures
+HEAD = """# Architectures
 
-Written by `make sweep` (`scripts/sweep.py`) with transformers {transformers}: of the {total} model types that it
-registers for causal language modelling {works} convert and {refused} are refused.
+<!-- Written by `make sweep`. -->
 
-Each type is tried as a tiny random model, in the layouts that transformers writes: the Hub's (one tensor an expert, old
-names) and its own. It is converted with the recipe `default` and a window of 8, its kernels are moved away from their
-start, and a process without this package loads it with `AutoModelForCausalLM` and `trust_remote_code=True`. There, on
-sequences of {length} tokens:
+What a conversion needs is that attention goes through transformers' `AttentionInterface`; no code here is specific to
+an architecture. This is what came of every model type that transformers {version} registers for causal language
+modelling: a tiny random model of each was saved in the layouts that checkpoints have, converted with a window of 8,
+and loaded by `AutoModelForCausalLM` in a process that can't import this package. There
 
-- base weights are the source's bytes on disk, and equal to the source model's after loading, from either layout;
-- with a window as long as the text, logits are the source's: all that it does to attention is kept;
-- logits through the cache, in pieces and token by token, equal those of the whole sequence, to {tolerance:g} of their
-  standard deviation;
-- left padding changes nothing (where positions are learned and count padding, in the source too: what is in the padding
-  changes nothing);
-- greedy generation agrees with and without a cache, and in a padded batch and alone;
-- deleting the far part changes all that lies beyond the window, and nothing inside it;
-- every kernel parameter gets a gradient that is not zero in a training step;
-- saved and loaded again, the model is the same to the bit.
+- every base weight is the source's, to the byte on disk and after loading;
+- with a window as long as the text, logits are the source's (≤ 1e-4 of their spread): whatever its attention does
+  (soft-capping, sinks, norms of queries and keys, scaling) is kept;
+- cached and full logits agree (≤ 1e-4, or twice what the source itself differs by, where its recurrent layers round
+  differently), left padding changes nothing, greedy texts with and without a cache are the same;
+- deleting the far part changes the logits beyond the window;
+- every kernel parameter gets a gradient, and saving and loading is exact.
 
-Models whose text part sits inside a larger one (images, sound) are tried whole; their text part's self-attention
-converts.
-"""
-WORKS = """
-## Works
+**{works} of {all} types work.** The others are refused, by `dijiang inspect` and `dijiang convert`, in one line and
+before weights are downloaded. A type's default layers are those with attention to every token before; layers with a
+sliding window, recurrent ones and those of images or sound stay as they are. "Options" is what a tiny model of the type
+needed: `--set rotary=keep` where the kernel can't undo its rotary embedding (latent attention, rotation of the last
+part of a head), `--layers sliding-only` where every layer has a sliding window.
 
-"Layers": how many have the kernel, of how many. Others are recurrent, or have a sliding window, which is linear already
-(`--layers all,sliding-only` converts it too).
-
-| type | attention | layers | notes |
-| --- | --- | --- | --- |
-"""
-REFUSED = """
-## Refused
-
-| type | reason |
-| --- | --- |
+Models with images, sound or film whose type is not in this list convert too, where their language model does: LLaVA,
+Qwen-VL, InternVL, SmolVLM, Idefics3, Mistral 3, Voxtral and others. `dijiang inspect` tells.
 """
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kinds", nargs="*", help="model types; all by default")
-    kinds = parser.parse_args().kinds or list(KINDS)
-    start = time.perf_counter()
-    outcomes = sweep(kinds, UNBUILT, report=tell)
-    seconds = time.perf_counter() - start
-    failed = [outcome for outcome in outcomes if outcome.failures]
-    works = sum(outcome.works for outcome in outcomes)
-    print(f"{works} work, {len(outcomes) - works - len(failed)} are refused, {len(failed)} fail: {seconds:.0f} s")
-    if kinds == list(KINDS):
-        versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-        rows = [row(outcome) for outcome in outcomes]
-        content = {**versions, "seconds": round(seconds), "types": rows}
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        PAGE.write_text(page(outcomes), encoding="utf-8")
-    for outcome in failed:
-        print(f"{outcome.kind}: {outcome.failures}", file=sys.stderr)
-    return 1 if failed else 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    answers = sweep(args.types or KINDS, args.workers, tell)
+    wrong = {kind: reason for kind, answer in answers.items() if (reason := fails(answer)) is not None}
+    if not args.types:
+        content = {"transformers": transformers.__version__, "types": {k: kept(a) for k, a in answers.items()}}
+        (ROOT / "benchmarks/results/sweep.json").write_text(json.dumps(content, indent=1) + "\n")
+        (ROOT / "docs/architectures.md").write_text(page(answers))
+    for kind, reason in wrong.items():
+        print(f"error: {kind}: {reason}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
-def tell(outcome: Outcome) -> None:
-    state = "works" if outcome.works else f"refused: {outcome.refused}" if outcome.refused else f"{outcome.failures}"
-    print(f"{outcome.kind:26} {state} {outcome.figures or ''}", flush=True)
+def tell(kind: str, answer: Answer) -> None:
+    print(f"{kind}: {'works' if works(answer) else answer.get('refused') or fails(answer)}", flush=True)
 
 
-def row(outcome: Outcome) -> dict[str, Any]:
-    made = {name: value for name, value in outcome.made.items() if name != "source"}
-    result = {"type": outcome.kind, "works": outcome.works, "refused": outcome.refused, "failures": outcome.failures}
-    return {name: value for name, value in {**result, **made, **outcome.figures}.items() if value not in ("", {}, None)}
+def kept(answer: Answer) -> Answer:
+    return {name: value for name, value in answer.items() if name not in ("layer_types", "source")}
 
 
-def page(outcomes: list[Outcome]) -> str:
-    works = [outcome for outcome in outcomes if outcome.works]
-    refused = [outcome for outcome in outcomes if outcome.refused]
-    text = INTRO.format(
-        transformers=transformers.__version__, total=len(outcomes), works=len(works), refused=len(refused),
-        length=LENGTH, tolerance=TOLERANCE,
-    )  # fmt: skip
-    text += WORKS + "".join(
-        f"| {o.kind} | {o.made['attention']} | {len(o.made['layers'])} of {o.made['of']} | {notes(o)} |\n"
-        for o in works
-    )
-    return text + REFUSED + "".join(f"| {o.kind} | {o.refused} |\n" for o in refused)
-
-
-def notes(outcome: Outcome) -> str:
-    """What a user of the type should know."""
-    made = outcome.made
-    parts = [f"needs `{option}`" for option in made["options"]]
-    left = [kind for i, kind in enumerate(made["layer_types"] or []) if i not in made["layers"]]
-    parts += [f"{left.count(kind)} {kind} left" for kind in dict.fromkeys(left)]
-    parts += [name for name in ("attention sinks", "soft-capped logits") if made.get(name.replace(" ", "_"))]
-    if "own" in made["layouts"]:
-        parts.append("both layouts")
-    source = made["source"]
-    if source["padding_shifts"]:
-        parts.append("the source counts padding as positions")
-    if max(source["cached"]) > SOURCE_DIFFERS:
-        parts.append("goes on from a cache a token at a time, as the source")
-    if outcome.figures["cached"] > TOLERANCE:
-        parts.append(
-            f"cached logits differ by {outcome.figures['cached']:g}, the source's by {source['cached'][0]:.1g}"
-        )
-    return "; ".join(parts)
+def page(answers: dict[str, Answer]) -> str:
+    good = {kind: answer for kind, answer in answers.items() if works(answer)}
+    lines = [HEAD.format(version=transformers.__version__, works=len(good), all=len(answers))]
+    lines += ["## Works", "", "| type | attention | layers of the tiny model | options |", "|---|---|---|---|"]
+    for kind, answer in good.items():
+        options = ", ".join(f"`{option}`" for option in answer["options"])
+        lines.append(f"| {kind} | `{answer['attention']}` | {len(answer['layers'])} of {answer['of']} | {options} |")
+    lines += ["", "## Refused", "", "| type | reason |", "|---|---|"]
+    for kind, answer in answers.items():
+        if "refused" in answer:
+            reason = answer["refused"].removeprefix(f"{kind} ").split(": gpt_neox, ")[0]
+            lines.append(f"| {kind} | {reason} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

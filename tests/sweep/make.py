@@ -5,6 +5,7 @@ Run as a module it serves such jobs (`forks`).
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from dijiang_convert.errors import DijiangError, Unsupported
 from dijiang_convert.modeling.configuration_dijiang import Kernel
 from dijiang_convert.models import silence
 from tests.sources_on_disk import write_tokenizer
-from tests.sweep.feed import LENGTH, PIECES, fed
+from tests.sweep.feed import PIECES, fed
 from tests.sweep.forks import Answer, serve
 from tests.sweep.tiny import tiny_config
 
 SECONDS = 120
 WINDOW = 8
-PADDING = 50
+LENGTH, PADDING = 160, 50
 # What a type is converted with: the first of these that it takes.
 CHOICES: tuple[tuple[str, list[str]], ...] = (
     ("all", []),
@@ -109,8 +110,6 @@ def describe(architecture: Architecture, layers: str, settings: list[str]) -> An
         "layers": list(found.layers),
         "of": text.num_hidden_layers,
         "layer_types": getattr(text, "layer_types", None),
-        "attention_sinks": architecture.has_sinks,
-        "soft-capped_logits": getattr(text, "attn_logit_softcapping", None) is not None,
         "options": [*([f"--layers {layers}"] if layers != "all" else []), *(f"--set {each}" for each in settings)],
     }
 
@@ -169,7 +168,7 @@ def write_reference(model: Any, target: Path) -> Answer:
         ``padding_shifts``: whether left padding changes its answers: where positions are learned and count padding, it
         does; ``padding_shows``: whether another token as padding does. ``cached``, of each of `PIECES`, and
         ``padding``: how far its own answers differ with and without a cache, and beside padding, in units of their
-        spread.
+        spread; ``positions``: whether it must be told positions to go on from a cache.
     """
     model.set_attn_implementation("eager")
     ids, mask = inputs()
@@ -184,8 +183,17 @@ def write_reference(model: Any, target: Path) -> Answer:
     unit = min(whole.std().item(), 1.0)
     padding = (padded[:1, PADDING:] - alone).abs().max().item() / unit
     shown = (padded - other)[mask == 1].abs().max().item() / unit
-    cached = [(fed(model, ids, sizes) - whole).abs().max().item() / unit for sizes in PIECES]
-    return {"padding_shifts": padding > 1e-2, "padding_shows": shown > 1e-2, "cached": cached, "padding": padding}
+
+    def cached(positions: bool) -> list[float]:
+        return [(fed(model, ids, sizes, positions) - whole).abs().max().item() / unit for sizes in PIECES]
+
+    own, positions = cached(False), False
+    if own[0] > 1e-2 and "position_ids" in inspect.signature(model.forward).parameters:
+        own, positions = cached(True), True
+    return {
+        "padding_shifts": padding > 1e-2, "padding_shows": shown > 1e-2, "padding": padding,
+        "cached": own, "positions": positions,
+    }  # fmt: skip
 
 
 def inputs() -> tuple[Tensor, Tensor]:

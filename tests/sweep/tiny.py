@@ -23,8 +23,8 @@ SLIDING_WINDOW = 24
 NAMES: dict[Any, str] = {
     32: "hidden_size d_model n_embd emb_dim embed_dim embedding_size input_embedding_size output_embedding_size "
     "word_embed_proj_dim backbone_hidden_size out_hidden_size vision_output_dim projector_input_dim "
-    "projector_output_dim adapter_in_dim adapter_input_size downsample_hidden_size mm_embed_dim audio_embed_dim output_proj_dims adapter_out_dim "
-    "hidden_size_global",
+    "projector_output_dim adapter_in_dim adapter_input_size mm_embed_dim audio_embed_dim output_proj_dims "
+    "adapter_out_dim hidden_size_global",
     64: "intermediate_size ffn_dim d_inner dff dim_ff ffn_hidden_size encoder_ffn_dim decoder_ffn_dim n_inner "
     "feed_forward_size mlp_dim intermediate_size_mlp dense_intermediate_size mamba_d_ssm",
     16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
@@ -53,6 +53,11 @@ SET_ANYWAY = {*TOKENS, "num_key_value_heads", "num_kv_heads", "head_dim", "unpad
 # Layer types that are no full attention have one of these in their name.
 OTHERS = ("sliding", "linear", "conv", "chunked", "mamba", "moe", "mlp", "recurrent")
 
+# A text part, for configs that don't say which model type theirs is.
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+    "num_key_value_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS,
+}  # fmt: skip
 # The first layer recurrent, the second not.
 HYBRID = ["linear_attention", "full_attention"]
 CHANGES: dict[str, dict[str, Any]] = {
@@ -65,12 +70,15 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dory": {"num_hidden_layers": 6, "n_input_layers": 1, "n_output_layers": 1},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "dots3_note": {"vision_config": {"per_layer_config": {}}},
+    "fuyu": {"text_config": {"model_type": "persimmon", **TEXT}},
     "gemma3n_text": {"num_hidden_layers": 6, "num_kv_shared_layers": 1, "activation_sparsity_pattern": [0.0] * 6},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": HYBRID},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"head_dim": 16},
+    "moshi": {"audio_vocab_size": 64},
+    "moss_transcribe_diarize": {"text_config": {"model_type": "qwen3", **TEXT}},
     "qwen4_exp_text": {
         "num_hidden_layers": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
         "indexer_compress_ratio": 4, "indexer_n_heads": 4, "ngram_vocab_size_base": 1000,
@@ -84,11 +92,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-
-# What can't be built here or doesn't run on text alone, with softmax neither; and why.
-UNBUILT: dict[str, str] = {
-    "gemma3n": "its vision tower needs the library timm, which is not installed here; gemma3n_text works",
-}
 
 
 def tiny_config(kind: str, **changes: Any) -> PreTrainedConfig:
