@@ -29,6 +29,7 @@ from torch import Tensor  # noqa: E402
 
 SECONDS = 180
 TOLERANCE = 1e-4
+SOURCE_DIFFERS = 0.1  # beyond what rounding explains
 WINDOW = 8
 NEW = 12
 Numbers = dict[str, float]
@@ -187,7 +188,11 @@ def equals_softmax(s: Subject) -> Numbers:
 def cached_equals_full(s: Subject) -> Numbers:
     full = logits_of(s.model, s.ids)
     worst = 0.0
+    if s.source["cached"][0] > SOURCE_DIFFERS:
+        raise AssertionError("the source itself differs with a cache")
     for sizes, own in zip(PIECES, s.source["cached"], strict=True):
+        if own > SOURCE_DIFFERS:  # it can't go on so, as Jamba with several tokens at once
+            continue
         difference = s.difference(fed(s.model, s.ids, sizes, s.source["positions"]), full)
         within(difference, "cached and full logits", max(TOLERANCE, 2 * own))
         worst = max(worst, difference)
