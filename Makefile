@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types check sweep hub clean
+.PHONY: demo test test-oldest lint types check sweep hub clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dijiang demo --force
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# The code of checkpoints, and conversion, with the oldest versions that pyproject.toml allows.
+test-oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python -m pytest tests/modeling tests/test_architecture.py tests/test_convert.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -33,5 +37,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,tensorboard]'
 	touch $@
 
+$(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable . pytest
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist dijiang-demo
+	rm -rf $(VENV) $(VENV)-oldest build dist dijiang-demo

@@ -187,6 +187,10 @@ class _Notes:
         try:
             self._run(_padding_mask)
         except Exception as error:
+            if not self.calls and self.model._is_stateful:
+                raise Unsupported(
+                    f"{self.kind} is recurrent or has a cache of its own: the kernel has no place"
+                ) from error
             reason = f"{self.kind} can't be traced without weights ({_first_line(error)})"
             with contextlib.suppress(Exception):
                 self._run(sdpa_mask)
@@ -249,6 +253,8 @@ class _Notes:
         if not self.calls:
             reason = "is recurrent: it has no attention to convert" if self.model._is_stateful else NO_ATTENTION
             raise Unsupported(f"{self.kind} {reason}")
+        if not self.returns_cache:
+            raise Unsupported(f"{self.kind} keeps its cache inside the model, where the kernel has none")
         for seen in self.calls:
             if seen.index is None or sum(other.module is seen.module for other in self.calls) > 1:
                 raise Unsupported(f"{self.kind} runs the same attention module several times a token")
@@ -309,9 +315,8 @@ class _Notes:
             raise Unsupported(f"the attention of {self.kind} has a mask of another shape than causal, or a bias in it")
         if not getattr(seen.module, "is_causal", True):
             raise Unsupported(f"{self.kind} has attention that is not causal: only decoders are converted")
-        if not self.returns_cache:
-            raise Unsupported(f"{self.kind} keeps its cache inside the model, where the kernel has none")
-        if type(DynamicCache(config=self.config).layers[seen.index]).__name__.startswith("LinearAttentionAnd"):
+        kinds = [type(layer).__name__ for layer in DynamicCache(config=self.config).layers]
+        if seen.index < len(kinds) and kinds[seen.index].startswith("LinearAttentionAnd"):
             raise Unsupported(f"layers of {self.kind} have attention and a recurrent state at once, in one cache layer")
         if seen.module not in self.arguments:
             raise Unsupported(f"the attention module of {self.kind} is not handed its cache, which the kernel needs")

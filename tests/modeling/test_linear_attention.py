@@ -94,6 +94,34 @@ def assert_far_part_matters(x: dict[str, Tensor], reference: Tensor, **options: 
 
 
 @pytest.mark.parametrize("form", ["chunked", "recurrent"])
+@pytest.mark.parametrize(("softcap", "sunk"), [(1.5, False), (None, True), (1.5, True)])
+def test_soft_capped_logits_and_sinks(form: str, softcap: float | None, sunk: bool) -> None:
+    """As the definition has them; and by a window as long as the text they are plain attention's."""
+    x = inputs(300)
+    sink = torch.tensor([-1.0, 0.5, 2.0, 4.0], requires_grad=True) if sunk else None
+    options: dict[str, Any] = {"softcap": softcap, "sink": sink, "window": 16, "log_decay": decay_of(x, True)}
+    reference = naive(**double(x), scaling=SCALING, **{**options, "sink": double(sink)})
+    out, _ = run(form, x, **options)
+    assert relative(out, reference) <= 1e-5
+    assert_far_part_matters(x, reference, **options)
+    plain, _ = run(form, x, window=16, log_decay=options["log_decay"])
+    assert relative(out, plain.double()) > 1e-2
+
+    k, v = (x[name].repeat_interleave(2, 1) for name in ("k", "v"))
+    scores = SCALING * x["q"] @ k.mT
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(torch.ones(300, 300).triu(1).bool(), -torch.inf)
+    if sink is not None:
+        scores = torch.cat([scores, sink[None, :, None, None].expand(2, -1, 300, 1)], -1)
+    expected = scores.softmax(-1)[..., :300] @ v
+    out, _ = run(form, x, **{**options, "window": 300})
+    assert relative(out, expected.double()) <= 1e-5
+    if sink is not None:
+        found, wanted = (torch.autograd.grad(y.square().sum(), sink)[0] for y in (out, expected))
+        assert relative(found, wanted.double()) <= 1e-4
+
+
+@pytest.mark.parametrize("form", ["chunked", "recurrent"])
 @pytest.mark.parametrize("decay", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 16, 64])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 500])
