@@ -3,11 +3,11 @@ it is converted to.
 
     python -m benchmarks.fidelity.beyond MODEL --data FOLDER --context 256 --out BEYOND.json
 
-A row is a recipe, with settings of its kernel after a colon. It trains on rows of the original's context; where its name
-ends in ``+extend`` it is measured, then trained by cross-entropy on rows four times as long, and measured again. Perplexity is always that of the same tokens: at n times the
-context they are the last half context of n contexts of text, documents end to end. Recall plants 32 tokens into a text,
-asks for them again at a distance, and says by how much (in nats a token) the plant made them likelier; they are drawn
-at random, or are a passage of other text.
+A row is a recipe, with settings of its kernel after a colon. It trains on rows of the original's context; where its
+name ends in ``+extend`` it is measured, then trained by cross-entropy on rows four times as long, and measured again.
+Perplexity is always that of the same tokens: at n times the context they are the last half context of n contexts of
+text, documents end to end. Recall plants 32 tokens into a text, asks for them again at a distance, and says by how much
+(in nats a token) the plant made them likelier; they are drawn at random, or are a passage of other text.
 """
 
 import argparse
