@@ -27,7 +27,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder.")]
 Recipe = Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
-Layers = Annotated[str, typer.Option(help="all, 0,3,8-23, every:N or not-last:N.")]
+Layers = Annotated[str, typer.Option(help="all, none, sliding-only, 0,3,8-23, every:N, not-every:N, not-last:N.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")]
 Push = Annotated[str | None, typer.Option(metavar="REPO", help="Push the result to this Hub repository.")]
 Data = Annotated[str | None, typer.Option(help="A file, a folder, a quoted glob, or a Hub data set.")]

@@ -83,7 +83,8 @@ def convert(
         recipe: a recipe's name or YAML file; its stages are recorded for `finetune`.
         revision: branch, tag or commit of a Hub source.
         dtype: rewrites the weights as float32, float16 or bfloat16; by default they are copied byte for byte.
-        layers: which layers: all, 0,3,8-23, every:N or not-last:N. The rest keep softmax.
+        layers: which layers: all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N, or several with
+            commas. The rest keep softmax.
         settings: ``key=value`` for the recipe's kernel, as ``window=16``.
         push: a Hub repository to push the result to.
         force: replace ``out`` if it exists.

@@ -72,7 +72,7 @@ def inspect(
         head_dim=shape.head_dim,
         parameters=architecture.parameters,
         new_parameters=new,
-        state_bytes=state_bytes(chosen.kernel, shape, width, shape.rotates),
+        state_bytes=state_bytes(chosen.kernel, shape, width),
         kv_cache_bytes_at={
             n: len(shape.layers) * shape.kv_heads * (shape.head_dim + shape.value_dim) * n * width for n in LENGTHS
         },
@@ -90,7 +90,7 @@ def _finetune_bytes(architecture: Architecture, recipe: Recipe, width: int) -> i
     return max((cost.memory_bytes for cost in costs), default=0)
 
 
-def state_bytes(kernel: Kernel, layers: Layers, width: int, rotates: bool) -> int:
+def state_bytes(kernel: Kernel, layers: Layers, width: int) -> int:
     """What the cache of all converted layers holds for one sequence: float32 states, and the window's keys and values
     at ``width`` bytes a number. Keys that the far part sees otherwise (not rotated, or shifted) are kept twice."""
     state = 0
@@ -98,10 +98,11 @@ def state_bytes(kernel: Kernel, layers: Layers, width: int, rotates: bool) -> in
         heads = layers.heads if kernel.decay == "retnet" else layers.kv_heads
         features = layers.head_dim * (2 if kernel.signed else 1)
         state = heads * (features * (layers.value_dim + 1) + 1) * 4
-    twice = kernel.far and (kernel.shift or (kernel.rotary == "remove" and rotates))
-    keys = layers.head_dim * (2 if twice else 1)
     gates = 2 * 4 if kernel.far and kernel.selective else 0
     code = kernel.decay_rank * 4 if kernel.far else 0
-    window = kernel.window * (layers.kv_heads * ((keys + layers.value_dim) * width + gates) + code + 1)
+    token = layers.kv_heads * ((layers.head_dim + layers.value_dim) * width + gates) + code + 1
     last = (layers.heads + layers.kv_heads) * layers.head_dim * width if kernel.far and kernel.shift else 0
-    return len(layers.layers) * (state + window + last)
+    turned = layers.rotates and kernel.rotary == "remove"
+    twice = [kernel.far and (kernel.shift or (turned and i not in layers.unrotated)) for i in layers.layers]
+    again = sum(twice) * kernel.window * layers.kv_heads * layers.head_dim * width
+    return len(layers.layers) * (state + kernel.window * token + last) + again

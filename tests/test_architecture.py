@@ -287,3 +287,35 @@ def test_a_kept_rotation_depends_on_position(tmp_path: Path) -> None:
     with torch.no_grad():
         change = model(input_ids=ids, position_ids=positions + 50).logits - model(input_ids=ids).logits
     assert change.abs().max() > 1e-3
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    },
+    "longrope": {
+        "factor": 4.0, "original_max_position_embeddings": 64, "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 3.0, 4.0],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rope_scaling_carries_over(rope: str, tmp_path: Path) -> None:
+    """Inside a long window it is the source's attention; far features see no rotation, whatever the scaling."""
+    parameters = {"rope_type": rope, "rope_theta": 10000.0, **ROPES[rope]}
+    source = random_model(config_of("llama", max_position_embeddings=256, rope_parameters=parameters))
+    source.save_pretrained(tmp_path / "source")
+    write_tokenizer(tmp_path / "source")
+    ids, positions = torch.randint(VOCABULARY - 2, (1, 200)), torch.arange(200)[None]
+    convert(str(tmp_path / "source"), tmp_path / "whole", recipe="window-only", settings=["window=200"])
+    convert(str(tmp_path / "source"), tmp_path / "out", settings=["window=8", "frequency=4.0"])
+    whole, far = (load_converted(tmp_path / name, device=torch.device("cpu")).eval() for name in ("whole", "out"))
+    with torch.no_grad():
+        expected = source(input_ids=ids).logits
+        assert (whole(input_ids=ids).logits - expected).abs().max() <= 1e-5
+        logits = far(input_ids=ids).logits
+        assert (logits - expected).abs().max() > 1e-3
+        assert (far(input_ids=ids, position_ids=positions + 37).logits - logits).abs().max() <= 1e-5
