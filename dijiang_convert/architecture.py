@@ -192,6 +192,10 @@ class _Notes:
                     f"{self.kind} is recurrent or has a cache of its own: the kernel has no place"
                 ) from error
             reason = f"{self.kind} can't be traced without weights ({_first_line(error)})"
+            if "meta tensor" in str(error):
+                reason = f"{self.kind} goes by values as it runs, and there are none before its weights are downloaded"
+            if "cache of its own" in str(error):
+                reason = f"{self.kind} takes no cache but one of its own class, where the kernel has no place"
             with contextlib.suppress(Exception):
                 self._run(sdpa_mask)
                 reason = f"{self.kind} reads or changes its attention mask itself, which linear attention has none of"
@@ -355,7 +359,17 @@ class _WithoutValues(TorchDispatchMode):
             return True if args[0].dtype == torch.bool else 1
         if name == "nonzero":
             return args[0].new_zeros((1, args[0].dim()), dtype=torch.long)
+        if name in ("index", "index_put", "index_put_"):  # a mask chooses its first element
+            chosen = [part for index in args[1] for part in _first_of(index)]
+            args = (args[0], chosen, *args[2:])
         return func(*args, **(kwargs or {}))
+
+
+def _first_of(index: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The index itself, or for a mask the indices of its first element, one a dimension."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [index.new_zeros(1, dtype=torch.long) for _ in range(index.dim())]
 
 
 def _rotary_source(module: nn.Module) -> Any:

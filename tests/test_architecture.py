@@ -319,3 +319,16 @@ def test_rope_scaling_carries_over(rope: str, tmp_path: Path) -> None:
         logits = far(input_ids=ids).logits
         assert (logits - expected).abs().max() > 1e-3
         assert (far(input_ids=ids, position_ids=positions + 37).logits - logits).abs().max() <= 1e-5
+
+
+def test_what_tracing_needs_no_values_for() -> None:
+    """XMOD picks rows by a mask, of which there are no values without weights. JetMoE needs them, and says so."""
+    from tests.sweep.tiny import tiny_config
+
+    config = {**tiny_config("xmod").to_dict(), "architectures": ["XmodForCausalLM"]}
+    assert examine(config).layers.layers == (0, 1)
+    for kind, name, expected in (
+        ("jetmoe", "JetMoeForCausalLM", "goes by values as it runs"),
+        ("minimax", "MiniMaxForCausalLM", "takes no cache but one of its own class"),
+    ):
+        assert expected in reason({**tiny_config(kind).to_dict(), "architectures": [name]})

@@ -32,6 +32,8 @@ from tests.sweep.tiny import tiny_config
 SECONDS = 120
 WINDOW = 8
 LENGTH, PADDING = 160, 50
+# In a refusal they only tell what broke.
+NO_REASON = ("can't be traced", "can't be built")
 # What a type is converted with: the first of these that it takes.
 CHOICES: tuple[tuple[str, list[str]], ...] = (
     ("all", []),
@@ -57,7 +59,10 @@ def make(kind: str, folder: str) -> Answer:
     try:
         architecture, layers, settings = choose(content)
     except Unsupported as error:
-        return {"refused": str(error)}
+        reason = str(error)
+        if any(words in reason for words in NO_REASON):
+            reason += f"; nor does it run with softmax: {why_not(model_class, config)}"
+        return {"refused": reason}
     model = random_model(model_class, config)
     layouts = write_layouts(model, target)
     answer = describe(architecture, layers, settings)
@@ -70,6 +75,16 @@ def make(kind: str, folder: str) -> Answer:
         answer["window"] = local_window(architecture.config)
     answer |= {"layouts": layouts, "parameters": architecture.parameters, "source": write_reference(model, target)}
     return answer
+
+
+def why_not(model_class: Any, config: Any) -> str:
+    """The error of the source itself on a row of tokens with a cache. Raises RuntimeError where it has none: then the
+    refusal does not say the true reason."""
+    try:
+        random_model(model_class, config)(input_ids=inputs()[0], use_cache=True)
+    except Exception as error:
+        return " ".join(str(error).split())[:100]
+    raise RuntimeError("refused for a technical reason, though the source runs")
 
 
 def local_window(config: Any) -> int:

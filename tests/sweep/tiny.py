@@ -71,6 +71,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "dots3_note": {"vision_config": {"per_layer_config": {}}},
     "fuyu": {"text_config": {"model_type": "persimmon", **TEXT}},
+    "emu3": {
+        "vocabulary_map": {"<image>": 255},
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 16, "num_res_blocks": 1},
+    },
     "gemma3n_text": {"num_hidden_layers": 6, "num_kv_shared_layers": 1, "activation_sparsity_pattern": [0.0] * 6},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
