@@ -1,6 +1,6 @@
 """131,072 tokens through a converted model: is everything finite, and does the error of float32 grow with length?
 
-    python benchmarks/long.py [MODEL] --out LONG.json
+    python benchmarks/long.py [MODEL] --out LONG.json --into PAGE.md
 
 MODEL is a softmax source, by default the demo's. Its kernels are moved away from their start, since a fresh far part is
 nearly flat. The reference is the same model in float64 throughout; errors are those of the last hidden state over 1,024
@@ -10,6 +10,7 @@ tokens, relative to its norm. Decoding goes on from the full prompt for some ste
 import argparse
 import gc
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from transformers import DynamicCache
 from dijiang_convert import convert
 from dijiang_convert.benchmark import cache_bytes
 from dijiang_convert.models import load_converted, silence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.fidelity.report import write_between
 
 DEMO = Path(__file__).resolve().parents[1] / "dijiang_convert/demo_model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +59,18 @@ def decoded(model: Any, ids: Tensor, steps: int) -> tuple[int, int]:
     return before, cache_bytes(cache)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    lengths = [1024, 16384, 131072]
+    lines = ["| recipe | dtype | error at " + " | at ".join(f"{n:,}" for n in lengths) + " | cache |", "|---" * 6 + "|"]
+    for row in rows:
+        errors = {int(n): error for n, error in row["relative_error"].items()}
+        cells = [f"{errors[n]:.1e}" if n in errors else "" for n in lengths]
+        before, after = row["cache_bytes"]
+        assert before == after
+        lines.append(f"| `{row['recipe']}` | {row['dtype']} | {' | '.join(cells)} | {before / 1000:,.0f} kB |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=str(DEMO))
@@ -62,6 +78,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--recipes", nargs="*", default=["default", "pure"])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--into", type=Path, help="a file whose part marked `long` becomes the table")
     args = parser.parse_args()
     silence()
     ends = [n for n in (1024 * 2**i for i in range(12)) if n <= args.length]
@@ -83,11 +100,14 @@ def main() -> None:
                 row = {"recipe": recipe, "dtype": name, "relative_error": rounded}
                 row["cache_bytes"] = decoded(model, ids, args.steps)
                 figures.append(row)
+                if args.out:
+                    content = {"length": args.length, "steps": args.steps, "rows": figures}
+                    args.out.write_text(json.dumps(content, indent=1) + "\n")
                 print(json.dumps(row), flush=True)
                 del model
                 gc.collect()
-    if args.out:
-        args.out.write_text(json.dumps({"length": args.length, "steps": args.steps, "rows": figures}, indent=1) + "\n")
+    if args.into:
+        write_between(args.into, "long", table(figures))
 
 
 if __name__ == "__main__":
