@@ -257,7 +257,7 @@ class _Notes:
         if not self.calls:
             reason = "is recurrent: it has no attention to convert" if self.model._is_stateful else NO_ATTENTION
             raise Unsupported(f"{self.kind} {reason}")
-        if not self.returns_cache:
+        if not self.returns_cache and any(getattr(seen.module, "is_causal", True) for seen in self.calls):
             raise Unsupported(f"{self.kind} keeps its cache inside the model, where the kernel has none")
         for seen in self.calls:
             if seen.index is None or sum(other.module is seen.module for other in self.calls) > 1:
