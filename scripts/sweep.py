@@ -70,16 +70,24 @@ def tell(kind: str, answer: Answer) -> None:
 
 
 def kept(answer: Answer) -> Answer:
-    return {name: value for name, value in answer.items() if name not in ("layer_types", "source")}
+    return {name: value for name, value in answer.items() if name != "source"}
 
 
 def page(answers: dict[str, Answer]) -> str:
     good = {kind: answer for kind, answer in answers.items() if works(answer)}
     lines = [HEAD.format(version=transformers.__version__, works=len(good), all=len(answers))]
-    lines += ["## Works", "", "| type | attention | layers of the tiny model | options |", "|---|---|---|---|"]
+    lines += [
+        "## Works",
+        "",
+        "| type | attention | layers of the tiny model | options | notes |",
+        "|---|---|---|---|---|",
+    ]
     for kind, answer in good.items():
         options = ", ".join(f"`{option}`" for option in answer["options"])
-        lines.append(f"| {kind} | `{answer['attention']}` | {len(answer['layers'])} of {answer['of']} | {options} |")
+        noted = ", ".join(answer["notes"])
+        lines.append(
+            f"| {kind} | `{answer['attention']}` | {len(answer['layers'])} of {answer['of']} | {options} | {noted} |"
+        )
     lines += ["", "## Refused", "", "| type | reason |", "|---|---|"]
     for kind, answer in answers.items():
         if "refused" in answer:

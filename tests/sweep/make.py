@@ -77,6 +77,17 @@ def make(kind: str, folder: str) -> Answer:
     return answer
 
 
+def notes(architecture: Architecture) -> list[str]:
+    """What the kernel follows besides plain attention, and which layers stay as they are."""
+    text: Any = architecture.config.get_text_config(decoder=True)
+    found = ["attention sinks"] if architecture.has_sinks else []
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        found.append("soft-capped logits")
+    types = getattr(text, "layer_types", None) or []
+    left = [kind for index, kind in enumerate(types) if index not in architecture.layers.layers]
+    return found + [f"{left.count(kind)} {kind.replace('_', ' ')} left" for kind in dict.fromkeys(left)]
+
+
 def why_not(model_class: Any, config: Any) -> str:
     """The error of the source itself on a row of tokens with a cache. Raises RuntimeError where it has none: then the
     refusal does not say the true reason."""
@@ -124,7 +135,7 @@ def describe(architecture: Architecture, layers: str, settings: list[str]) -> An
         "attention": found.attention_class,
         "layers": list(found.layers),
         "of": text.num_hidden_layers,
-        "layer_types": getattr(text, "layer_types", None),
+        "notes": notes(architecture),
         "options": [*([f"--layers {layers}"] if layers != "all" else []), *(f"--set {each}" for each in settings)],
     }
 
