@@ -117,7 +117,7 @@ def inputs() -> list[Tensor]:
 
 def attend(module: Baseline, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     call = Call(cache=None, hidden_states=x, cos_sin=None)
-    return module(q, k, v, None, LAYERS.head_dim**-0.5, True, call)
+    return module(q, k, v, None, call._replace(scaling=LAYERS.head_dim**-0.5))
 
 
 def changed(module: Baseline, tokens: slice) -> Tensor:

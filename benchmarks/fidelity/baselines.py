@@ -27,12 +27,10 @@ class Baseline(nn.Module):
         super().__init__()
         self.kernel, self.layers, self.window = kernel, layers, kernel.window
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool, call: Call
-    ) -> Tensor:
-        assert causal and call.cache is None and call.hidden_states is not None
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+        assert call.causal and call.cache is None and call.hidden_states is not None
         k, v = self.shared(k.float()), self.shared(v.float())
-        return self.attend(q.float(), k, v, scaling, call.hidden_states.float()).to(q.dtype)
+        return self.attend(q.float(), k, v, call.scaling, call.hidden_states.float()).to(q.dtype)
 
     def shared(self, x: Tensor) -> Tensor:
         """[B, G, …] or [G, …] for every query head: what a state is made of belongs to its key/value head."""

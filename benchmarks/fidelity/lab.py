@@ -78,7 +78,9 @@ def build(args: argparse.Namespace, row: str, folder: Path, seed: int) -> tuple[
         torch.manual_seed(seed)
         for module in model.modules():
             if hasattr(module, "dijiang"):
+                arguments = module.dijiang.arguments
                 module.dijiang = BASELINES[name](module.dijiang.kernel, module.dijiang.layers)
+                module.dijiang.arguments = arguments
     section = read_checkpoint(folder)["dijiang"]
     stages = parse_recipe({"name": recipe, "kernel": section["kernel"], "stages": section["stages"]}).stages
     stages = adjust_stages(stages, [f"seq_len={args.seq_len}", *args.set])
