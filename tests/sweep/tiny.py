@@ -81,9 +81,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": HYBRID},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"head_dim": 16},
-    "moshi": {"audio_vocab_size": 64},
     "moss_transcribe_diarize": {"text_config": {"model_type": "qwen3", **TEXT}},
-    "moshi": {"sliding_window": POSITIONS},  # the whole context, as released: its cache has it, its mask does not
+    # Its cache has a sliding window and its mask has none: released ones are as long as the context.
+    "moshi": {"audio_vocab_size": 64, "sliding_window": POSITIONS},
     "qwen4_exp_text": {
         "num_hidden_layers": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
         "indexer_compress_ratio": 4, "indexer_n_heads": 4, "ngram_vocab_size_base": 1000,
