@@ -43,8 +43,9 @@ sliding window, recurrent ones and those of images or sound stay as they are. "O
 needed: `--set rotary=keep` where the kernel can't undo its rotary embedding (latent attention, rotation of the last
 part of a head), `--layers sliding-only` where every layer has a sliding window.
 
-Models with images, sound or film whose type is not in this list convert too, where their language model does: LLaVA,
-Qwen-VL, InternVL, SmolVLM, Idefics3, Mistral 3, Voxtral and others. `dijiang inspect` tells.
+Models with images, sound or film whose type is not in this list convert too, where their language model's attention
+is of this kind: LLaVA, Qwen2-VL, Qwen3-VL, InternVL, SmolVLM, Idefics3, Mistral 3 and others, text alone tested.
+`dijiang inspect` tells.
 """
 
 
