@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# The code of checkpoints, and conversion, with the oldest versions that pyproject.toml allows.
+# The code of checkpoints, and conversion, with the oldest transformers that pyproject.toml allows.
 test-oldest: $(VENV)-oldest/.installed
 	$(VENV)-oldest/bin/python -m pytest tests/modeling tests/test_architecture.py tests/test_convert.py
 

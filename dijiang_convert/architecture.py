@@ -254,6 +254,12 @@ class _Notes:
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     def layers(self, spec: str) -> Layers:
+        ropes = getattr(self.config, "rope_parameters", None) or {}
+        if "dynamic" in [ropes.get("rope_type"), *(r.get("rope_type") for r in ropes.values() if isinstance(r, dict))]:
+            raise Unsupported(
+                f"the rotary tables of this {self.kind} change with length (rope_type dynamic), so that keys in a cache "
+                "no longer fit: give its config.json another rope_type, as yarn"
+            )
         if not self.calls:
             reason = "is recurrent: it has no attention to convert" if self.model._is_stateful else NO_ATTENTION
             raise Unsupported(f"{self.kind} {reason}")
@@ -282,13 +288,14 @@ class _Notes:
         rotary_dim = max(rotary_dims, default=0)
         seen_to_rotate = any(seen.rotary_dim for seen in self.calls)
         unrotated = tuple(seen.index for seen in picked if seen_to_rotate and not seen.rotary_dim)
+        borrowing = tuple(i for i in chosen if any(calls[j].key is calls[i].key for j in calls if j < i))
         hidden = hidden_states_of(self.arguments.get(first.module, {}))
         width = self.config.hidden_size if hidden is None else hidden.shape[-1]
         rotates = any(
             _rotary_source(seen.module) is not None or "position_embeddings" in self.arguments.get(seen.module, {})
             for seen in picked
         )
-        return Layers(*classes.pop(), tuple(chosen), *first.heads, width, rotates, rotary_dim, unrotated)
+        return Layers(*classes.pop(), tuple(chosen), *first.heads, width, rotates, rotary_dim, unrotated, borrowing)
 
     def of(self, layers: Layers) -> list[_Seen]:
         return [seen for seen in self.calls if seen.index in layers.layers]

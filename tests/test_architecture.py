@@ -239,7 +239,8 @@ def test_layers_that_share_keys_go_together() -> None:
     kinds = ["sliding_attention", "full_attention"] * 3
     text = config_of("gemma3n_text", head_dim=8, num_hidden_layers=6, num_kv_shared_layers=2, layer_types=kinds)
     config = {**text.to_dict(), "architectures": ["Gemma3nForCausalLM"]}
-    assert examine(config).layers.layers == (1, 3, 5)
+    found = examine(config).layers
+    assert found.layers == (1, 3, 5) and found.borrowing == (5,)
     assert examine(config, "1").layers.layers == (1,)
     for layers in ("3", "5", "0-3"):
         assert "share keys and values: choose all of them or none" in reason(config, layers=layers)
@@ -332,3 +333,8 @@ def test_what_tracing_needs_no_values_for() -> None:
         ("minimax", "MiniMaxForCausalLM", "takes no cache but one of its own class"),
     ):
         assert expected in reason({**tiny_config(kind).to_dict(), "architectures": [name]})
+
+
+def test_dynamic_rope_scaling_is_refused() -> None:
+    parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    assert "change with length" in reason(config_json("llama", rope_parameters=parameters))

@@ -1,4 +1,4 @@
-"""A fixed dozen of the types that `make sweep` goes through, by the very same checks."""
+"""A fixed few of the types that `make sweep` goes through, by the very same checks."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ WORK = (
     "gemma3n_text",  # layers that share keys and values
     "gemma3",  # the text part of a multimodal model
     "qwen3_5_text",  # recurrent layers between
+    "jamba",  # recurrent layers that can't go on with several tokens at once
+    "roberta",  # learned positions that are counted by the tokens of a call
     "exaone",  # a model class of several types
     "bart",  # the decoder of an encoder-decoder
 )

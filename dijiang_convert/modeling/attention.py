@@ -50,6 +50,7 @@ class DiJiangAttention(nn.Module):
         super().__init__()
         self.kernel, self.layers = kernel, layers
         self.arguments: list[str] = []  # of the attention module's forward
+        self.borrows = False  # keys and values of an earlier layer
         self.apply_rotary = apply_rotary if kernel.rotary == "remove" else None
         heads, kv_heads = layers.heads, layers.kv_heads
         if kernel.far:
@@ -121,6 +122,8 @@ class DiJiangAttention(nn.Module):
         valid = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask.bool()
         new = Tokens(k, v, far_k if self._keeps_far_keys else None, *self._gates(call.hidden_states), valid)
         cache = call.cache
+        if cache is not None and self.borrows:  # the module, which has no keys of its own, did not
+            cache.update(k, v)
         if cache is not None and q.shape[2] == 1 and cache.takes_one(mask):
             out = self._decode(cache, q, far_q, new, call)
         else:
@@ -202,6 +205,9 @@ class DiJiangAttention(nn.Module):
         kernel, layers = self.kernel, self.layers
         return Kept(
             window=kernel.window,
+            kv_heads=layers.kv_heads,
+            head_dim=layers.head_dim,
+            value_dim=layers.value_dim,
             state_heads=layers.heads if kernel.decay == "retnet" else layers.kv_heads,
             features=self.k_features.features if kernel.far else 0,
             far_keys=self._keeps_far_keys,

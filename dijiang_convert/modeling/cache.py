@@ -20,11 +20,15 @@ from .linear_attention import FLOOR, FarState
 class Kept(NamedTuple):
     """What a kernel has a cache keep: so many tokens, and of what sizes their parts and the state are. 0 is none.
 
-    state_heads and features are of the state; gates and code tell whether `Tokens` has them, and how long a code is;
-    trail is A, of how many heads the last token is kept.
+    kv_heads, head_dim and value_dim are those that attention sees (a module may hand its cache something smaller that
+    it makes keys and values from); state_heads and features are of the state; gates and code tell whether `Tokens` has
+    them, and how long a code is; trail is A, of how many heads the last token is kept.
     """
 
     window: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
     state_heads: int
     features: int
     far_keys: bool
@@ -270,10 +274,10 @@ class StaticDiJiangCacheLayer(DiJiangCacheLayer):
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Makes everything, empty, from the shapes of new keys [B, G, N, D] and values [B, G, N, V]."""
+        """Makes everything, empty, for as many rows as new keys have, on their device and of their dtype."""
         super().lazy_initialization(key_states, value_states)
-        self.batch_size, heads, _, dim = key_states.shape
-        sizes, values = self.sizes, value_states.shape[-1]
+        self.batch_size, sizes = key_states.shape[0], self.sizes
+        heads, dim, values = sizes.kv_heads, sizes.head_dim, sizes.value_dim
 
         def empty(heads: int, dim: int, like: Tensor, tokens: int = self.window) -> Tensor:
             return like.new_zeros(self.batch_size, heads, tokens, dim)
@@ -436,19 +440,21 @@ def cache_layer(cache: Cache, layer_idx: int, kept: Kept) -> DiJiangCacheLayer:
         return layer
     if type(layer).__name__ in (DiJiangCacheLayer.__name__, StaticDiJiangCacheLayer.__name__):
         raise ValueError("this cache was made by another DiJiang version: start from an empty cache")
-    if not isinstance(layer, DynamicLayer | StaticLayer):
+    has_place = type(layer).__name__ != "DummyLayer"  # which stands for a layer that takes keys and values of another
+    if has_place and not isinstance(layer, DynamicLayer | StaticLayer):
         raise ValueError(
             f"a converted layer can't use {type(layer).__name__}: pass a DynamicCache, a StaticCache or none"
         )
-    if layer.get_seq_length() > 0:
+    if isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > 0:
         raise ValueError(
             "the cache was filled by a softmax model: a converted layer keeps no keys, start from an empty cache"
         )
     new: DiJiangCacheLayer
-    if isinstance(layer, StaticLayer):
+    others = [layer] if has_place else cache.layers
+    if any(isinstance(each, StaticLayer | StaticDiJiangCacheLayer) for each in others):
         new = StaticDiJiangCacheLayer(kept, cache.get_max_length())
     else:
         new = DiJiangCacheLayer(kept.window)
-        new.record_past = getattr(layer, "record_past", False)
+        new.record_past = any(getattr(each, "record_past", False) for each in others)
     cache.layers[layer_idx] = new
     return new

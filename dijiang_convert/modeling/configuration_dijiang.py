@@ -105,6 +105,7 @@ class Layers:
         for them. Those whose `layer_index` is in `layers` get the kernel.
     rotates: whether attention has rotary embedding, so that it depends on positions.
     rotary_dim: how much of each head, the first part, the model's rotary function takes; 0 for none.
+    borrowing: those of `layers` that take keys and values of an earlier layer, and don't update the cache.
     unrotated: those of `layers` that have no rotary embedding, in a model where others do.
     """
 
@@ -119,6 +120,7 @@ class Layers:
     rotates: bool = False
     rotary_dim: int = 0
     unrotated: tuple[int, ...] = ()
+    borrowing: tuple[int, ...] = ()
 
 
 def read_section(config: transformers.PreTrainedConfig) -> tuple[Kernel, Layers]:

@@ -166,12 +166,13 @@ def dijiang_mask(
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
         "kv_offset": kv_offset, "attention_mask": attention_mask,
     }  # fmt: skip
+    is_static = isinstance(q_offset, Tensor) or kv_offset + kv_length > q_offset + q_length
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        is_local = local_size is not None and kwargs.get("allow_is_causal_skip", True)
+        is_local = local_size is not None and (is_static or kwargs.get("allow_is_causal_skip", True))
         if not (is_local and _local_layers(config) <= layers):
             return sdpa_mask(**sizes, mask_function=mask_function, local_size=local_size, **kwargs)
     converted = set(range(config.num_hidden_layers)) <= layers
-    if isinstance(q_offset, Tensor) or kv_offset + kv_length > q_offset + q_length:
+    if is_static:
         return static_mask(**sizes, converted=converted, **kwargs)
     if attention_mask is None:
         return None
@@ -253,6 +254,7 @@ def attach(model: nn.Module, kernel: Kernel, layers: Layers) -> list[str]:
             apply_rotary = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
             module.dijiang = DiJiangAttention(kernel, layers, None if index in layers.unrotated else apply_rotary)
             module.dijiang.arguments = parameter_names(type(module).forward)
+            module.dijiang.borrows = index in layers.borrowing
             module.register_forward_pre_hook(_hand_over, with_kwargs=True)
             converted.append(name)
     if len(converted) != len(layers.layers):
@@ -382,8 +384,9 @@ def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, **packed_arguments(given, segments, self.config, names))
         if ours:
             kwargs.update(_position_ids(given, self.config, "position_ids" in names, cache_name))
+            given.update(kwargs)
             if cache_name is not None and _is_long_prompt(self, given):
-                return _in_segments(self, forward, {**given, **kwargs}, cache_name)
+                return _in_segments(self, forward, given, cache_name)
         return forward(self, *args, **kwargs)
 
     return checked_forward
@@ -394,13 +397,9 @@ def _refuse(model: Any, given: dict[str, Any]) -> None:
     if given.get("output_attentions") or getattr(model.config, "output_attentions", False):
         raise ValueError("output_attentions: linear attention has no attention matrix to return")
     mask, tokens = given.get("attention_mask"), new_tokens(given)
-    for each in mask.values() if isinstance(mask, dict) else [mask]:
-        if (
-            isinstance(each, Tensor)
-            and each.dim() != 2
-            and not (tokens is not None and _is_ours(each, tokens.shape[1]))
-        ):
-            raise ValueError(f"attention_mask has {each.dim()} dimensions: DiJiang attention takes [batch, length]")
+    # (A dictionary, a mask for each kind of layer, comes from generate() with a static cache.)
+    if isinstance(mask, Tensor) and mask.dim() != 2 and not (tokens is not None and _is_ours(mask, tokens.shape[1])):
+        raise ValueError(f"attention_mask has {mask.dim()} dimensions: DiJiang attention takes [batch, length]")
 
 
 def _is_ours(mask: Tensor, count: int) -> bool:
@@ -420,6 +419,10 @@ def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
         return False
     if model.config.get_text_config(decoder=True) is not model.config:  # positions of images are of the whole prompt
         return False
+    if model._is_stateful:  # some recurrent layers can't go on with several tokens at once
+        return False
+    if mask is not None and given.get("position_ids") is None and not is_all(mask):
+        return False  # some models count learned positions by the tokens of a call
     wants_dict = model.config.return_dict and given.get("return_dict") is not False
     return wants_dict and isinstance(keep, int) and keep <= (tokens.shape[1] - 1) % SEGMENT + 1
 

@@ -199,6 +199,20 @@ def cached_equals_full(s: Subject) -> Numbers:
     return {"cached": worst}
 
 
+def long_prompts(s: Subject) -> Numbers:
+    """Which the model may work on piece by piece: here from 64 tokens on."""
+    code = sys.modules[type(s.model).__module__]
+    whole, padded = logits_of(s.model, s.ids), logits_of(s.model, s.ids * s.mask, attention_mask=s.mask)
+    length, code.SEGMENT = code.SEGMENT, 64  # type: ignore[attr-defined]
+    try:
+        pieces, real = s.difference(logits_of(s.model, s.ids), whole), s.mask.bool()
+        found = logits_of(s.model, s.ids * s.mask, attention_mask=s.mask)
+    finally:
+        code.SEGMENT = length  # type: ignore[attr-defined]
+    worst = max(pieces, s.difference(found[real], padded[real]))
+    return {"segments": within(worst, "logits of a long prompt piece by piece and as a whole")}
+
+
 def padding_changes_nothing(s: Subject) -> Numbers:
     real = s.mask.bool()
     padded = logits_of(s.model, s.ids * s.mask, attention_mask=s.mask)[real]
@@ -221,6 +235,10 @@ def generates(s: Subject) -> Numbers:
     plain = s.model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options)
     if cached.shape[1] != ids.shape[1] + NEW or not torch.equal(cached, plain):
         raise AssertionError("greedy texts with and without a cache differ")
+    if not s.model._is_stateful:  # transformers makes no static cache for all that is recurrent
+        static = s.model.generate(input_ids=ids, attention_mask=mask, cache_implementation="static", **options)
+        if not torch.equal(static, plain):
+            raise AssertionError("greedy texts with a static and without a cache differ")
     if not s.source["padding_shifts"]:
         alone = s.model.generate(input_ids=ids[:1, s.padding :], use_cache=True, **options)
         if not torch.equal(cached[:1, s.padding :], alone):
@@ -271,8 +289,8 @@ def saves(s: Subject) -> Numbers:
 CHECKS: dict[str, Callable[[Subject], Numbers]] = {
     function.__name__: function
     for function in (
-        loads, keeps_bytes, loads_the_same, equals_softmax, cached_equals_full, padding_changes_nothing, generates,
-        far_part_counts, learns, saves,
+        loads, keeps_bytes, loads_the_same, equals_softmax, cached_equals_full, long_prompts, padding_changes_nothing,
+        generates, far_part_counts, learns, saves,
     )
 }  # fmt: skip
 

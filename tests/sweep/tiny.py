@@ -75,7 +75,10 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vocabulary_map": {"<image>": 255},
         "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 16, "num_res_blocks": 1},
     },
-    "gemma3n_text": {"num_hidden_layers": 6, "num_kv_shared_layers": 1, "activation_sparsity_pattern": [0.0] * 6},
+    "gemma3n_text": {
+        "num_hidden_layers": 6, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": HYBRID},
