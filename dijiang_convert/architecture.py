@@ -257,7 +257,7 @@ class _Notes:
         ropes = getattr(self.config, "rope_parameters", None) or {}
         if "dynamic" in [ropes.get("rope_type"), *(r.get("rope_type") for r in ropes.values() if isinstance(r, dict))]:
             raise Unsupported(
-                f"the rotary tables of this {self.kind} change with length (rope_type dynamic), so that keys in a cache "
+                f"the rotary tables of this {self.kind} change with length (rope_type dynamic): keys in a cache "
                 "no longer fit: give its config.json another rope_type, as yarn"
             )
         if not self.calls:
