@@ -25,7 +25,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .architecture import skeleton
 from .distill import trainer
 from .distill.contexts import REAL, START, TARGET
 from .distill.data import Rows
@@ -35,6 +34,7 @@ from .modeling import modeling_dijiang
 from .modeling.configuration_dijiang import Kernel, Layers, read_section
 from .models import load_converted
 from .recipe import Stage
+from .trace import skeleton
 
 # Fitted to what `benchmarks/memory.py` measures:
 BACKWARD = 1.4  # of what a layer keeps, while its backward pass runs

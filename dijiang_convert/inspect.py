@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .architecture import Architecture, check_kernel, examine, skeleton
+from .architecture import Architecture, check_kernel, examine
 from .errors import Unsupported
 from .modeling.configuration_dijiang import Kernel, Layers
 from .modeling.modeling_dijiang import attach
 from .recipe import Recipe, load_recipe
 from .sources import read_config, resolve
+from .trace import skeleton
 
 LENGTHS = (1024, 8192, 65536)
 

@@ -8,11 +8,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .architecture import quiet
 from .checkpoint import read_checkpoint
 from .errors import DijiangError
 from .modeling import configuration_dijiang, modeling_dijiang
 from .sources import download, read_json, resolve
+from .trace import quiet
 
 
 def default_device() -> torch.device:

@@ -11,9 +11,10 @@ import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dijiang_convert.architecture import check_kernel, examine, select_layers
+from dijiang_convert.architecture import check_kernel, examine
 from dijiang_convert.convert import convert
 from dijiang_convert.errors import DijiangError, Unsupported
+from dijiang_convert.layers import select_layers
 from dijiang_convert.modeling.configuration_dijiang import Kernel
 from dijiang_convert.models import load_converted
 from tests.sources_on_disk import TOKENS, VOCABULARY, random_model, write_tokenizer
