@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 from .errors import DijiangError, Unsupported
@@ -22,6 +23,7 @@ LANGUAGE_MODELS = (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 
@@ -29,7 +31,7 @@ LANGUAGE_MODELS = (
 class Architecture:
     """A source that converts.
 
-    model_class: its causal language model.
+    model_class: of the source's weights, with the head that they have.
     layers: what a kernel would replace; parameters: how many numbers the model has.
     rotary_removable: whether there is no rotary embedding, or one that the kernel can undo in all these layers.
     has_sinks: whether each head has a logit that takes its share of the weights (attention sinks).
@@ -88,7 +90,7 @@ def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], PreTrainedC
     if "dijiang" in config or kind.startswith("dijiang_"):
         raise DijiangError("the model is converted already: go on with dijiang finetune")
     if config.get("is_encoder_decoder"):
-        raise Unsupported(f"{kind} is an encoder-decoder: only decoder-only language models are converted")
+        raise Unsupported(f"{kind} is an encoder-decoder: only decoders and encoders are converted")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise Unsupported(f"the weights are quantised ({method}): convert the unquantised model instead")
@@ -96,17 +98,20 @@ def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], PreTrainedC
         raise Unsupported(f"{kind} comes with its own code: only architectures that transformers has are converted")
     if kind not in transformers.CONFIG_MAPPING:
         raise Unsupported(f"transformers {transformers.__version__} knows no model type {kind!r}: a newer one may")
-    language_models = [names[kind] for names in LANGUAGE_MODELS if kind in names]
-    if not language_models:
-        raise Unsupported(f"{kind} is not a causal language model: only decoder-only language models are converted")
-    name = (config.get("architectures") or language_models)[0]
-    if name not in language_models:
-        raise Unsupported(f"{name} is not a causal language model: convert the {language_models[0]} it was made from")
+    known = [names[kind] for names in (*LANGUAGE_MODELS, MODEL_MAPPING_NAMES) if isinstance(names.get(kind), str)]
+    name = (config.get("architectures") or [*known, "none"])[0]
+    model_class = getattr(transformers, str(name), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise Unsupported(f"transformers {transformers.__version__} has no model class {name!r}: a newer one may")
+    if name not in known and model_class.config_class is not transformers.CONFIG_MAPPING[kind]:
+        raise Unsupported(f"{name} is no model of type {kind}: its config.json was put together from two models")
+    if model_class.main_input_name not in ("input_ids", "pixel_values"):
+        raise Unsupported(f"{name} takes {model_class.main_input_name}: only models of text and images are converted")
     try:
         parsed = transformers.CONFIG_MAPPING[kind].from_dict(PreTrainedConfig._decode_special_floats(config))
     except Exception as error:
         raise DijiangError(f"config.json is not valid for {kind} ({first_line(error)}): get the model again") from None
-    return getattr(transformers, name), parsed
+    return model_class, parsed
 
 
 def check_kernel(kernel: Kernel, architecture: Architecture) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import write_card
 from .checkpoint import check_out, read_checkpoint, write_json
-from .convert import LEFT_BEHIND, write_code
+from .convert import copy_companions, write_code
 from .distill import processes
 from .distill.corpus import Sources
 from .distill.data import Rows, check_data
@@ -315,10 +315,7 @@ def _write(
     model.save_pretrained(target, max_shard_size="5GB")
     for path in target.glob("*.safetensors"):  # which safetensors lets none but their owner read
         shutil.copymode(target / "config.json", path)
-    for path in sorted(source.iterdir()):
-        of_a_run = path.name in (LOG, REPORT)
-        if path.is_file() and not of_a_run and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND):
-            shutil.copyfile(path, target / path.name)
+    copy_companions(source, target, without=(LOG, REPORT))
     done = [
         {
             "stage": result.name,

@@ -5,8 +5,9 @@ function is what the kernel would get, so what can't be served is refused here, 
 """
 
 import contextlib
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ KNOWN_ARGUMENTS = {
     "mask", "scaling", "softcap", "s_aux", "is_causal", "sliding_window", "dropout", "position_ids", "use_cache",
     "cache_position", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", "labels",
 }  # fmt: skip
+OTHER_STATES = ("encoder_hidden_states", "key_value_states", "cross_attention_states")
 
 
 def skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -55,33 +57,46 @@ def skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pr
 
 @dataclass(frozen=True)
 class _Seen:
-    """One call of the attention function. key: what it got, kept to tell layers that share one apart from others.
-    rotary_dim: how much of each head was given to the rotary embedding, 0 if nothing was."""
+    """One call of the attention function. query, key: what it got, kept to tell layers that share keys apart from
+    others. rotary_dim: how much of each head was given to the rotary embedding, 0 if nothing was. marked: whether its
+    module handed a keyword argument on to it."""
 
     module: Any
     name: str
+    query: torch.Tensor
     key: torch.Tensor
     heads: tuple[int, int, int, int]  # query heads, key/value heads, head_dim, value_dim
     arguments: dict[str, Any]
     rotary_dim: int
+    marked: bool
 
     @property
     def index(self) -> Any:
         """Its layer, an int; None is refused by `layers`."""
         return layer_index(self.name, self.module)
 
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees those before it alone."""
+        said = self.arguments.get("is_causal")
+        return getattr(self.module, "is_causal", True) if said is None else bool(said)
+
 
 class Notes:
     """Runs a model once on the meta device and notes every call of its attention function."""
 
-    LENGTH = 256  # long enough for keys that stand for several tokens to show
+    LENGTH = 256  # of a text, long enough for keys that stand for several tokens to show
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.calls = model, list[_Seen]()
         self.kind = model.config.model_type
+        self.of_images = model.main_input_name == "pixel_values"
         self.config: Any = model.config.get_text_config(decoder=True)
+        if self.of_images:
+            self.config = getattr(model.config, "vision_config", model.config)
+        self.length = min(self.LENGTH, getattr(self.config, "max_position_embeddings", None) or self.LENGTH)
         self.names = {module: name for name, module in model.named_modules()}
-        self.arguments: dict[nn.Module, dict[str, Any]] = {}  # of the modules that are handed a cache
+        self.arguments: dict[nn.Module, dict[str, Any]] = {}  # of each module's call
         self.rotary_dim = 0  # since the last call
         self.returns_cache = False
 
@@ -89,6 +104,7 @@ class Notes:
         """Raises Unsupported where the model can't run so."""
         try:
             self._run(_padding_mask)
+            self._run(_padding_mask, {seen.module for seen in self.calls})
         except Exception as error:
             if not self.calls and self.model._is_stateful:
                 raise Unsupported(
@@ -104,9 +120,11 @@ class Notes:
                 reason = f"{self.kind} reads or changes its attention mask itself, which linear attention has none of"
             raise Unsupported(reason) from error
 
-    def _run(self, mask_function: Callable[..., Any]) -> None:
+    def _run(self, mask_function: Callable[..., Any], marked: Collection[nn.Module] = ()) -> None:
+        """Runs it. Those ``marked`` get a keyword argument, as converted modules do."""
         self.calls.clear()
-        hooks = [m.register_forward_pre_hook(self._note_cache, with_kwargs=True) for m in self.model.modules()]
+        hooks = [m.register_forward_pre_hook(self._note_arguments, with_kwargs=True) for m in self.model.modules()]
+        hooks += [m.register_forward_pre_hook(_mark, with_kwargs=True) for m in marked if _takes_more(m)]
         AttentionInterface.register("dijiang_probe", self._note)
         AttentionMaskInterface.register("dijiang_probe", mask_function)
         sources = {source for m in self.model.modules() if (source := _rotary_source(m)) is not None}
@@ -114,11 +132,9 @@ class Notes:
         try:
             for source, function in functions:
                 source.apply_rotary_pos_emb = self._noting_rotation(function)  # type: ignore[attr-defined]
-            ids = torch.ones(1, self.LENGTH, dtype=torch.long, device="meta")
             with torch.no_grad(), quiet(), _WithoutValues():
                 self.model.set_attn_implementation("dijiang_probe")
-                cache = {str(cache_argument(self.model.forward)): DynamicCache(config=self.config)}
-                out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **cache)
+                out = self.model(**self._inputs())
                 self.returns_cache = any(isinstance(value, Cache) for value in out.values())
         finally:
             AttentionInterface._global_mapping.pop("dijiang_probe", None)
@@ -128,10 +144,19 @@ class Notes:
             for hook in hooks:
                 hook.remove()
 
-    def _note_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
-        if cache_of(given) is not None:
-            self.arguments[module] = given
+    def _inputs(self) -> dict[str, Any]:
+        """A text, with a cache where the model takes one; or an image."""
+        if self.of_images:
+            size: Any = getattr(self.config, "image_size", self.LENGTH)
+            shape = [1, getattr(self.config, "num_channels", 3), *([size, size] if isinstance(size, int) else size)]
+            return {"pixel_values": torch.ones(shape, dtype=self.model.dtype, device="meta")}
+        ids = torch.ones(1, self.length, dtype=torch.long, device="meta")
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        cache = cache_argument(self.model.forward)
+        return inputs if cache is None else {**inputs, cache: DynamicCache(config=self.config), "use_cache": True}
+
+    def _note_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.arguments[module] = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
 
     def _noting_rotation(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def rotate(*args: Any, **kwargs: Any) -> Any:
@@ -151,8 +176,9 @@ class Notes:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         heads = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-        seen = _Seen(module, self.names[module], key, heads, {**kwargs, "mask": attention_mask}, self.rotary_dim)
-        self.calls.append(seen)
+        name, marked = self.names[module], kwargs.pop("dijiang", False)
+        arguments = {**kwargs, "mask": attention_mask}
+        self.calls.append(_Seen(module, name, query, key, heads, arguments, self.rotary_dim, marked))
         self.rotary_dim = 0
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
@@ -166,13 +192,17 @@ class Notes:
         if not self.calls:
             reason = "is recurrent: it has no attention to convert" if self.model._is_stateful else NO_ATTENTION
             raise Unsupported(f"{self.kind} {reason}")
-        if not self.returns_cache and any(getattr(seen.module, "is_causal", True) for seen in self.calls):
-            raise Unsupported(f"{self.kind} keeps its cache inside the model, where the kernel has none")
+        if not self.returns_cache and any(seen.causal for seen in self.calls):
+            raise Unsupported(f"{self.kind} is not said to see both sides, and has no cache outside the model")
         for seen in self.calls:
             if seen.index is None or sum(other.module is seen.module for other in self.calls) > 1:
                 raise Unsupported(f"{self.kind} runs the same attention module several times a token")
         calls = {seen.index: seen for seen in self.calls}
-        count = max(self.config.num_hidden_layers, max(calls) + 1)  # some layers have two
+        if len(calls) < len(self.calls):
+            raise Unsupported(
+                f"{self.kind} has several attention modules of one layer number: they can't be told apart"
+            )
+        count = max(getattr(self.config, "num_hidden_layers", 0), max(calls) + 1)  # some layers have two
         local = sorted(index for index, seen in calls.items() if self._is_local(seen))
         chosen = select_layers(spec, count, sorted(calls.keys() - {*local}), local, self.kind)
         picked = [calls[index] for index in chosen]
@@ -198,7 +228,10 @@ class Notes:
             _rotary_source(seen.module) is not None or "position_embeddings" in self.arguments.get(seen.module, {})
             for seen in picked
         )
-        return Layers(*classes.pop(), tuple(chosen), *first.heads, width, rotates, rotary_dim, unrotated, borrowing)
+        return Layers(
+            *classes.pop(), tuple(chosen), *first.heads, width, rotates, rotary_dim, unrotated, borrowing,
+            causal=first.causal,
+        )  # fmt: skip
 
     def of(self, layers: Layers) -> list[_Seen]:
         return [seen for seen in self.calls if seen.index in layers.layers]
@@ -222,17 +255,25 @@ class Notes:
         unknown = sorted(given - KNOWN_ARGUMENTS)
         if unknown:
             raise Unsupported(f"the attention of {self.kind} has {unknown[0]}, which the kernel does not follow")
-        if seen.key.shape[2] != self.LENGTH:
+        queries = seen.query.shape[2] if self.of_images else self.length
+        if seen.key.shape[2] != queries or seen.key.shape[0] != 1:
             raise Unsupported(f"the attention of {self.kind} sees other keys than one a token")
+        if not seen.marked:
+            raise Unsupported(f"the attention module of {self.kind} hands nothing on to its attention function")
         mask = seen.arguments["mask"]
-        if mask is not None and mask.shape != (1, self.LENGTH):
+        if mask is not None and mask.shape != (1, queries):
             raise Unsupported(f"the attention of {self.kind} has a mask of another shape than causal, or a bias in it")
-        if not getattr(seen.module, "is_causal", True):
-            raise Unsupported(f"{self.kind} has attention that is not causal: only decoders are converted")
+        if seen.causal != self.calls[0].causal:
+            raise Unsupported(f"{self.kind} has layers that are causal and layers that are not")
+        arguments = self.arguments[seen.module]
+        if not seen.causal:
+            if any(arguments.get(name) is not None for name in OTHER_STATES):
+                raise Unsupported(f"{self.kind} has cross-attention, which has other keys than its own tokens")
+            return
         kinds = [type(layer).__name__ for layer in DynamicCache(config=self.config).layers]
         if seen.index < len(kinds) and kinds[seen.index].startswith("LinearAttentionAnd"):
             raise Unsupported(f"layers of {self.kind} have attention and a recurrent state at once, in one cache layer")
-        if seen.module not in self.arguments:
+        if cache_of(arguments) is None:
             raise Unsupported(f"the attention module of {self.kind} is not handed its cache, which the kernel needs")
 
     def _check_sharing(self, calls: dict[int, _Seen], chosen: list[int]) -> None:
@@ -250,14 +291,26 @@ class Notes:
         return seen.arguments.get("sliding_window") is not None
 
 
+def _mark(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "dijiang": True}
+
+
+def _takes_more(module: nn.Module) -> bool:
+    """Whether a module takes keyword arguments that it does not name."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values())
+
+
 def _padding_mask(
-    mask_function: Callable[..., Any] = causal_mask_function, local_size: int | None = None, **kwargs: Any
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    local_size: int | None = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """As `dijiang_mask` has it, and never None: a model that works on it shows."""
     plain = mask_function in (causal_mask_function, bidirectional_mask_function)
     plain = plain or (local_size is not None and kwargs.get("allow_is_causal_skip", True))
-    shape = (1, Notes.LENGTH) if plain else (1, 1, Notes.LENGTH, Notes.LENGTH)
-    return torch.ones(shape, dtype=torch.bool, device="meta")
+    return torch.ones((1, kv_length) if plain else (1, 1, q_length, kv_length), dtype=torch.bool, device="meta")
 
 
 class _WithoutValues(TorchDispatchMode):
