@@ -11,25 +11,30 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache, StaticCache
 
-from dijiang_convert.modeling import modeling_dijiang
-from dijiang_convert.modeling.cache import DiJiangCacheLayer
-from tests.models import KINDS, difference, feed, load, logits_of, moved_checkpoint, tokens
+from tests.models import (
+    KINDS,
+    checkpoint,
+    difference,
+    feed,
+    load,
+    logits_of,
+    moved_checkpoint,
+    randomise,
+    tokens,
+)
 
 TOLERANCE = 1e-4
 LENGTH, NEW = 310, 20
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose far part shows in logits."""
-    return moved_checkpoint(request.param, tmp_path_factory.mktemp("moved") / request.param)
-
-
-def read(folder: Path, **options: Any) -> Any:
-    name = type(load(folder.name)).__name__
-    return getattr(modeling_dijiang, name).from_pretrained(folder, **options).eval()
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints whose far part shows in logits."""
+    out = tmp_path_factory.mktemp("moved")
+    return {kind: moved_checkpoint(kind, out / kind) for kind in KINDS}
 
 
 # --------------------------------------------------------------------------------------------------------- device_map
@@ -45,20 +50,51 @@ def on_disk(model: Any) -> dict[str, str]:
     return places | {f"{body}.layers.0": "cpu", f"{body}.layers.1": "disk"}
 
 
-@pytest.mark.parametrize("places", ["auto", "auto with little memory", "explicit"])
-def test_device_map(folder: Path, places: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind, places",
+    [("llama", "auto"), ("llama", "auto with little memory"), ("llama", "explicit"), ("neox", "explicit")],
+)
+def test_device_map(kind: str, places: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """The same model where layers are read from disk as they are needed."""
-    whole, ids = load(folder.name), tokens(2, LENGTH)
+    whole, ids = load(kind), tokens(2, LENGTH)
     options: dict[str, Any] = {"device_map": on_disk(whole) if places == "explicit" else "auto"}
     if places == "auto with little memory":
         options["max_memory"] = {"cpu": sum(p.nbytes for p in whole.parameters()) * 2 // 3}
-    model = read(folder, offload_folder=tmp_path / "offload", **options)
+    model: Any = type(whole).from_pretrained(folders[kind], offload_folder=tmp_path / "offload", **options).eval()
     away = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     assert any(".dijiang." in name for name in away) == (places != "auto")
     assert len(away) < len(list(model.parameters()))
     expected = logits_of(whole, ids)
     assert difference(logits_of(model, ids), expected) <= TOLERANCE
     assert difference(feed(model, ids, [200, 1])[0], expected) <= TOLERANCE
-    for implementation in (None, "static"):
-        made = model.generate(ids, cache_implementation=implementation, **GREEDY)
-        assert torch.equal(made, whole.generate(ids, use_cache=False, **GREEDY))
+    assert torch.equal(model.generate(ids, **GREEDY), whole.generate(ids, use_cache=False, **GREEDY))
+
+
+# ---------------------------------------------------------------------------------------------------- half precision
+
+
+@pytest.mark.parametrize(
+    "kind, variant", [*(("llama", variant) for variant in ("default", "pure", "paper", "partial")), ("neox", "default")]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(kind: str, variant: str, dtype: torch.dtype) -> None:
+    """Logits are those of float32 but for what the model's other parts round, and the cache's are those without one."""
+    exact = load(kind, variant)
+    model: Any = randomise(type(exact).from_pretrained(checkpoint(kind, variant), dtype=dtype)).eval()
+    for key, tensor in [*model.state_dict().items(), *model.named_buffers()]:
+        in_float32 = ".dijiang." in key or "rotary_emb" in key
+        assert tensor.dtype == (torch.float32 if in_float32 else dtype), key
+    ids, rounding = tokens(2, LENGTH), torch.finfo(dtype).eps
+    full, expected = logits_of(model, ids), logits_of(exact, ids)
+    assert full.dtype == dtype
+    assert root_mean_square(full - expected) <= 6 * rounding * expected.std()
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=LENGTH)):
+        found, _ = feed(model, ids, [250, 1], cache)
+        assert root_mean_square(found.float() - full.float()) <= rounding * expected.std()
+        assert all(x.dtype == torch.float32 for layer in cache.layers for x in getattr(layer, "state", None) or ())
+    made = model.generate(ids, **GREEDY)
+    assert made.shape == (2, LENGTH + NEW) and len(made[0, LENGTH:].unique()) >= 3
+
+
+def root_mean_square(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
