@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, StaticCache, TorchAoConfig
 
+from dijiang_convert.convert import convert
+from dijiang_convert.models import load_converted
 from tests.models import (
     KINDS,
     checkpoint,
@@ -24,6 +26,7 @@ from tests.models import (
     randomise,
     tokens,
 )
+from tests.sources_on_disk import llama_config, write_source
 
 TOLERANCE = 1e-4
 LENGTH, NEW = 310, 20
@@ -94,6 +97,51 @@ def test_half_precision(kind: str, variant: str, dtype: torch.dtype) -> None:
         assert all(x.dtype == torch.float32 for layer in cache.layers for x in getattr(layer, "state", None) or ())
     made = model.generate(ids, **GREEDY)
     assert made.shape == (2, LENGTH + NEW) and len(made[0, LENGTH:].unique()) >= 3
+
+
+# ------------------------------------------------------------------------------------------------------ 8 and 4 bits
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted Llama whose matrices have the sizes that 4 bits come in: blocks of 64 numbers."""
+    out = tmp_path_factory.mktemp("wide")
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    write_source(out / "source", llama_config(**sizes, initializer_range=0.25))
+    convert(str(out / "source"), out / "converted", settings=["window=16"])
+    return out / "converted"
+
+
+def quantised(how: str) -> Any:
+    if how == "torchao 8":
+        return TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+    pytest.importorskip("bitsandbytes")
+    return BitsAndBytesConfig(load_in_8bit=how.endswith("8"), load_in_4bit=how.endswith("4"))
+
+
+@pytest.mark.parametrize("how", ["bitsandbytes 8", "bitsandbytes 4", "torchao 8"])
+def test_quantised_base(how: str, wide: Path, tmp_path: Path) -> None:
+    """The base's matrices lose what the source's do; the kernel stays as it was."""
+    exact = randomise(load_converted(wide)).eval()
+    model: Any = type(exact).from_pretrained(wide, quantization_config=quantised(how)).eval()
+    assert type(model.model.layers[0].self_attn.q_proj.weight) is not torch.nn.Parameter
+    before, after = exact.state_dict(), {n: p for n, p in model.named_parameters() if ".dijiang." in n}
+    assert after.keys() == {n for n, _ in exact.named_parameters() if ".dijiang." in n}
+    assert all(type(p) is torch.nn.Parameter and p.dtype == torch.float32 for p in after.values())
+    randomise(model)
+    assert all(torch.equal(p, before[n]) for n, p in after.items())
+    ids = tokens(2, LENGTH)
+    full, expected = logits_of(model, ids), logits_of(exact, ids)
+    soft, soft_exact = (
+        logits_of(AutoModelForCausalLM.from_pretrained(wide.parent / "source", **options), ids)
+        for options in ({"quantization_config": quantised(how)}, {})
+    )
+    error = 1.5 * root_mean_square(soft - soft_exact) / soft_exact.std()
+    assert 0 < root_mean_square(full - expected) <= error * expected.std()
+    assert root_mean_square(feed(model, ids, [200, 1])[0] - full) <= error * expected.std()
+    model.save_pretrained(tmp_path)
+    after_saving = logits_of(model, ids)  # bitsandbytes may take another way through its 4 bits then, on a CPU
+    assert torch.equal(logits_of(type(exact).from_pretrained(tmp_path).eval(), ids), after_saving)
 
 
 def root_mean_square(x: Tensor) -> float:
