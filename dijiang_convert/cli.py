@@ -279,13 +279,12 @@ def inspect(
         if not r.supported:
             print(f"{r.source} ({r.architecture}) is not supported: {r.reason}")
             return
-        caches = ", ".join(f"{_size(n)} at {length:,}" for length, n in r.kv_cache_bytes_at.items())
+        caches = ", ".join(f"{_size(n)} at {length:,}" for length, n in (r.kv_cache_bytes_at or {}).items())
         _table("", "", [
             ["model", f"{r.source} ({r.architecture})"],
             ["layers", f"{r.layers_converted} of {r.layers}: {r.heads} heads of {r.head_dim}, {r.kv_heads} for keys"],
             ["new parameters", f"{r.new_parameters:,} beside {r.parameters:,}"],
-            ["state", f"{_size(r.state_bytes)} at any length"],
-            ["softmax's cache", caches],
+            *([["state", f"{_size(r.state_bytes)} at any length"], ["softmax's cache", caches]] if caches else []),
             ["memory to finetune", _size(r.finetune_bytes)],
         ])  # fmt: skip
 
@@ -340,7 +339,16 @@ def demo(
 
 
 def _show_eval(r: Any) -> None:
-    rows = [["perplexity", f"{r.perplexity:.3f}"], ["tokens", f"{r.tokens:,} in rows of {r.seq_len}"]]
+    rows = [["tokens", f"{r.tokens:,} in rows of {r.seq_len}"]]
+    if r.likeness is not None:
+        like, same = r.likeness, r.likeness.top1_agreement
+        rows += [
+            ["hidden states", f"cosine {like.hidden_cosine:.4f}, error {like.hidden_error:.4f} of their squared norm"],
+            ["embeddings of texts", f"cosine {like.embedding_cosine:.4f}"],
+            *([] if same is None else [["same choice", f"{same:.1%}"]]),
+        ]
+        return _table("", "", rows)
+    rows.insert(0, ["perplexity", f"{r.perplexity:.3f}"])
     if r.baseline_perplexity is not None:
         rows += [
             ["original's perplexity", f"{r.baseline_perplexity:.3f}"],
@@ -356,7 +364,8 @@ def _show_eval(r: Any) -> None:
 def _show_bench(r: Any) -> None:
     rows = []
     for x in r.rows:
-        speeds = [f"{x.prefill_tokens_per_second:,.0f}", f"{x.decode_tokens_per_second:,.1f}"]
+        decode = x.decode_tokens_per_second
+        speeds = [f"{x.prefill_tokens_per_second:,.0f}", "" if decode is None else f"{decode:,.1f}"]
         rows.append([x.model, f"{x.length:,}", *speeds, _size(x.cache_bytes)])
     _table("model", "length", rows, "prefill tokens/s", "decode tokens/s", "cache")
 
