@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import StaticCache
 
-from tests.models import KINDS, difference, load, logits_of, tokens
+from tests.models import difference, load, logits_of, tokens
 
 TOLERANCE = 1e-4
 LENGTH, PLACES = 310, 320
@@ -52,9 +52,8 @@ def padded(batch: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-def test_fixed_length(kind: str) -> None:
-    model, (ids, mask) = load(kind), padded(2, LENGTH)
+def test_fixed_length() -> None:
+    model, (ids, mask) = load("neox"), padded(2, LENGTH)
     program = torch.export.export(Logits(model), padded(2, LENGTH)).module()
     found, expected = program(ids, mask), logits_of(model, ids, attention_mask=mask)
     assert difference(found[mask.bool()], expected[mask.bool()]) <= TOLERANCE
@@ -63,7 +62,8 @@ def test_fixed_length(kind: str) -> None:
 @torch.no_grad()
 def test_any_number_of_chunks() -> None:
     """One program for all lengths that are a multiple of the chunk."""
-    model = load("llama", "partial")
+    model: Any = load("llama")
+    model.model.layers = model.model.layers[:1]  # for the time that it takes
     length = 64 * torch.export.Dim("chunks", min=3, max=64)
     shapes = {"input_ids": {1: length}, "attention_mask": {1: length}}
     program = torch.export.export(Logits(model), padded(2, 320), dynamic_shapes=shapes).module()
