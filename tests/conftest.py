@@ -37,8 +37,8 @@ os.environ |= {
     "HF_TOKEN": _HUB.token,
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_XET": "1",  # the loopback Hub stores by LFS alone
-    "NO_PROXY": "127.0.0.1",
-    "no_proxy": "127.0.0.1",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
 }
 
 
