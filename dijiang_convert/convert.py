@@ -21,14 +21,14 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from . import __version__
 from .architecture import Architecture, check_kernel, examine
 from .card import write_card
-from .checkpoint import check_out, free_space, new_folder, read_shard, weight_files, write_json, write_shards
+from .checkpoint import check_out, new_folder, read_shard, weight_files, write_json, write_shards
 from .errors import DijiangError
 from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS
 from .progress import bytes_bar
 from .push import check_repo
 from .push import push as push_checkpoint
 from .recipe import Recipe, load_recipe
-from .sources import Source, download, read_config, resolve
+from .sources import Source, check_space, download, read_config, resolve
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODELING_FILES = (
@@ -118,15 +118,14 @@ def convert(
         dry_run=dry_run,
     )
     if not dry_run:
-        found = download(found)
+        found = download(found, target)
         assert found.folder is not None
         _check_tokenizer(found.folder)
         shards = weight_files(found.folder)
         for shard in shards:
             read_shard(shard)  # a truncated file is found before anything is written
         size = sum(shard.stat().st_size for shard in shards)
-        if free_space(target) < size:
-            raise DijiangError(f"no space left for {size / 1e9:.1f} GB on the disk of {target}: choose another --out")
+        check_space({target: size})
         with new_folder(target, force) as folder:
             with bytes_bar("converting", size) as advance:
                 write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance)
@@ -160,7 +159,8 @@ def converted_config(
         "requires_transformers": REQUIRES_TRANSFORMERS,
         "source": source.repo_id or source.name,
         "source_revision": source.revision,
-        "license": source.license,
+        "license": None,
+        **source.card,
         "recipe": recipe.name,
         "kernel": details["kernel"],
         "stages": details["stages"],

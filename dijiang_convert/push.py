@@ -16,7 +16,8 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from .errors import DijiangError
-from .sources import HUB_TIMEOUT, hub_errors, is_hub_id, read_index, read_json
+from .hub import TIMEOUT, hub_errors
+from .sources import is_hub_id, read_index, read_json
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -70,12 +71,12 @@ def push(checkpoint: str | Path, repo: str, *, private: bool = False, revision: 
     with hub_errors(repo, revision):
         # None leaves the choice to the organization's default, which may be private.
         api.create_repo(repo, private=True if private else None, exist_ok=True)
-        info = api.model_info(repo, timeout=HUB_TIMEOUT)
+        info = api.model_info(repo, timeout=TIMEOUT)
         if private and not info.private:
             raise DijiangError(f"{repo} is public: make it private in its settings, or push it as public")
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
-            info = api.model_info(repo, revision=revision, timeout=HUB_TIMEOUT)
+            info = api.model_info(repo, revision=revision, timeout=TIMEOUT)
         head = info.sha
         assert head is not None  # the repository exists, so its branch has a commit
         tree = api.list_repo_tree(repo, revision=head, recursive=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,14 @@ os.environ |= {
 def hub() -> Hub:
     """The Hub that every client in this run talks to; tests share it, so each has repositories of its own."""
     return _HUB
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between tries, in seconds, which are taken down instead of being made."""
+    made: list[float] = []
+    monkeypatch.setattr(time, "sleep", made.append)
+    return made
 
 
 def pytest_unconfigure() -> None:

@@ -176,7 +176,7 @@ def test_single_weight_file(checkpoint: Path, hub: Hub) -> None:
         ("no config", "is not a converted checkpoint"),
         ("not converted", "is not a converted checkpoint"),
         ("no shard", f"lacks {SHARDS[1]}, which {INDEX} names"),
-        ("shard outside", "lacks ../secret.safetensors"),
+        ("shard outside", "names ../secret.safetensors, outside its folder"),
         ("no index", f"has neither {INDEX} nor model.safetensors"),
         ("empty index", "names no weights"),
         ("broken index", "is no readable JSON"),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ..errors import DijiangError
-from ..sources import HUB_TIMEOUT, hub_errors
+from ..hub import TIMEOUT, hub_errors
 
 HELD_OUT = {"valid", "validation", "val", "test", "dev", "eval", "evaluation"}  # in names of files and splits
 COLUMNS = ("text", "messages", "tools")
@@ -246,7 +246,7 @@ def _hub_rows(name: str, order: random.Random | None, held_out: bool) -> Iterato
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as errors it raises as well
     path, _, config = name.partition(":")
     with hub_errors(f"datasets/{path}"):
-        HfApi().dataset_info(path, timeout=HUB_TIMEOUT)  # it says why a data set can't be reached, `datasets` does not
+        HfApi().dataset_info(path, timeout=TIMEOUT)  # it says why a data set can't be reached, `datasets` does not
         try:
             splits = datasets.load_dataset(path, config or None, streaming=True)
             aside = [split for split in splits if _set_aside(str(split))]

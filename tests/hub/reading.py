@@ -104,7 +104,7 @@ def serve(self: Handler, data: bytes, headers: dict[str, str]) -> None:
     """A file, or the part of it that was asked for."""
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
     status = 200
-    if asked is not None:
+    if asked is not None and self.hub.ranges:
         size = len(data)
         start, end = int(asked[1]), min(int(asked[2] or size), size - 1)
         if start >= size:

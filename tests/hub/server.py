@@ -112,6 +112,7 @@ class Hub:
         self.leaks: list[str] = []
         self.part_size = 64 << 20
         self.moved: dict[str, str] = {}
+        self.ranges = True
         self.watch: Callable[[str, str, str], None] | None = None
         self.lock = threading.RLock()
         self._faults: list[Fault] = []
@@ -162,6 +163,15 @@ class Hub:
             yield fault
         finally:
             self._faults.remove(fault)
+
+    @contextmanager
+    def without_ranges(self) -> Iterator[None]:
+        """Send whole files, whatever part was asked for."""
+        self.ranges = False
+        try:
+            yield
+        finally:
+            self.ranges = True
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """What a repository holds at a revision."""
