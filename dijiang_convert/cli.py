@@ -30,6 +30,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 Layers = Annotated[str, typer.Option(help="all, none, sliding-only, 0,3,8-23, every:N, not-every:N, not-last:N.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")]
 Push = Annotated[str | None, typer.Option(metavar="REPO", help="Push the result to this Hub repository.")]
+Private = Annotated[bool, typer.Option("--private", help="Make that repository private.")]
 Data = Annotated[str | None, typer.Option(help="A file, a folder, a quoted glob, or a Hub data set.")]
 Corpora = Annotated[
     list[str] | None,
@@ -109,6 +110,7 @@ def convert(
     layers: Layers = "all",
     settings: Settings = None,
     push: Push = None,
+    private: Private = False,
     force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and write nothing.")] = False,
     json_output: Json = False,
@@ -119,7 +121,7 @@ def convert(
 
     result = convert(
         source, out, recipe=recipe, revision=revision, dtype=dtype, layers=layers, settings=settings or (),
-        push=push, force=force, dry_run=dry_run,
+        push=push, private=private, force=force, dry_run=dry_run,
     )  # fmt: skip
 
     def show(r: Any) -> None:
@@ -157,6 +159,7 @@ def finetune(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the last run stopped.")] = False,
     push: Push = None,
+    private: Private = False,
     force: Force = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Leave report.html and plots.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it takes, and write nothing.")] = False,
@@ -171,8 +174,8 @@ def finetune(
     result = finetune(
         checkpoint, out, data=Sources(data) if data else None, tokens=tokens, stages=stage or (), skip=skip or (),
         seq_len=seq_len, settings=settings or (), train=None if full is None else "full" if full else "lora",
-        teacher=teacher, cache_teacher=cache_teacher, resume=resume, push=push, force=force, report=report,
-        dry_run=dry_run, seed=seed,
+        teacher=teacher, cache_teacher=cache_teacher, resume=resume, push=push, private=private, force=force,
+        report=report, dry_run=dry_run, seed=seed,
     )  # fmt: skip
 
     def show(r: Any) -> None:
@@ -298,13 +301,14 @@ def push(
     repo: Annotated[str, typer.Argument(help="owner/name")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag for the commit.")] = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> Any:
     """Upload a checkpoint to the Hub, with its model card."""
     from .push import push
 
-    result = push(checkpoint, repo, private=private, revision=revision)
+    result = push(checkpoint, repo, private=private, revision=revision, tag=tag)
     return result, lambda r: print(f"{r.url}: {_size(r.bytes_uploaded)} in commit {r.commit[:12]}")
 
 

@@ -72,6 +72,7 @@ def convert(
     layers: str = "all",
     settings: Sequence[str] = (),
     push: str | None = None,
+    private: bool = False,
     force: bool = False,
     dry_run: bool = False,
 ) -> ConvertResult:
@@ -86,7 +87,7 @@ def convert(
         layers: which layers: all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N, or several with
             commas. The rest keep softmax.
         settings: ``key=value`` for the recipe's kernel, as ``window=16``.
-        push: a Hub repository to push the result to.
+        push: a Hub repository to push the result to; ``private`` makes it a private one.
         force: replace ``out`` if it exists.
         dry_run: check everything that can be without downloading weights, and write nothing.
 
@@ -133,7 +134,7 @@ def convert(
             write_json(folder / "config.json", converted_config(config, architecture, chosen, found, dtype))
             write_code(folder)
             write_card(folder)
-    pushed = push_checkpoint(target, push).url if push and not dry_run else None
+    pushed = push_checkpoint(target, push, private=private).url if push and not dry_run else None
     return dataclasses.replace(result, seconds=time.perf_counter() - start, pushed=pushed)
 
 

@@ -71,6 +71,7 @@ def finetune(
     cache_teacher: int | None = None,
     resume: bool = False,
     push: str | None = None,
+    private: bool = False,
     force: bool = False,
     report: bool = True,
     dry_run: bool = False,
@@ -93,7 +94,7 @@ def finetune(
         cache_teacher: write down the teacher's so many likeliest tokens of every position first, so that training needs
             no second model in memory. For stages that have one: LoRA's teacher is the model itself.
         resume: go on where a run with the same ``out`` stopped.
-        push: a Hub repository to push the result to.
+        push: a Hub repository to push the result to; ``private`` makes it a private one.
         report: sets a little text aside, measures the model on it before and after, and leaves report.html and plots.
         dry_run: tell what the run would take, timed by two steps of each stage, and write nothing.
 
@@ -190,7 +191,7 @@ def finetune(
         _report(target, tokenizer, recipe, plan, probes, held, corpora[-1])
     run.remove()
     if push and here.is_main_process:
-        pushed = push_checkpoint(target, push).url
+        pushed = push_checkpoint(target, push, private=private).url
     here.wait_for_everyone()
     return FinetuneResult(str(target), results, time.perf_counter() - start, pushed, costs, free)
 

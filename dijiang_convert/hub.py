@@ -34,6 +34,14 @@ def patiently(call: Callable[[], T]) -> T:
     return call()
 
 
+def wait_if_passing(error: BaseException) -> bool:
+    """Whether a failure will pass, after a pause if it will: to look again at what was done before trying again."""
+    pause = _pause(error, WAITS[-1])
+    if pause is not None:
+        time.sleep(pause)
+    return pause is not None
+
+
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
     """Tell any failure of the Hub client inside the block as one line about `repo_id`.

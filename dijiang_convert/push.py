@@ -3,11 +3,15 @@
 Only the files that a checkpoint consists of leave the machine: an allow-list, so optimizer state, logs and
 hidden files stay. What the repository already holds is compared by hash and not sent again. The whole
 checkpoint is one commit, since a repository must not show the shards of one version under another's index.
+
+A push that was interrupted is run again: large files that arrived are not sent twice, and nobody sees anything of it
+until the commit, its last step.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +20,11 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from .errors import DijiangError
-from .hub import TIMEOUT, hub_errors
+from .hub import TIMEOUT, hub_errors, patiently, wait_if_passing
 from .sources import is_hub_id, read_index, read_json
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
 INDEX = "model.safetensors.index.json"
@@ -30,8 +35,10 @@ SINGLE = "model.safetensors"
 ALLOWED = ("*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.png", "README.md", "LICENSE*")
 PLOTS = "plots/*.png"  # which the card shows
 REFUSED = (".*", "trainer_state.json")
+READ = ("*config.json", "README.md", "*.jinja", "special_tokens_map.json")  # for what must not leave the machine
 
 SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+TOKEN = re.compile(r"\bhf_(oauth_)?[A-Za-z0-9]{30,}\b")
 
 
 @dataclass(frozen=True)
@@ -48,62 +55,107 @@ class PushResult:
     url: str
 
 
-def push(checkpoint: str | Path, repo: str, *, private: bool = False, revision: str | None = None) -> PushResult:
+def push(
+    checkpoint: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    tag: str | None = None,
+) -> PushResult:
     """Upload the checkpoint in `checkpoint` to `repo` (owner/name), which is created if it does not exist.
 
-    `revision` names a branch, created from main if it does not exist. A checkpoint without a README.md gets
-    its model card first. Weight shards that the repository holds from another version are removed in the same
-    commit: a stray model.safetensors would be loaded in place of the index. No change means no commit.
+    `revision` names a branch, created from main if it does not exist, and `tag` a tag for the commit. A checkpoint
+    without a README.md gets its model card first. Weight shards that the repository holds from another version are
+    removed in the same commit: a stray model.safetensors would be loaded in place of the index. No change means no
+    commit. Failures that pass are waited out.
 
     Raises:
         DijiangError: not a converted checkpoint, not a repository name, a public repository where a private
-            one was asked for, or a Hub that refuses or can't be reached.
+            one was asked for, a tag that another commit has, or a Hub that refuses or can't be reached.
     """
     check_repo(repo)
     folder = Path(checkpoint).expanduser()
     files = _checkpoint_files(folder)
 
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub import HfApi
 
     api = HfApi()
-    url = f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
     with hub_errors(repo, revision):
         # None leaves the choice to the organization's default, which may be private.
-        api.create_repo(repo, private=True if private else None, exist_ok=True)
-        info = api.model_info(repo, timeout=TIMEOUT)
-        if private and not info.private:
+        patiently(lambda: api.create_repo(repo, private=True if private else None, exist_ok=True))
+        if private and not patiently(lambda: api.model_info(repo, timeout=TIMEOUT)).private:
             raise DijiangError(f"{repo} is public: make it private in its settings, or push it as public")
         if revision is not None:
-            api.create_branch(repo, branch=revision, exist_ok=True)
-            info = api.model_info(repo, revision=revision, timeout=TIMEOUT)
-        head = info.sha
-        assert head is not None  # the repository exists, so its branch has a commit
-        tree = api.list_repo_tree(repo, revision=head, recursive=True)
-        remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+            patiently(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
+        refs = patiently(lambda: api.list_repo_refs(repo)) if tag is not None else None
+    tagged = next((ref.target_commit for ref in refs.tags if ref.name == tag), None) if refs else None
+    commit, sent = _upload(api, repo, revision, files, tagged)
+    if tag is not None and tagged is None:
+        with hub_errors(repo, revision):
+            patiently(lambda: api.create_tag(repo, tag=tag, revision=commit, exist_ok=True))
+    url = f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
+    return PushResult(repo=repo, commit=commit, bytes_uploaded=sent, url=url)
 
-    changed = {name: path for name, path in files.items() if not _same(path, remote.get(name))}
-    stale = [name for name in remote if SHARD.fullmatch(name) and name not in files]
-    if not changed and not stale:
-        return PushResult(repo=repo, commit=head, bytes_uploaded=0, url=url)
 
+def _upload(
+    api: HfApi, repo: str, revision: str | None, files: dict[str, Path], tagged: str | None, tries: int = 3
+) -> tuple[str, int]:
+    """The commit that has `files`, made if there is none yet, and the size of those that changed.
+
+    tagged: the only commit that will do, if there is one.
+    """
+    hashes: dict[Path, str] = {}
+    sent = 0
+    while True:
+        with hub_errors(repo, revision):
+            head = str(patiently(lambda: api.model_info(repo, revision=revision, timeout=TIMEOUT)).sha)
+        changed, stale = _compare(api, repo, head, files, hashes)
+        if tagged is not None and (changed or stale or head != tagged):
+            raise DijiangError(f"{repo} has this tag on another commit, {tagged[:12]}: choose another --tag")
+        if not changed and not stale:
+            return head, sent  # perhaps since the last try got there, and its answer was lost
+        sent = sum(path.stat().st_size for path in changed.values())
+        try:
+            commit = _commit(api, repo, revision, head, changed, stale)
+        except DijiangError as error:
+            tries -= 1
+            if not (tries and wait_if_passing(error)):
+                raise
+            continue
+        missing, _ = _compare(api, repo, commit, files, hashes)
+        if missing:
+            raise DijiangError(f"{repo} left out {min(missing)}: see whether a .gitignore there names it")
+        return commit, sent
+
+
+def _commit(api: HfApi, repo: str, revision: str | None, head: str, changed: dict[str, Path], stale: list[str]) -> str:
+    """Sends what the Hub lacks of `changed`, then makes one commit of it all on top of `head`."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    additions = [CommitOperationAdd(name, path) for name, path in changed.items()]
     with hub_errors(repo, revision):
-        commit = api.create_commit(
+        patiently(lambda: api.preupload_lfs_files(repo, additions, revision=revision, free_memory=False))
+        return api.create_commit(
             repo,
-            [
-                *(CommitOperationAdd(name, path) for name, path in changed.items()),
-                *(CommitOperationDelete(name, is_folder=False) for name in stale),
-            ],
+            [*additions, *(CommitOperationDelete(name, is_folder=False) for name in stale)],
             commit_message="Upload DiJiang checkpoint",
             revision=revision,
             parent_commit=head,  # what was compared: a push of someone else meanwhile is not mixed with this
-        )
-    return PushResult(
-        repo=repo,
-        commit=commit.oid,
-        bytes_uploaded=sum(path.stat().st_size for path in changed.values()),
-        url=url,
-    )
+        ).oid
+
+
+def _compare(
+    api: HfApi, repo: str, commit: str, files: dict[str, Path], hashes: dict[Path, str]
+) -> tuple[dict[str, Path], list[str]]:
+    """The files that `commit` does not have as they are here, and shards that it has and the checkpoint doesn't."""
+    from huggingface_hub.hf_api import RepoFile
+
+    with hub_errors(repo, commit):
+        tree = patiently(lambda: list(api.list_repo_tree(repo, revision=commit, recursive=True)))
+    remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    changed = {name: path for name, path in files.items() if not _same(path, remote.get(name), hashes)}
+    return changed, [name for name in remote if SHARD.fullmatch(name) and name not in files]
 
 
 def check_repo(repo: str) -> None:
@@ -140,6 +192,9 @@ def _checkpoint_files(folder: Path) -> dict[str, Path]:
         and any(fnmatchcase(path.name, pattern) for pattern in ALLOWED)
         and not any(fnmatchcase(path.name, pattern) for pattern in REFUSED)
     }
+    for name in sorted(companions):
+        if any(fnmatchcase(name, pattern) for pattern in READ):
+            _check_text(folder / name)
     plots = {path.relative_to(folder).as_posix() for path in folder.glob(PLOTS) if path.is_file()}
     return {name: folder / name for name in sorted(weights | companions | plots)}
 
@@ -151,6 +206,24 @@ def _local_paths(record: Any) -> Iterator[str]:
             yield from _local_paths(value)
     elif isinstance(record, str) and (record.startswith("~") or PureWindowsPath(record).root or Path(record).root):
         yield record
+
+
+def _check_text(path: Path) -> None:
+    """Raises DijiangError where a text holds a Hub token, or names a model by a path on this machine."""
+    from huggingface_hub import get_token
+
+    text = path.read_text(encoding="utf-8", errors="replace")
+    own = get_token()
+    if TOKEN.search(text) or own and own in text:
+        raise DijiangError(f"{path.name} of {path.parent} holds a Hub token: take it out, then push")
+    if path.suffix == ".json":
+        content = json.loads(text)
+        named = [content.get(key) for key in ("_name_or_path", "name_or_path")] if isinstance(content, dict) else []
+        for name in named:
+            if isinstance(name, str) and name in _local_paths(name) and Path(name).expanduser().exists():
+                raise DijiangError(
+                    f"{path.name} of {path.parent} tells of {name} on this machine: take it out, then push"
+                )
 
 
 def _weights(folder: Path) -> set[str]:
@@ -169,13 +242,15 @@ def _weights(folder: Path) -> set[str]:
     return weights
 
 
-def _same(path: Path, remote: RepoFile | None) -> bool:
-    """Whether the repository already holds these bytes under this name."""
+def _same(path: Path, remote: RepoFile | None, hashes: dict[Path, str]) -> bool:
+    """Whether the repository already holds these bytes under this name. `hashes` remembers those of large files."""
     if remote is None or remote.size != path.stat().st_size:
         return False
     with path.open("rb") as file:
         if remote.lfs is not None:
-            return hashlib.file_digest(file, "sha256").hexdigest() == remote.lfs.sha256
+            if path not in hashes:
+                hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
+            return hashes[path] == remote.lfs.sha256
         blob = hashlib.sha1(b"blob %d\0" % remote.size)  # how git names a file's content
         blob.update(file.read())
         return blob.hexdigest() == remote.blob_id

@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -85,18 +84,19 @@ def test_goes_on_where_a_killed_process_stopped(hub: Hub, tmp_path: Path) -> Non
     hub.add_repo("download/killed", BASE | {"model.safetensors": data})
     arrived = threading.Event()
     code = "from dijiang_convert.sources import download, resolve; download(resolve('download/killed'))"
-    hub.watch = lambda when, method, path: arrived.set() if path.startswith("/files/") and when == "done" else None
-    try:
-        with hub.failing("/files/", cut=25_000_000, times=1), hub.failing("/nowhere"):
-            child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-            assert arrived.wait(60)
-            part = cache_folder("download/killed") / "blobs"
-            while not any(path.stat().st_size >= 20 << 20 for path in part.glob("*.part")) and child.poll() is None:
-                pass
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-    finally:
-        hub.watch = None
+
+    def watch(when: str, method: str, path: str) -> None:
+        if path.startswith("/files/") and when == "done":
+            arrived.set()
+
+    with hub.watching(watch), hub.failing("/files/", cut=25_000_000, times=1):
+        child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        assert arrived.wait(60)
+        part = cache_folder("download/killed") / "blobs"
+        while not any(path.stat().st_size >= 20 << 20 for path in part.glob("*.part")) and child.poll() is None:
+            pass
+        child.kill()
+        child.wait()
     before = hub.bytes_sent
     assert weights("download/killed") == data
     assert hub.bytes_sent - before < 11 << 20

@@ -97,7 +97,6 @@ class Hub:
     leaks: requests that brought the token to the host of files, which must not see it.
     part_size: larger LFS files are uploaded in parts.
     moved: old names of repositories, answered by a redirect to the new ones.
-    watch: called at every request, before it is answered ("arrived") and after what was asked is done ("done").
     """
 
     def __init__(self, port: int = 0, token: str = "hf_loopbackToken", user: str = "tester") -> None:
@@ -163,6 +162,15 @@ class Hub:
             yield fault
         finally:
             self._faults.remove(fault)
+
+    @contextmanager
+    def watching(self, watch: Callable[[str, str, str], None]) -> Iterator[None]:
+        """Call `watch(when, method, path)` at every request: "arrived", and "done" once what it asked for is."""
+        self.watch = watch
+        try:
+            yield
+        finally:
+            self.watch = None
 
     @contextmanager
     def without_ranges(self) -> Iterator[None]:

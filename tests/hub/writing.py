@@ -63,11 +63,12 @@ def validate_yaml(self: Handler) -> None:
 def preupload(self: Handler, repo: str, revision: str) -> None:
     self.need_token()
     files = self.find_commit(self.find(repo), revision).files
+    ignored = files[".gitignore"].data.decode().split() if ".gitignore" in files else []
     modes = [
         {
             "path": file["path"],
             "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular",
-            "shouldIgnore": False,
+            "shouldIgnore": file["path"] in ignored,
             "oid": files[file["path"]].etag if file["path"] in files else None,
         }
         for file in json.loads(self.body)["files"]
