@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import write_card
-from .checkpoint import check_out, read_checkpoint, write_json
+from .checkpoint import check_out, read_checkpoint, write_json, write_trained
 from .convert import LEFT_BEHIND, write_code
 from .distill import processes
 from .distill.corpus import Sources
@@ -313,9 +313,17 @@ def _write(
 ) -> None:
     """A checkpoint as `convert` writes it, with the trained weights and the history of how they came to be."""
     assert model is not None  # on the main process, which alone writes
-    model.save_pretrained(target, max_shard_size="5GB")
-    for path in target.glob("*.safetensors"):  # which safetensors lets none but their owner read
-        shutil.copymode(target / "config.json", path)
+    saved = target / ".saved"
+    model.save_pretrained(saved, max_shard_size="5GB")
+    prefix, tied = f"{model.base_model_prefix}.", model.all_tied_weights_keys
+
+    def aliases(name: str) -> list[str]:
+        """Names that a tensor may have been saved by: some sources leave out the prefix, or hold tied weights twice."""
+        names = [name, prefix + name, name.removeprefix(prefix)]
+        return [*names, *(tied[name] for name in names if name in tied)]
+
+    write_trained(target, saved, source, aliases)
+    shutil.rmtree(saved)
     for path in sorted(source.iterdir()):
         of_a_run = path.name in (LOG, REPORT)
         if path.is_file() and not of_a_run and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND):

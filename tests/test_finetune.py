@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dijiang_convert import DijiangError, convert, evaluate, finetune
-from dijiang_convert.checkpoint import read_shard, weight_files
+from dijiang_convert.checkpoint import INDEX, read_shard, weight_files
 from dijiang_convert.demo import MODEL
 from dijiang_convert.demo_text import documents
 from dijiang_convert.distill import trainer
 from dijiang_convert.models import load_any, load_converted, load_tokenizer
+from dijiang_convert.push import push
+from tests.hub import Hub
 
 SEQ_LEN = 128
 SHORT = {"seq_len": SEQ_LEN, "tokens": 6000}
@@ -55,6 +56,33 @@ def tuned(converted: Path, text: str, tmp_path_factory: pytest.TempPathFactory) 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {t.name: t.load() for path in weight_files(folder) for t in read_shard(path)}
+
+
+def test_what_did_not_change_stays_in_files_of_its_own(converted: Path, tuned: Path, hub: Hub) -> None:
+    """So that the next result of the same source uploads what LoRA changed, and no more."""
+    before, after = tensors(converted), tensors(tuned)
+    assert before.keys() == after.keys()  # also the source's own names
+    stayed = {name for name in before if torch.equal(before[name], after[name])}
+    files = {path.name: {t.name for t in read_shard(path)} for path in weight_files(tuned)}
+    assert stayed and len(files) == 3
+    assert [names <= stayed for names in files.values()] == [True, False, False]
+    assert all(names <= stayed or not names & stayed for names in files.values())
+    assert json.loads((tuned / INDEX).read_text())["weight_map"] == {
+        name: file for file, names in files.items() for name in names
+    }
+
+    size = {path.name: path.stat().st_size for path in weight_files(tuned)}
+    push(tuned, "finetune/pushed")
+    other = weight_files(tuned)[1]
+    data = bytearray(other.read_bytes())
+    data[-1] ^= 1
+    other.write_bytes(data)
+    sent = hub.bytes_received
+    push(tuned, "finetune/another")
+    small = sum(path.stat().st_size for path in tuned.iterdir() if path.is_file() and path.suffix != ".safetensors")
+    assert size[other.name] <= hub.bytes_received - sent < size[other.name] + small + 1_000_000
+    data[-1] ^= 1
+    other.write_bytes(data)
 
 
 def test_every_loss_is_recorded_and_falls(converted: Path, text: str, tmp_path: Path) -> None:
@@ -237,7 +265,7 @@ def test_paper_and_window_only_train(text: str, tmp_path: Path) -> None:
         result = finetune(tmp_path / recipe, data=text, seq_len=SEQ_LEN, tokens=4000)
         assert all(math.isfinite(stage.last_loss) for stage in result.stages)
         model = load_converted(result.out)
-        assert load_file(Path(result.out) / "model.safetensors") if recipe == "window-only" else model
+        assert tensors(Path(result.out)) if recipe == "window-only" else model
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
