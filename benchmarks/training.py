@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 from dijiang_convert import convert
 from dijiang_convert.distill.attention import original, recomputing
 from dijiang_convert.distill.attention_transfer import attention_transfer_loss, transferring
-from dijiang_convert.distill.logits import causal_model, distillation_loss, live_teacher
+from dijiang_convert.distill.logits import distillation_loss, inner_model, live_teacher
 from dijiang_convert.distill.teacher_cache import cache_teacher, cached_teacher
 from dijiang_convert.distill.trainer import lora_targets
 from dijiang_convert.models import default_device, load_converted
@@ -132,7 +132,7 @@ def stepper(name: str, model: Any, loss: Callable[..., Tensor], inputs: dict[str
     inside = {"transfer": transferring, "plain": nullcontext, "softmax": nullcontext}.get(name, recomputing)
 
     def step() -> None:
-        with inside(causal_model(model)):
+        with inside(inner_model(model)):
             loss(model, inputs).backward()
         if name != "softmax":
             optimizer.step()

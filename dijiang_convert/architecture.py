@@ -1,68 +1,37 @@
-"""What a model's attention looks like, found by running it on the meta device: no weights, no code per architecture.
+"""Whether a model converts, by its config.json alone: which of its layers a kernel can replace, and their shape."""
 
-The model is built from its config alone with an attention function that only takes notes. Whatever reaches the
-function is what the kernel would get, so what can't be served is refused here, before anything is downloaded.
-"""
-
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    bidirectional_mask_function,
-    causal_mask_function,
-    sdpa_mask,
-)
-from transformers.modeling_utils import AttentionInterface
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 from .errors import DijiangError, Unsupported
 from .modeling.configuration_dijiang import Kernel, Layers
-from .modeling.modeling_dijiang import (
-    DiJiangAttention,
-    attach,
-    attention_name,
-    cache_argument,
-    cache_of,
-    hidden_states_of,
-    layer_index,
-    parameter_names,
-)
+from .modeling.modeling_dijiang import DiJiangAttention, attach
+from .trace import FOLLOWERS, Notes, first_line, skeleton
 
-FOLLOWERS = "gpt_neox, llama, opt, qwen2, qwen3, mistral, phi, gpt2, olmo2 and many more do"
-NO_ATTENTION = f"has no attention that goes through AttentionInterface: {FOLLOWERS}"
-LAYER_SPECS = "all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N"
 # By model type, text models first; the others take images, sound or film as well, and their text part converts.
 LANGUAGE_MODELS = (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
-# What attention functions get and the kernel follows, or what does not change their result.
-KNOWN_ARGUMENTS = {
-    "mask", "scaling", "softcap", "s_aux", "is_causal", "sliding_window", "dropout", "position_ids", "use_cache",
-    "cache_position", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", "labels",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A source that converts.
 
-    model_class: its causal language model.
+    model_class: of the source's weights, with the head that they have.
     layers: what a kernel would replace; parameters: how many numbers the model has.
     rotary_removable: whether there is no rotary embedding, or one that the kernel can undo in all these layers.
     has_sinks: whether each head has a logit that takes its share of the weights (attention sinks).
@@ -91,14 +60,6 @@ class Architecture:
         return skeleton(self.model_class, self.config)
 
 
-def skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device."""
-    with torch.device("meta"), init.no_init_weights(), quiet():
-        model = model_class(config)
-        model.tie_weights()
-    return model.eval()
-
-
 def examine(config: dict[str, Any], layers: str = "all") -> Architecture:
     """Finds the attention that the kernel replaces in a model with this config.json.
 
@@ -111,8 +72,8 @@ def examine(config: dict[str, Any], layers: str = "all") -> Architecture:
     try:
         model = skeleton(model_class, parsed)
     except Exception as error:
-        raise Unsupported(f"{parsed.model_type} can't be built from this config ({_first_line(error)})") from error
-    seen = _Notes(model.bfloat16())  # grouped expert kernels take no other type on the meta device
+        raise Unsupported(f"{parsed.model_type} can't be built from this config ({first_line(error)})") from error
+    seen = Notes(model.bfloat16())  # grouped expert kernels take no other type on the meta device
     seen.run()
     found = seen.layers(layers)
     parsed._attn_implementation = "eager"
@@ -129,7 +90,7 @@ def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], PreTrainedC
     if "dijiang" in config or kind.startswith("dijiang_"):
         raise DijiangError("the model is converted already: go on with dijiang finetune")
     if config.get("is_encoder_decoder"):
-        raise Unsupported(f"{kind} is an encoder-decoder: only decoder-only language models are converted")
+        raise Unsupported(f"{kind} is an encoder-decoder: only decoders and encoders are converted")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise Unsupported(f"the weights are quantised ({method}): convert the unquantised model instead")
@@ -137,252 +98,20 @@ def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], PreTrainedC
         raise Unsupported(f"{kind} comes with its own code: only architectures that transformers has are converted")
     if kind not in transformers.CONFIG_MAPPING:
         raise Unsupported(f"transformers {transformers.__version__} knows no model type {kind!r}: a newer one may")
-    language_models = [names[kind] for names in LANGUAGE_MODELS if kind in names]
-    if not language_models:
-        raise Unsupported(f"{kind} is not a causal language model: only decoder-only language models are converted")
-    name = (config.get("architectures") or language_models)[0]
-    if name not in language_models:
-        raise Unsupported(f"{name} is not a causal language model: convert the {language_models[0]} it was made from")
+    known = [names[kind] for names in (*LANGUAGE_MODELS, MODEL_MAPPING_NAMES) if isinstance(names.get(kind), str)]
+    name = (config.get("architectures") or [*known, "none"])[0]
+    model_class = getattr(transformers, str(name), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise Unsupported(f"transformers {transformers.__version__} has no model class {name!r}: a newer one may")
+    if name not in known and model_class.config_class is not transformers.CONFIG_MAPPING[kind]:
+        raise Unsupported(f"{name} is no model of type {kind}: its config.json was put together from two models")
+    if model_class.main_input_name not in ("input_ids", "pixel_values"):
+        raise Unsupported(f"{name} takes {model_class.main_input_name}: only models of text and images are converted")
     try:
         parsed = transformers.CONFIG_MAPPING[kind].from_dict(PreTrainedConfig._decode_special_floats(config))
     except Exception as error:
-        raise DijiangError(f"config.json is not valid for {kind} ({_first_line(error)}): get the model again") from None
-    return getattr(transformers, name), parsed
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """One call of the attention function. key: what it got, kept to tell layers that share one apart from others.
-    rotary_dim: how much of each head was given to the rotary embedding, 0 if nothing was."""
-
-    module: Any
-    name: str
-    key: torch.Tensor
-    heads: tuple[int, int, int, int]  # query heads, key/value heads, head_dim, value_dim
-    arguments: dict[str, Any]
-    rotary_dim: int
-
-    @property
-    def index(self) -> Any:
-        """Its layer, an int; None is refused by `layers`."""
-        return layer_index(self.name, self.module)
-
-
-class _Notes:
-    """Runs a model once on the meta device and notes every call of its attention function."""
-
-    LENGTH = 256  # long enough for keys that stand for several tokens to show
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.calls = model, list[_Seen]()
-        self.kind = model.config.model_type
-        self.config: Any = model.config.get_text_config(decoder=True)
-        self.names = {module: name for name, module in model.named_modules()}
-        self.arguments: dict[nn.Module, dict[str, Any]] = {}  # of the modules that are handed a cache
-        self.rotary_dim = 0  # since the last call
-        self.returns_cache = False
-
-    def run(self) -> None:
-        """Raises Unsupported where the model can't run so."""
-        try:
-            self._run(_padding_mask)
-        except Exception as error:
-            if not self.calls and self.model._is_stateful:
-                raise Unsupported(
-                    f"{self.kind} is recurrent or has a cache of its own: the kernel has no place"
-                ) from error
-            reason = f"{self.kind} can't be traced without weights ({_first_line(error)})"
-            if "meta tensor" in str(error):
-                reason = f"{self.kind} goes by values as it runs, and there are none before its weights are downloaded"
-            if "cache of its own" in str(error):
-                reason = f"{self.kind} takes no cache but one of its own class, where the kernel has no place"
-            with contextlib.suppress(Exception):
-                self._run(sdpa_mask)
-                reason = f"{self.kind} reads or changes its attention mask itself, which linear attention has none of"
-            raise Unsupported(reason) from error
-
-    def _run(self, mask_function: Callable[..., Any]) -> None:
-        self.calls.clear()
-        hooks = [m.register_forward_pre_hook(self._note_cache, with_kwargs=True) for m in self.model.modules()]
-        AttentionInterface.register("dijiang_probe", self._note)
-        AttentionMaskInterface.register("dijiang_probe", mask_function)
-        sources = {source for m in self.model.modules() if (source := _rotary_source(m)) is not None}
-        functions = [(source, source.apply_rotary_pos_emb) for source in sources]
-        try:
-            for source, function in functions:
-                source.apply_rotary_pos_emb = self._noting_rotation(function)  # type: ignore[attr-defined]
-            ids = torch.ones(1, self.LENGTH, dtype=torch.long, device="meta")
-            with torch.no_grad(), quiet(), _WithoutValues():
-                self.model.set_attn_implementation("dijiang_probe")
-                cache = {str(cache_argument(self.model.forward)): DynamicCache(config=self.config)}
-                out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **cache)
-                self.returns_cache = any(isinstance(value, Cache) for value in out.values())
-        finally:
-            AttentionInterface._global_mapping.pop("dijiang_probe", None)
-            AttentionMaskInterface._global_mapping.pop("dijiang_probe", None)
-            for source, function in functions:
-                source.apply_rotary_pos_emb = function  # type: ignore[attr-defined]
-            for hook in hooks:
-                hook.remove()
-
-    def _note_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
-        if cache_of(given) is not None:
-            self.arguments[module] = given
-
-    def _noting_rotation(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def rotate(*args: Any, **kwargs: Any) -> Any:
-            first = args[0] if args else next(iter(kwargs.values()))
-            self.rotary_dim = first.shape[-1]
-            return function(*args, **kwargs)
-
-        return rotate
-
-    def _note(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        heads = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-        seen = _Seen(module, self.names[module], key, heads, {**kwargs, "mask": attention_mask}, self.rotary_dim)
-        self.calls.append(seen)
-        self.rotary_dim = 0
-        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-
-    def layers(self, spec: str) -> Layers:
-        ropes = getattr(self.config, "rope_parameters", None) or {}
-        if "dynamic" in [ropes.get("rope_type"), *(r.get("rope_type") for r in ropes.values() if isinstance(r, dict))]:
-            raise Unsupported(
-                f"the rotary tables of this {self.kind} change with length (rope_type dynamic): keys in a cache "
-                "no longer fit: give its config.json another rope_type, as yarn"
-            )
-        if not self.calls:
-            reason = "is recurrent: it has no attention to convert" if self.model._is_stateful else NO_ATTENTION
-            raise Unsupported(f"{self.kind} {reason}")
-        if not self.returns_cache and any(getattr(seen.module, "is_causal", True) for seen in self.calls):
-            raise Unsupported(f"{self.kind} keeps its cache inside the model, where the kernel has none")
-        for seen in self.calls:
-            if seen.index is None or sum(other.module is seen.module for other in self.calls) > 1:
-                raise Unsupported(f"{self.kind} runs the same attention module several times a token")
-        calls = {seen.index: seen for seen in self.calls}
-        count = max(self.config.num_hidden_layers, max(calls) + 1)  # some layers have two
-        local = sorted(index for index, seen in calls.items() if self._is_local(seen))
-        chosen = select_layers(spec, count, sorted(calls.keys() - {*local}), local, self.kind)
-        picked = [calls[index] for index in chosen]
-        for seen in picked:
-            self._check(seen)
-        self._check_sharing(calls, chosen)
-        classes = {(type(seen.module).__name__, attention_name(seen.name)) for seen in picked}
-        shapes = {seen.heads for seen in picked}
-        if len(classes) > 1 or len(shapes) > 1:
-            raise Unsupported(f"the layers of {self.kind} differ in head shape {sorted(shapes)}: choose with --layers")
-        first = picked[0] if picked else self.calls[0]
-        classes.add((type(first.module).__name__, attention_name(first.name)))
-        rotary_dims = {seen.rotary_dim for seen in picked} - {0}
-        if len(rotary_dims) > 1:
-            raise Unsupported(f"the layers of {self.kind} rotate {sorted(rotary_dims)} of a head: choose with --layers")
-        rotary_dim = max(rotary_dims, default=0)
-        seen_to_rotate = any(seen.rotary_dim for seen in self.calls)
-        unrotated = tuple(seen.index for seen in picked if seen_to_rotate and not seen.rotary_dim)
-        borrowing = tuple(i for i in chosen if any(calls[j].key is calls[i].key for j in calls if j < i))
-        hidden = hidden_states_of(self.arguments.get(first.module, {}))
-        width = self.config.hidden_size if hidden is None else hidden.shape[-1]
-        rotates = any(
-            _rotary_source(seen.module) is not None or "position_embeddings" in self.arguments.get(seen.module, {})
-            for seen in picked
-        )
-        return Layers(*classes.pop(), tuple(chosen), *first.heads, width, rotates, rotary_dim, unrotated, borrowing)
-
-    def of(self, layers: Layers) -> list[_Seen]:
-        return [seen for seen in self.calls if seen.index in layers.layers]
-
-    def rotary_removable(self, layers: Layers) -> bool:
-        picked = [seen for seen in self.of(layers) if seen.index not in layers.unrotated]
-        if not picked:
-            return True
-        tables = self.arguments[picked[0].module].get("position_embeddings")
-        if not layers.rotates:
-            return True
-        if not (isinstance(tables, tuple) and len(tables) == 2 and layers.rotary_dim):
-            return False
-        # Where only a part of each head is rotated it must be the first, as everywhere but in latent attention.
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        return layers.rotary_dim == layers.head_dim or rope.get("partial_rotary_factor", 1.0) < 1.0
-
-    def _check(self, seen: _Seen) -> None:
-        """Whether the kernel knows all that the attention function gets."""
-        given = {name for name, value in seen.arguments.items() if value is not None and value is not False}
-        unknown = sorted(given - KNOWN_ARGUMENTS)
-        if unknown:
-            raise Unsupported(f"the attention of {self.kind} has {unknown[0]}, which the kernel does not follow")
-        if seen.key.shape[2] != self.LENGTH:
-            raise Unsupported(f"the attention of {self.kind} sees other keys than one a token")
-        mask = seen.arguments["mask"]
-        if mask is not None and mask.shape != (1, self.LENGTH):
-            raise Unsupported(f"the attention of {self.kind} has a mask of another shape than causal, or a bias in it")
-        if not getattr(seen.module, "is_causal", True):
-            raise Unsupported(f"{self.kind} has attention that is not causal: only decoders are converted")
-        kinds = [type(layer).__name__ for layer in DynamicCache(config=self.config).layers]
-        if seen.index < len(kinds) and kinds[seen.index].startswith("LinearAttentionAnd"):
-            raise Unsupported(f"layers of {self.kind} have attention and a recurrent state at once, in one cache layer")
-        if seen.module not in self.arguments:
-            raise Unsupported(f"the attention module of {self.kind} is not handed its cache, which the kernel needs")
-
-    def _check_sharing(self, calls: dict[int, _Seen], chosen: list[int]) -> None:
-        """A converted layer's cache gives new keys alone, so layers that share keys are converted together or not."""
-        for index, seen in calls.items():
-            sharing = [i for i, other in calls.items() if other.key is seen.key]
-            if index in chosen and not set(sharing) <= set(chosen):
-                names = ", ".join(map(str, sharing))
-                raise Unsupported(f"layers {names} of {self.kind} share keys and values: choose all of them or none")
-
-    def _is_local(self, seen: _Seen) -> bool:
-        types = getattr(self.config, "layer_types", None)
-        if types is not None and types[seen.index] in ("full_attention", "sliding_attention", "chunked_attention"):
-            return types[seen.index] != "full_attention"
-        return seen.arguments.get("sliding_window") is not None
-
-
-def _padding_mask(
-    mask_function: Callable[..., Any] = causal_mask_function, local_size: int | None = None, **kwargs: Any
-) -> torch.Tensor:
-    """As `dijiang_mask` has it, and never None: a model that works on it shows."""
-    plain = mask_function in (causal_mask_function, bidirectional_mask_function)
-    plain = plain or (local_size is not None and kwargs.get("allow_is_causal_skip", True))
-    shape = (1, _Notes.LENGTH) if plain else (1, 1, _Notes.LENGTH, _Notes.LENGTH)
-    return torch.ones(shape, dtype=torch.bool, device="meta")
-
-
-class _WithoutValues(TorchDispatchMode):
-    """Lets models look at values on the meta device, where there are none: every number they see is 1, or True."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name == "_local_scalar_dense":
-            return True if args[0].dtype == torch.bool else 1
-        if name == "nonzero":
-            return args[0].new_zeros((1, args[0].dim()), dtype=torch.long)
-        if name in ("index", "index_put", "index_put_"):  # a mask chooses its first element
-            chosen = [part for index in args[1] for part in _first_of(index)]
-            args = (args[0], chosen, *args[2:])
-        return func(*args, **(kwargs or {}))
-
-
-def _first_of(index: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The index itself, or for a mask the indices of its first element, one a dimension."""
-    if index is None or index.dtype != torch.bool:
-        return [index]
-    return [index.new_zeros(1, dtype=torch.long) for _ in range(index.dim())]
-
-
-def _rotary_source(module: nn.Module) -> Any:
-    """The Python module that an attention module's rotary embedding is looked up in, or None if it has none."""
-    source = sys.modules[type(module).__module__]
-    return source if hasattr(source, "apply_rotary_pos_emb") else None
+        raise DijiangError(f"config.json is not valid for {kind} ({first_line(error)}): get the model again") from None
+    return model_class, parsed
 
 
 def check_kernel(kernel: Kernel, architecture: Architecture) -> None:
@@ -397,74 +126,3 @@ def check_kernel(kernel: Kernel, architecture: Architecture) -> None:
         raise Unsupported(
             f"the attention sinks of {kind} need a window: take a recipe that has one, or --set window=64"
         )
-
-
-def select_layers(spec: str, count: int, full: list[int], local: list[int], kind: str) -> list[int]:
-    """The layers that a specification names, of ``count``.
-
-    spec: ``all`` that see every token before, ``none``, ``sliding-only``, ``0,3,8-23``, ``every:2``, ``not-every:4``,
-        ``not-last:2``; or several with commas between them. Every, not-every and not-last choose from ``all``.
-    full, local: those with attention to every token before, and to a part of them.
-
-    Raises DijiangError for what is no specification or names a layer that has no attention, and Unsupported where
-    ``all`` are none.
-    """
-    bad = DijiangError(f"--layers {spec!r} is not valid: give {LAYER_SPECS}")
-    chosen: set[int] = set()
-    for part in spec.split(","):
-        head, _, number = part.partition(":")
-        first, dash, last = part.partition("-")
-        if part == "none":
-            continue
-        if part == "sliding-only":
-            chosen |= {*local}
-        elif part == "all":
-            chosen |= {*full}
-        elif head in ("every", "not-every", "not-last"):
-            if not _is_number(number) or int(number) < 1:
-                raise bad
-            n = int(number)
-            chosen |= {
-                i for i in full
-                if (head == "every" and i % n == 0)
-                or (head == "not-every" and i % n != n - 1)
-                or (head == "not-last" and i < count - n)
-            }  # fmt: skip
-        else:
-            if not _is_number(first) or (dash and not _is_number(last)):
-                raise bad
-            start, end = int(first), int(last or first)
-            if max(start, end) >= count:
-                beyond = max(start, count)
-                raise DijiangError(f"--layers {spec!r}: there is no layer {beyond}, the model has 0 to {count - 1}")
-            missing = sorted({*range(start, end + 1)} - {*full, *local})
-            if missing:
-                raise DijiangError(f"--layers {spec!r}: layer {missing[0]} has no attention to convert")
-            chosen |= {*range(start, end + 1)}
-    if not chosen and spec == "all":
-        raise Unsupported(
-            f"every attention layer of {kind} has a sliding window: it is linear already, "
-            "--layers sliding-only converts it all the same"
-        )
-    if not chosen and spec != "none":
-        raise DijiangError(f"--layers {spec!r} chooses no layer of {count}: give {LAYER_SPECS}")
-    return sorted(chosen)
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' warnings: a model on the meta device gives many that mean nothing."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().split("\n", 1)[0][:160]

@@ -282,13 +282,12 @@ def inspect(
         if not r.supported:
             print(f"{r.source} ({r.architecture}) is not supported: {r.reason}")
             return
-        caches = ", ".join(f"{_size(n)} at {length:,}" for length, n in r.kv_cache_bytes_at.items())
+        caches = ", ".join(f"{_size(n)} at {length:,}" for length, n in (r.kv_cache_bytes_at or {}).items())
         _table("", "", [
             ["model", f"{r.source} ({r.architecture})"],
             ["layers", f"{r.layers_converted} of {r.layers}: {r.heads} heads of {r.head_dim}, {r.kv_heads} for keys"],
             ["new parameters", f"{r.new_parameters:,} beside {r.parameters:,}"],
-            ["state", f"{_size(r.state_bytes)} at any length"],
-            ["softmax's cache", caches],
+            *([["state", f"{_size(r.state_bytes)} at any length"], ["softmax's cache", caches]] if caches else []),
             ["memory to finetune", _size(r.finetune_bytes)],
         ])  # fmt: skip
 
@@ -344,7 +343,19 @@ def demo(
 
 
 def _show_eval(r: Any) -> None:
-    rows = [["perplexity", f"{r.perplexity:.3f}"], ["tokens", f"{r.tokens:,} in rows of {r.seq_len}"]]
+    rows = [["tokens", f"{r.tokens:,} in rows of {r.seq_len}"]]
+    if r.likeness is not None:
+        like, same = r.likeness, r.likeness.top1_agreement
+        rows += [
+            [
+                "hidden states",
+                f"cosine {like.hidden_cosine:.4f}, squared error {like.hidden_error:.4f} of their norm's",
+            ],
+            ["embeddings of texts", f"cosine {like.embedding_cosine:.4f}"],
+            *([] if same is None else [["same choice", f"{same:.1%}"]]),
+        ]
+        return _table("", "", rows)
+    rows.insert(0, ["perplexity", f"{r.perplexity:.3f}"])
     if r.baseline_perplexity is not None:
         rows += [
             ["original's perplexity", f"{r.baseline_perplexity:.3f}"],

@@ -5,9 +5,10 @@ added, and the code that runs them. It takes about as long as copying the folder
 """
 
 import dataclasses
+import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from . import __version__
 from .architecture import Architecture, check_kernel, examine
 from .card import write_card
 from .checkpoint import check_out, new_folder, read_shard, weight_files, write_json, write_shards
-from .errors import DijiangError
+from .errors import DijiangError, Unsupported
 from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS
 from .progress import bytes_bar
 from .push import check_repo
@@ -121,7 +122,9 @@ def convert(
     if not dry_run:
         found = download(found, target)
         assert found.folder is not None
-        _check_tokenizer(found.folder)
+        if architecture.model_class.main_input_name == "input_ids":
+            _check_tokenizer(found.folder)
+        module_folders(found.folder)
         shards = weight_files(found.folder)
         for shard in shards:
             read_shard(shard)  # a truncated file is found before anything is written
@@ -130,7 +133,7 @@ def convert(
         with new_folder(target, force) as folder:
             with bytes_bar("converting", size) as advance:
                 write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance)
-            _copy_companions(found.folder, folder)
+            copy_companions(found.folder, folder)
             write_json(folder / "config.json", converted_config(config, architecture, chosen, found, dtype))
             write_code(folder)
             write_card(folder)
@@ -192,6 +195,8 @@ def auto_classes(kind: str, architecture: Architecture) -> dict[str, str]:
                 continue
             model_class = architecture.model_class
         found[auto] = class_name(model_class, architecture.config)
+    if not architecture.layers.causal:
+        found.pop("AutoModelForCausalLM", None)
     if getattr(type(architecture.config)(), "is_encoder_decoder", False):  # its decoder alone was converted
         found = {auto: name for auto, name in found.items() if auto == "AutoModelForCausalLM"}
     return found
@@ -209,9 +214,30 @@ def _check_tokenizer(folder: Path) -> None:
         raise DijiangError(f"no tokenizer in {folder}: it needs tokenizer.json or the files of a slow tokenizer")
 
 
-def _copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, generation config, chat template, license: whatever lies beside the weights."""
+def copy_companions(source: Path, target: Path, without: Collection[str] = ("config.json",)) -> None:
+    """Tokenizer, generation config, chat template, license: whatever lies beside the weights; and the further modules
+    of a sentence-transformers model."""
     for path in sorted(source.iterdir()):
         wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND)
-        if wanted and path.name != "config.json":
+        if wanted and path.name not in without:
             shutil.copyfile(path, target / path.name)
+    for name in module_folders(source):
+        shutil.copytree(source / name, target / name)
+
+
+def module_folders(folder: Path) -> list[str]:
+    """What follows the Transformer in a sentence-transformers model (pooling, dense layers, normalisation) lies in
+    folders that its modules.json names.
+
+    Raises DijiangError where one is missing or outside, and Unsupported for modules with code of their own."""
+    if not (folder / "modules.json").is_file():
+        return []
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    own = [each["type"] for each in modules if not each["type"].startswith("sentence_transformers.")]
+    if own:
+        raise Unsupported(f"modules.json names {own[0]}, code of the model's own: only sentence-transformers' modules")
+    names = [each["path"] for each in modules if each["path"]]
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).is_dir():
+            raise DijiangError(f"modules.json names {name}, no folder of {folder}: get the model again")
+    return names

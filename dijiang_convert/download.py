@@ -28,17 +28,18 @@ WORKERS = 4  # files at a time
 
 
 def list_files(repo_id: str, revision: str) -> dict[str, RepoFile]:
-    """The files of a commit's top folder by name, with sizes and hashes. Raises DijiangError."""
+    """The files of a commit by name, with sizes and hashes, without names that leave a folder. Raises DijiangError."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
     with hub_errors(repo_id, revision):
-        tree = patiently(lambda: list(HfApi().list_repo_tree(repo_id, revision=revision)))
-    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile) and is_plain(entry.path)}
+        tree = patiently(lambda: list(HfApi().list_repo_tree(repo_id, revision=revision, recursive=True)))
+    files = [entry for entry in tree if isinstance(entry, RepoFile)]
+    return {file.path: file for file in files if all(map(is_plain, file.path.split("/")))}
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name that a repository gives is that of a file in its top folder, on any system."""
+    """Whether a name that a repository gives is that of a file in a folder and stays there, on any system."""
     return re.fullmatch(r"[^/\\:\0]+", name) is not None and name not in (".", "..")
 
 

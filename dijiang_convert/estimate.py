@@ -25,7 +25,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .architecture import skeleton
 from .distill import trainer
 from .distill.contexts import REAL, START, TARGET
 from .distill.data import Rows
@@ -33,8 +32,9 @@ from .distill.log import StageCallback
 from .distill.logits import CHUNK_ELEMENTS, LEAST_ROWS
 from .modeling import modeling_dijiang
 from .modeling.configuration_dijiang import Kernel, Layers, read_section
-from .models import load_converted
+from .models import generates, load_converted
 from .recipe import Stage
+from .trace import skeleton
 
 # Fitted to what `benchmarks/memory.py` measures:
 BACKWARD = 1.4  # of what a layer keeps, while its backward pass runs
@@ -140,7 +140,8 @@ def stage_cost(
 def _activations(model: PreTrainedModel, kernel: Kernel, layers: Layers, stage: Stage, tokens: int, width: int) -> int:
     """Bytes of a forward pass over so many tokens."""
     config: Any = model.config.get_text_config()
-    depth, vocabulary = config.num_hidden_layers, config.vocab_size
+    depth = getattr(config, "num_hidden_layers", len(layers.layers))
+    vocabulary = config.vocab_size if generates(model) else 0
     of_kernel = int(4 * BACKWARD * tokens * _kernel_numbers(kernel, layers, stage.objective == "attention_transfer"))
     if stage.objective == "attention_transfer":
         return of_kernel
@@ -244,7 +245,7 @@ def random_rows(model: PreTrainedModel, seq_len: int, count: int) -> Rows:
     ids = torch.randint(config.vocab_size, (count, seq_len), generator=torch.Generator().manual_seed(0))
     marks = torch.full((count, seq_len), REAL | TARGET, dtype=torch.uint8)
     marks[:, 0] = REAL | START
-    return Rows(ids.int(), marks)
+    return Rows(ids.int(), marks, whole=not generates(model))
 
 
 class Stopwatch(StageCallback):

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from .distill.data import Rows, token_rows
 from .errors import DijiangError
-from .models import load_any, load_tokenizer, silence
+from .likeness import Likeness, likeness
+from .models import generates, load_any, load_tokenizer, silence
 from .progress import count_bar
 
 DEFAULT_DATA = "emozilla/pg19-test"  # books; no part of any recipe's corpus
@@ -22,13 +23,13 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Perplexity a token; the other figures need a baseline.
+    """Perplexity a token; the other figures need a baseline. Encoders have no perplexity: theirs is a `likeness`.
 
     kl_divergence: KL(baseline ‖ model) in nats a token; top1_agreement: share of tokens where both would choose the
     same. perplexity_by_position: over 8 equal parts of a row.
     """
 
-    perplexity: float
+    perplexity: float | None
     tokens: int
     seq_len: int
     perplexity_by_position: list[float]
@@ -36,6 +37,7 @@ class EvalResult:
     perplexity_ratio: float | None = None
     kl_divergence: float | None = None
     top1_agreement: float | None = None
+    likeness: Likeness | None = None
     tasks: dict[str, Any] = field(default_factory=dict)
 
 
@@ -52,7 +54,7 @@ def evaluate(
 
     Args:
         checkpoint: converted, or any causal language model.
-        baseline: the original model, to compare with.
+        baseline: the original model, to compare with. Encoders need one: they are measured by it alone.
         seq_len: tokens a row; by default the model's context, at most 2,048.
         tasks: names of lm-eval tasks; needs ``pip install lm-eval``.
 
@@ -62,14 +64,24 @@ def evaluate(
     silence()
     model = load_any(str(checkpoint)).eval()
     other = load_any(baseline, model.device).eval() if baseline else None
+    if other is None and not generates(model):
+        raise DijiangError(f"{checkpoint} predicts no next token: give the original with --baseline, to compare with")
     if other is not None and _vocabulary(other) != _vocabulary(model):
         raise DijiangError(f"{baseline} has another vocabulary than {checkpoint}: give the model it was converted from")
     tokenizer = load_tokenizer(checkpoint)
     length = seq_len or min(getattr(model.config.get_text_config(), "max_position_embeddings", 2048), 2048)
+    whole = not generates(model)
+    if whole and seq_len is None:
+        length = min(length, tokenizer.model_max_length)
     rows = token_rows(
         data if data is not None else DEFAULT_DATA, tokenizer,
-        seq_len=length, tokens=max_tokens, held_out=True, shuffle_seed=None,
+        seq_len=length, tokens=max_tokens, held_out=True, shuffle_seed=None, whole=whole,
     )  # fmt: skip
+    if whole:
+        if tasks:
+            raise DijiangError(f"{checkpoint} predicts no next token: lm-eval's tasks need that, leave --tasks out")
+        assert other is not None
+        return EvalResult(None, rows.tokens, length, [], likeness=likeness(model, other, rows))
     totals = measure(model, rows, other)
     loss = totals["loss"].sum() / totals["count"].sum()
     result: dict[str, Any] = {

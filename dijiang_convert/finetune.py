@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import write_card
 from .checkpoint import check_out, read_checkpoint, write_json, write_trained
-from .convert import LEFT_BEHIND, write_code
+from .convert import copy_companions, write_code
 from .distill import processes
 from .distill.corpus import Sources
 from .distill.data import Rows, check_data
@@ -31,9 +31,20 @@ from .distill.teacher_cache import cache_teacher as write_cache
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
 from .estimate import StageCost, free_memory, plan_costs, timed, told, warning
-from .models import converted_config, default_device, load_any, load_converted, load_tokenizer, silence
-from .plan import check_context, extended_config, make_plan
-from .probe import PROBES, HeldOut, Probe, first_probes, kept_aside, probe, read_probes, write_probes
+from .likeness import Likeness
+from .models import converted_config, default_device, load_any, load_converted, load_tokenizer, predicts, silence
+from .plan import check_context, check_objectives, extended_config, fit_rows, make_plan, source_context
+from .probe import (
+    PROBES,
+    HeldOut,
+    Probe,
+    first_probes,
+    kept_aside,
+    probe,
+    probe_likeness,
+    read_probes,
+    write_probes,
+)
 from .progress import console
 from .push import check_repo
 from .push import push as push_checkpoint
@@ -113,11 +124,18 @@ def finetune(
         recipe, stages, skip, tokens=tokens, train=train, seq_len=seq_len, settings=settings, own_data=data is None
     )
     parsed = converted_config(folder)
+    of_language = predicts(parsed)
+    if not of_language:
+        check_objectives(plan)
+        if seq_len is None:  # most encoders have a short context, and recipes are for decoders
+            plan = fit_rows(plan, min(source_context(parsed), load_tokenizer(folder).model_max_length))
+        if cache_teacher is not None:
+            raise DijiangError("--cache-teacher keeps next tokens, and this model predicts none: leave it out")
     check_context(plan, parsed)
     teachers = [
         _teacher(stage, folder, section, [*section["history"], *plan[:i]], teacher) for i, stage in enumerate(plan)
     ]
-    _check_teachers(teachers, teacher, cache_teacher, parsed.get_text_config().vocab_size)
+    _check_teachers(teachers, teacher, cache_teacher, getattr(parsed.get_text_config(), "vocab_size", 0))
     corpora = [corpus_of(stage.data, data, recipe) for stage in plan]
     if not resume:  # a resumed run has its rows, whatever has happened to the corpus
         for corpus in corpora:
@@ -141,9 +159,9 @@ def finetune(
         check_out(target, force)
     tokenizer = load_tokenizer(folder)
     run.begin()
-    held, probes = None, dict[str, Probe]()
+    held, probes = None, dict[str, Probe | Likeness]()
     try:
-        rows = gather(corpora, tokenizer, plan, seed, run)
+        rows = gather(corpora, tokenizer, plan, seed, run, whole=not of_language)
         if report:
             aside = run.folder / "aside.pt"
             run.wait_for(aside)
@@ -188,7 +206,7 @@ def finetune(
     run.finish(target, force)
     pushed = None
     if report and here.is_main_process:  # once the result is safe
-        _report(target, tokenizer, recipe, plan, probes, held, corpora[-1])
+        _report(target, folder, tokenizer, recipe, plan, probes, held, corpora[-1])
     run.remove()
     if push and here.is_main_process:
         pushed = push_checkpoint(target, push, private=private).url
@@ -221,10 +239,11 @@ def _recipe(section: dict[str, Any]) -> Recipe:
 
 def _report(
     target: Path,
+    source: Path,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     plan: Sequence[Stage],
-    probes: dict[str, Probe],
+    probes: dict[str, Probe | Likeness],
     held: HeldOut | None,
     corpus: Sequence[str],
 ) -> None:
@@ -233,10 +252,15 @@ def _report(
     if held is None:
         note = "Not measured: the run is too short, or its text too little, to set some aside."
     else:
-        prompts = [str(text) for text in tokenizer.batch_decode(held.prompts)]
-        probes = {**probes, "after": probe(load_converted(target), tokenizer, held)}
-        note = f"{held.rows.tokens:,} tokens that no stage trained on."
-        if "before" in probes and "original" not in probes:
+        model, note = load_converted(target), f"{held.rows.tokens:,} tokens that no stage trained on."
+        if held.rows.whole:
+            after: Probe | Likeness | None = probe_likeness(model, source, held)
+        else:
+            prompts = [str(text) for text in tokenizer.batch_decode(held.prompts)]
+            after = probe(model, tokenizer, held)
+        if after is not None:
+            probes = {**probes, "after": after}
+        if after is None or ("before" in probes and "original" not in probes and isinstance(after, Probe)):
             note += " The original is not in this checkpoint: its weights were trained before."
     names = [Path(name).name if Path(name).exists() else name for name in corpus] if isinstance(corpus, Sources) else []
     facts = {"text": ", ".join(names) or "given documents"}
@@ -324,10 +348,7 @@ def _write(
 
     write_trained(target, saved, source, aliases)
     shutil.rmtree(saved)
-    for path in sorted(source.iterdir()):
-        of_a_run = path.name in (LOG, REPORT)
-        if path.is_file() and not of_a_run and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND):
-            shutil.copyfile(path, target / path.name)
+    copy_companions(source, target, without=(LOG, REPORT))
     done = [
         {
             "stage": result.name,

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .architecture import Architecture, check_kernel, examine, skeleton
+from .architecture import Architecture, check_kernel, examine
 from .errors import Unsupported
 from .modeling.configuration_dijiang import Kernel, Layers
 from .modeling.modeling_dijiang import attach
 from .recipe import Recipe, load_recipe
 from .sources import read_config, resolve
+from .trace import skeleton
 
 LENGTHS = (1024, 8192, 65536)
 
@@ -18,6 +19,7 @@ class InspectResult:
     """``reason`` says why a model is not supported. Sizes are in bytes, for one sequence.
 
     state_bytes: what converted layers keep at any length; kv_cache_bytes_at: what they kept as softmax, by length.
+        Encoders keep nothing.
     finetune_bytes: memory that the recipe's largest stage takes, by the formula of `estimate`.
     """
 
@@ -61,23 +63,26 @@ def inspect(
     shape = architecture.layers
     new = sum(t.numel() for t in architecture.new_tensors(chosen.kernel).values())
     width = 2 if str(config.get("dtype", config.get("torch_dtype"))) in ("float16", "bfloat16") else 4
+    count = getattr(architecture.config.get_text_config(), "num_hidden_layers", 0)
     return InspectResult(
         source=str(found),
         architecture=kind,
         supported=True,
-        layers=architecture.config.get_text_config().num_hidden_layers,
+        layers=max([count, *(index + 1 for index in shape.layers)]),
         layers_converted=len(shape.layers),
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         parameters=architecture.parameters,
         new_parameters=new,
-        state_bytes=state_bytes(chosen.kernel, shape, width),
-        kv_cache_bytes_at={
-            n: len(shape.layers) * shape.kv_heads * (shape.head_dim + shape.value_dim) * n * width for n in LENGTHS
-        },
+        state_bytes=state_bytes(chosen.kernel, shape, width) if shape.causal else 0,
+        kv_cache_bytes_at={n: _kv_cache_bytes(shape, n, width) for n in LENGTHS} if shape.causal else None,
         finetune_bytes=_finetune_bytes(architecture, chosen, width),
     )
+
+
+def _kv_cache_bytes(layers: Layers, length: int, width: int) -> int:
+    return len(layers.layers) * layers.kv_heads * (layers.head_dim + layers.value_dim) * length * width
 
 
 def _finetune_bytes(architecture: Architecture, recipe: Recipe, width: int) -> int:

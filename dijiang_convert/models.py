@@ -6,13 +6,19 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from .architecture import quiet
 from .checkpoint import read_checkpoint
 from .errors import DijiangError
 from .modeling import configuration_dijiang, modeling_dijiang
 from .sources import download, read_json, resolve
+from .trace import quiet
 
 
 def default_device() -> torch.device:
@@ -47,17 +53,27 @@ def softmax_implementation(model_class: Any) -> str:
 
 
 def load_any(source: str, device: torch.device | None = None) -> PreTrainedModel:
-    """A converted checkpoint, or any causal language model that transformers has (alias, Hub id or folder)."""
+    """A converted checkpoint, or any model that transformers has (alias, Hub id or folder): with the head that its
+    config names, or else as a causal language model."""
     folder = Path(source).expanduser()
     if (folder / "config.json").is_file() and "dijiang" in read_json(folder / "config.json"):
         return load_converted(folder, device=device)
     found = download(resolve(source))
     try:
         with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(str(found.folder))
+            model: Any = _class_of(found.folder).from_pretrained(str(found.folder))
     except (ValueError, OSError, KeyError) as error:
         raise DijiangError(f"can't load {source}: {' '.join(str(error).split())[:300]}") from error
     return model.to(device or default_device())
+
+
+def _class_of(folder: Path | None) -> Any:
+    """AutoModelForCausalLM, or the class of a model that is none."""
+    assert folder is not None
+    name = (read_json(folder / "config.json").get("architectures") or [""])[0]
+    named = getattr(transformers, name, None)
+    is_other = isinstance(named, type) and issubclass(named, PreTrainedModel) and not issubclass(named, GenerationMixin)
+    return named if is_other else AutoModelForCausalLM
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -88,6 +104,18 @@ def silence() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+
+
+def generates(model: Any) -> bool:
+    """Whether a model, converted or not, predicts the next token. Others give hidden states, or what a head makes of
+    them."""
+    section = getattr(model.config, "dijiang", None) or {}
+    return isinstance(model, GenerationMixin) and section.get("causal", True)
+
+
+def predicts(config: Any) -> bool:
+    """The same, by the config of a converted checkpoint."""
+    return issubclass(getattr(modeling_dijiang, config.architectures[0]), GenerationMixin) and config.dijiang["causal"]
 
 
 def hidden_size(model: PreTrainedModel) -> int:

@@ -83,6 +83,19 @@ def check_context(plan: Sequence[Stage], config: Any) -> None:
             )
 
 
+def fit_rows(plan: Sequence[Stage], context: int) -> tuple[Stage, ...]:
+    """The stages with rows no longer than ``context``."""
+    return tuple(dataclasses.replace(stage, seq_len=min(stage.seq_len, context)) for stage in plan)
+
+
+def check_objectives(plan: Sequence[Stage]) -> None:
+    """Raises DijiangError for stages that train on the next token, which not every model predicts."""
+    for stage in plan:
+        if stage.objective == "cross_entropy" or stage.cross_entropy_weight:
+            what = "objective cross_entropy" if stage.objective == "cross_entropy" else "cross_entropy_weight"
+            raise DijiangError(f"stage {stage.name}: {what} needs a model that predicts the next token: leave it out")
+
+
 def source_context(config: Any) -> int:
     """Tokens that the original takes: what its config says, or what its rope scaling stretches that to."""
     recorded = config.dijiang.get("source_context")

@@ -19,7 +19,8 @@ from .distill.attention_transfer import attention
 from .distill.data import Rows, token_rows
 from .errors import DijiangError
 from .evaluate import measure
-from .models import load_converted
+from .likeness import Likeness, likeness
+from .models import generates, load_converted
 
 PROBES = "probes.json"
 MOST_TOKENS = 32_768
@@ -67,7 +68,10 @@ def hold_out(
     if count < 1:
         return None, left
     try:
-        aside = token_rows(data, tokenizer, seq_len=length, tokens=count * length, held_out=True, shuffle_seed=None)
+        aside = token_rows(
+            data, tokenizer, seq_len=length, tokens=count * length, held_out=True, shuffle_seed=None,
+            whole=longest.whole,
+        )  # fmt: skip
         known = torch.stack([in_common(each, aside)[1] for each in rows]).any(0)
         aside = select(aside, ~known)
     except DijiangError:  # a held-out part of less than a row
@@ -88,12 +92,12 @@ def kept_aside(
     train on."""
     if not path.is_file():
         held, masks = hold_out(data, tokenizer, rows, tokens)
-        found = None if held is None else (held.rows.ids, held.rows.marks, held.prompts)
+        found = None if held is None else (held.rows.ids, held.rows.marks, held.rows.whole, held.prompts)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         torch.save({"held": found, "masks": masks}, partial)
         partial.replace(path)
     kept = torch.load(path, weights_only=True)
-    held = None if kept["held"] is None else HeldOut(Rows(*kept["held"][:2]), kept["held"][2])
+    held = None if kept["held"] is None else HeldOut(Rows(*kept["held"][:3]), kept["held"][3])
     pairs = zip(rows, kept["masks"], strict=True)
     return held, [each if mask is None else select(each, mask) for each, mask in pairs]
 
@@ -113,8 +117,9 @@ def _prompts(rows: Rows) -> Tensor:
 
 def select(rows: Rows, chosen: Tensor) -> Rows:
     """Those of the rows that ``chosen`` [n] marks."""
-    values = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
-    return dataclasses.replace(rows, **{k: v[chosen] if isinstance(v, Tensor) else v for k, v in values.items()})
+    values: dict[str, Any] = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
+    parts: dict[str, Any] = {name: value[chosen] for name, value in values.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(rows, **parts)
 
 
 def in_common(rows: Rows, others: Rows) -> tuple[Tensor, Tensor]:
@@ -151,26 +156,41 @@ def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held: Held
     return Probe(perplexity, by_position, _continue(model, tokenizer, held.prompts))
 
 
-def first_probes(folder: Path, tokenizer: PreTrainedTokenizerBase, held: HeldOut) -> dict[str, Probe]:
+def probe_likeness(model: PreTrainedModel, folder: Path, held: HeldOut) -> Likeness | None:
+    """How like the original's a model's output is, where the original is in the checkpoint ``folder``: as long as no
+    stage has trained its base weights."""
+    other = load_converted(folder, attention="softmax").eval()
+    return None if was_trained(other) else likeness(model.eval(), other, held.rows)
+
+
+def was_trained(model: Any) -> bool:
+    """Whether base weights of a converted model are no more the original's."""
+    return any(step["train"] != "kernel" for step in model.config.dijiang["history"])
+
+
+def first_probes(folder: Path, tokenizer: PreTrainedTokenizerBase, held: HeldOut) -> dict[str, Probe | Likeness]:
     """Of a checkpoint before training; and of the original, which the same model is with softmax attention as long as
     no stage has trained its base weights."""
     model = load_converted(folder)
-    probes = {"before": probe(model, tokenizer, held)}
-    if all(step["train"] == "kernel" for step in model.config.dijiang["history"]):
+    if not generates(model):
+        like = probe_likeness(model, folder, held)
+        return {} if like is None else {"before": like}
+    probes: dict[str, Probe | Likeness] = {"before": probe(model, tokenizer, held)}
+    if not was_trained(model):
         with attention(model, "softmax"):
             probes["original"] = probe(model, tokenizer, held)
     return probes
 
 
-def write_probes(path: Path, probes: Mapping[str, Probe]) -> None:
+def write_probes(path: Path, probes: Mapping[str, Probe | Likeness]) -> None:
     """Keeps what was measured before training, for the run that resumes this one."""
     write_json(path, {name: dataclasses.asdict(each) for name, each in probes.items()})
 
 
-def read_probes(path: Path) -> dict[str, Probe]:
+def read_probes(path: Path) -> dict[str, Probe | Likeness]:
     """What `write_probes` kept, if it did."""
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {name: Probe(**values) for name, values in kept.items()}
+    return {name: (Probe if "texts" in values else Likeness)(**values) for name, values in kept.items()}
 
 
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Tensor) -> list[str]:

@@ -19,6 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
+from .download import is_plain
 from .errors import DijiangError
 from .hub import TIMEOUT, hub_errors, patiently, wait_if_passing
 from .sources import is_hub_id, read_index, read_json
@@ -34,6 +35,7 @@ SINGLE = "model.safetensors"
 # training log and the report, which quotes the text that was trained on, stay too.
 ALLOWED = ("*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.png", "README.md", "LICENSE*")
 PLOTS = "plots/*.png"  # which the card shows
+INNER = (".png", ".json", ".safetensors", "pytorch_model.bin", ".txt")  # of plots and of sentence-transformers' modules
 REFUSED = (".*", "trainer_state.json")
 READ = ("*config.json", "README.md", "*.jinja", "special_tokens_map.json")  # for what must not leave the machine
 
@@ -195,8 +197,24 @@ def _checkpoint_files(folder: Path) -> dict[str, Path]:
     for name in sorted(companions):
         if any(fnmatchcase(name, pattern) for pattern in READ):
             _check_text(folder / name)
-    plots = {path.relative_to(folder).as_posix() for path in folder.glob(PLOTS) if path.is_file()}
-    return {name: folder / name for name in sorted(weights | companions | plots)}
+    further = [*folder.glob(PLOTS), *(path for name in _modules(folder) for path in (folder / name).iterdir())]
+    inner = {
+        path.relative_to(folder).as_posix()
+        for path in further
+        if path.is_file() and path.name.endswith(INNER) and not path.name.startswith(".")
+    }
+    return {name: folder / name for name in sorted(weights | companions | inner)}
+
+
+def _modules(folder: Path) -> list[str]:
+    """Folders with the further modules of a sentence-transformers model. Raises DijiangError for others."""
+    if not (folder / "modules.json").is_file():
+        return []
+    names = [each["path"] for each in json.loads((folder / "modules.json").read_bytes()) if each["path"]]
+    for name in names:
+        if not is_plain(name) or not (folder / name).is_dir():
+            raise DijiangError(f"modules.json of {folder} names {name}, no folder in it: convert again")
+    return names
 
 
 def _local_paths(record: Any) -> Iterator[str]:

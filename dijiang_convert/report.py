@@ -4,6 +4,7 @@ All of it is drawn from the result folder's own files and from what was measured
 """
 
 import base64
+import dataclasses
 import html
 import importlib.metadata
 import platform
@@ -19,6 +20,7 @@ import yaml
 from . import __version__
 from .checkpoint import read_checkpoint
 from .distill.log import read_log
+from .likeness import Likeness
 from .probe import Probe
 
 LOG = "training.jsonl"
@@ -51,7 +53,7 @@ $body
 
 def write_report(
     folder: Path,
-    probes: Mapping[str, Probe],
+    probes: Mapping[str, Probe | Likeness],
     prompts: Sequence[str],
     recipe: Mapping[str, Any],
     facts: Mapping[str, str],
@@ -73,7 +75,8 @@ def write_report(
     lines = read_log(folder / LOG)
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
-    measured = {name: probes[name] for name in MODELS if name in probes}
+    measured = {name: probe for name in MODELS if isinstance(probe := probes.get(name), Probe)}
+    alike = {name: probe for name in MODELS if isinstance(probe := probes.get(name), Likeness)}
     parts = [f"<p>{html.escape(_summary(record, lines))}</p>"]
     if lines:
         _draw_losses(lines, plots / "loss.png")
@@ -87,6 +90,10 @@ def write_report(
         rows = [(name, f"{probe.perplexity:.4g}") for name, probe in measured.items()]
         parts += [_table(("model", "perplexity"), rows), _image(plots / "perplexity.png", "perplexity by position")]
         parts += [_texts(prompt, i, measured) for i, prompt in enumerate(prompts)]
+    if alike:
+        header = [field.name.replace("_", " ") for field in dataclasses.fields(Likeness)]
+        lines_alike = [(name, *map(_figure, dataclasses.astuple(each))) for name, each in alike.items()]
+        parts += ["<p>How like the original's the output is:</p>", _table(("model", *header), lines_alike)]
     history = [tuple(_figure(step.get(key)) for key in STAGE) for step in record["history"]]
     parts += ["<h2>History of the checkpoint</h2>", _table(STAGE, history)]
     parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(yaml.safe_dump(dict(recipe), sort_keys=False))}</pre>"]

@@ -45,6 +45,8 @@ COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*",
 # A single file, or `<name>.index.json` and the shards that it lists; transformers looks in this order, too.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
+MODULE_FILES = (".json", ".safetensors", ".bin", ".txt")  # of sentence-transformers
+
 # What of a source's model card is true of the converted model, too.
 INHERITED = ("license", "license_name", "license_link", "language")
 
@@ -147,14 +149,14 @@ def download(source: Source, out: Path | None = None) -> Source:
 
     if _is_offline():
         folder = _snapshot(source)
-        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        for name in sorted(_companions(names) | _weights(source, names)):
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        for name in sorted(_companions(names) | _weights(source, names) | _modules(source, names)):
             if not check_blob(folder / name):
                 raise DijiangError(f"{name} of {source} in the cache is damaged: unset HF_HUB_OFFLINE to get it again")
         return dataclasses.replace(source, folder=folder)
     files = list_files(source.repo_id, source.revision)
     weights = _weights(source, files)
-    wanted = [files[name] for name in sorted(_companions(files) | weights)]
+    wanted = [files[name] for name in sorted(_companions(files) | weights | _modules(source, files))]
     cache, left = cache_folder(source.repo_id), bytes_left(source.repo_id, source.revision, wanted)
     check_space({cache: left} | ({out: sum(files[name].size for name in weights)} if out is not None else {}))
     folder = fetch(source.repo_id, source.revision, wanted, check=out is not None)
@@ -238,6 +240,18 @@ def _weights(source: Source, names: Collection[str]) -> set[str]:
         else ": choose a transformers model"
     )
     raise DijiangError(f"{source} has no {' or '.join(WEIGHTS)}{where}")
+
+
+def _modules(source: Source, names: Collection[str]) -> set[str]:
+    """Files of the further modules of a sentence-transformers model, in folders that its modules.json names."""
+    if "modules.json" not in names:
+        return set()
+    try:
+        modules = json.loads(_fetch(source, "modules.json").read_bytes())
+        folders = {each["path"] for each in modules if each["path"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DijiangError(f"modules.json of {source} can't be read ({one_line(error)}): get it again") from error
+    return {name for name in names if name.rpartition("/")[0] in folders and name.endswith(MODULE_FILES)}
 
 
 def _fetch(source: Source, name: str) -> Path:

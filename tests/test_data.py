@@ -397,7 +397,7 @@ def test_evaluation_rows_start_with_a_document_and_keep_their_order(tokenizer: A
 def test_the_tokens_that_part_documents(tokenizer: Any) -> None:
     """The end-of-text token, unless the tokenizer puts tokens of its own around a text."""
     end = tokenizer.eos_token_id
-    assert contexts_module._ends(tokenizer) == ([], [end])
+    assert contexts_module.ends(tokenizer) == ([], [end])
 
     class Around:
         bos_token_id, eos_token_id = 1, 2
@@ -409,7 +409,7 @@ def test_the_tokens_that_part_documents(tokenizer: Any) -> None:
             return {"input_ids": [*self.before, 7, *self.after] if add_special_tokens else [7]}
 
     for before, after, expected in (([1], [], ([1], [])), ([1], [2], ([1], [2])), ([], [2], ([], [2]))):
-        assert contexts_module._ends(Around(before, after)) == expected  # type: ignore[arg-type]
+        assert contexts_module.ends(Around(before, after)) == expected  # type: ignore[arg-type]
 
 
 def test_a_long_text_has_its_ends_once(tokenizer: Any) -> None:

@@ -213,6 +213,14 @@ def test_a_file_that_is_too_short_is_no_file(repo: str, hub: Hub, waits: list[fl
     assert not list(cache_folder(repo).rglob("model.safetensors"))
 
 
+def test_modules_of_sentence_transformers_come_along(hub: Hub) -> None:
+    modules = json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../onnx"}])
+    wanted = {"modules.json": modules, "1_Pooling/config.json": "{}", "2_Dense/model.safetensors": LARGE}
+    other = {"onnx/model.onnx": b"o", "1_Pooling/notes.md": "", "3_Other/config.json": "{}", "2_Dense/a/b.json": "{}"}
+    hub.add_repo("download/modules", BASE | {"model.safetensors": LARGE} | wanted | other)
+    assert names(download(resolve("download/modules"))) == {*BASE, "model.safetensors", *wanted}
+
+
 def test_names_stay_in_their_folder(hub: Hub, tmp_path: Path) -> None:
     evil = {
         "../escaped.json": "{}",

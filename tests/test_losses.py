@@ -233,7 +233,7 @@ def test_transfer_gives_the_gradients_of_all_layers_at_once(monkeypatch: pytest.
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_recomputing_and_checkpointing_change_no_gradient(train: str) -> None:
     student = adapted("llama") if train == "lora" else load("llama").train()
-    model, inputs = logits.causal_model(student), batch(VOCABULARY, length=100)
+    model, inputs = logits.inner_model(student), batch(VOCABULARY, length=100)
     teacher = load("llama", attention="sdpa")
 
     def run(inside: Any) -> tuple[dict[str, Tensor], int]:

@@ -100,6 +100,19 @@ def test_only_allowed_files_leave(checkpoint: Path, hub: Hub) -> None:
     assert set(hub.files("push/allowed")) == ALLOWED | {".gitattributes"}
 
 
+def test_modules_of_sentence_transformers_come_along(checkpoint: Path, hub: Hub) -> None:
+    (checkpoint / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
+    (checkpoint / "1_Pooling").mkdir()
+    (checkpoint / "1_Pooling" / "config.json").write_text("{}")
+    (checkpoint / "1_Pooling" / ".hidden.json").write_text("{}")
+    push(checkpoint, "push/modules")
+    assert set(hub.files("push/modules")) == ALLOWED | {".gitattributes", "modules.json", "1_Pooling/config.json"}
+    (checkpoint / "modules.json").write_text('[{"path": "../secrets"}]')
+    (checkpoint.parent / "secrets").mkdir()
+    with pytest.raises(DijiangError, match="names ../secrets, no folder in it"):
+        push(checkpoint, "push/modules")
+
+
 def test_second_push_transfers_nothing(checkpoint: Path, hub: Hub) -> None:
     first = push(checkpoint, "push/twice")
     before = hub.bytes_received

@@ -13,7 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..modeling.modeling_dijiang import dijiang_attention, dijiang_mask
 from ..models import softmax_implementation
-from .logits import causal_model
+from .logits import inner_model
 
 RECOMPUTED = "dijiang_recomputed"
 
@@ -22,9 +22,11 @@ RECOMPUTED = "dijiang_recomputed"
 def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Inside, the model runs another attention function; "softmax" makes it the model that its base weights are."""
     name = softmax_implementation(type(model)) if name == "softmax" else name
-    # The text part of a multimodal model has a config of its own; what its other parts run is left alone.
+    # Parts of a model may have configs of their own; what runs another function than the whole is left alone.
     config: Any = model.config
-    configs = {id(each): each for each in (config, config.get_text_config(decoder=True))}.values()
+    parts = [getattr(config, part) for part in config.sub_configs if getattr(config, part, None) is not None]
+    used = config._attn_implementation_internal
+    configs = [config, *(each for each in parts if each._attn_implementation_internal == used)]
     before = [each._attn_implementation_internal for each in configs]
     try:
         for each in configs:
@@ -44,7 +46,7 @@ def original(student: Any) -> Iterator[None]:
     try:
         with (
             nullcontext() if adapted is None else adapted.disable_adapter(),
-            attention(causal_model(student), "softmax"),
+            attention(inner_model(student), "softmax"),
         ):
             yield
     finally:

@@ -31,16 +31,16 @@ class Tokens(NamedTuple):
 
 
 class Stream:
-    """The contexts of one source, and how many tokens it has given."""
+    """The contexts of one source, and how many tokens it has given. Documents have their `ends`, unless ``bare``."""
 
     def __init__(
-        self, source: Source, number: int, tokenizer: PreTrainedTokenizerBase, size: int, held_out: bool
+        self, source: Source, number: int, tokenizer: PreTrainedTokenizerBase, size: int, held_out: bool, bare: bool
     ) -> None:
         self.source, self.number, self.tokenizer, self.size, self.held_out = source, number, tokenizer, size, held_out
         self.taken = 0  # tokens
         self.holds = 0  # tokens of one reading, once it has been read to the end
         self.silent = 0  # chats without an answer, in the first reading
-        self.before, self.after = _ends(tokenizer)
+        self.before, self.after = ([], []) if bare else ends(tokenizer)
 
     def once(self, order: random.Random | None) -> Iterator[Tokens]:
         """One reading: in random order, or as it is and with no document cut."""
@@ -89,7 +89,7 @@ class Stream:
         return self.tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
 
 
-def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What starts and ends a document: the tokens that the tokenizer puts around a text, or else its end-of-text."""
     bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import new_folder, write_json
 from ..errors import DijiangError
-from .contexts import REAL, START, TARGET, Stream, Tokens, mixed, too_short
+from .contexts import REAL, START, TARGET, Stream, Tokens, ends, mixed, too_short
 from .corpus import Source, Sources, parse_source
 
 PIECE_ROWS = 4  # a piece of text is about as many rows
@@ -34,18 +34,22 @@ class Rows:
 
     ids: [n, seq_len] int32, padded on the right.
     marks: [n, seq_len] uint8, bits of REAL, START (of a context) and TARGET (of the loss); 0 is padding.
+    whole: each row is a text as encoders take it, and positions are the model's own business.
     """
 
     ids: Tensor
     marks: Tensor
+    whole: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """All [seq_len] int64. position_ids restart with every context, attention_mask marks real tokens, loss_mask
-        those that count as targets: none is the first of its context."""
+        those that count as targets: none is the first of its context. ``whole`` rows have the mask alone."""
         marks = self.marks[index]
+        if self.whole:
+            return {"input_ids": self.ids[index].long(), "attention_mask": (marks & REAL > 0).long()}
         at = torch.arange(len(marks))
         starts = torch.where(marks & START > 0, at, 0).cummax(0).values
         return {
@@ -77,7 +81,7 @@ class Rows:
     def split(self, counts: Sequence[int]) -> list["Rows"]:
         """Consecutive parts of so many rows each."""
         parts = zip(self.ids.split(list(counts)), self.marks.split(list(counts)), strict=True)
-        return [Rows(ids, marks) for ids, marks in parts]
+        return [Rows(ids, marks, self.whole) for ids, marks in parts]
 
 
 def token_rows(
@@ -88,6 +92,7 @@ def token_rows(
     tokens: int,
     held_out: bool = False,
     shuffle_seed: int | None = 0,
+    whole: bool = False,
     progress: Callable[[int], None] = lambda count: None,
     folder: Path | None = None,
 ) -> Rows:
@@ -99,6 +104,8 @@ def token_rows(
         held_out: take the files (or the split) set aside for evaluation, where there are any.
         shuffle_seed: decides the order of everything. None keeps the corpus' order and gives every document rows of
             its own, for evaluation: then the rows end with the corpus.
+        whole: every row is a text of its own between the tokens that the tokenizer puts around one, for encoders. What
+            is longer than a row is several texts.
         progress: called with every number of tokens gathered.
         folder: where the rows are kept, mapped into memory and not loaded. If it has them already, from the same
             request, they are taken as they are, and the corpus is not touched.
@@ -110,20 +117,24 @@ def token_rows(
         raise DijiangError(f"seq_len is {seq_len}: a row needs at least 2 tokens to have one to predict")
     names = [data] if isinstance(data, str) else list(data) if isinstance(data, Sources) else "documents"
     request = {"data": names, "held_out": held_out, "tokens": tokens, "seq_len": seq_len, "seed": shuffle_seed}
+    request["whole"] = whole
     if folder is not None and folder.is_dir():
         return _stored(folder, request)
     size = PIECE_ROWS * seq_len * CHARS_PER_TOKEN
-    streams = [Stream(source, i, tokenizer, size, held_out) for i, source in enumerate(_sources(data))]
+    streams = [Stream(source, i, tokenizer, size, held_out, bare=whole) for i, source in enumerate(_sources(data))]
     contexts: Iterable[Tokens]
     if shuffle_seed is None:
         contexts = itertools.chain.from_iterable(stream.once(None) for stream in streams)
     else:
         contexts = mixed(streams, seq_len, shuffle_seed)
     wanted = max(-(-tokens // seq_len), 1)
-    packed = _with_targets(_packed(contexts, tokenizer, seq_len, alone=shuffle_seed is None))
+    if whole:
+        packed = _whole(contexts, tokenizer, seq_len)
+    else:
+        packed = _with_targets(_packed(contexts, tokenizer, seq_len, alone=shuffle_seed is None))
     rows = _counted(itertools.islice(packed, wanted), progress)
     if folder is None:
-        found = _rows(list(rows), seq_len)
+        found = _rows(list(rows), seq_len, whole)
     else:
         with new_folder(folder) as new:
             _write(rows, new, request)
@@ -157,17 +168,12 @@ def _packed(
 
     A context that goes on in the next row starts anew there. One that would only get a scrap of a row starts the next.
     """
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-
-    def empty() -> Tokens:
-        return Tokens(np.full(seq_len, padding, np.int32), np.zeros(seq_len, np.uint8))
-
-    row, used = empty(), 0
+    row, used = _empty(tokenizer, seq_len), 0
     for context in contexts:
         done, length, room = 0, len(context.ids), seq_len - used
         if used and (alone or length > room < seq_len // 8):
             yield row
-            row, used = empty(), 0
+            row, used = _empty(tokenizer, seq_len), 0
         while done < length:
             count = min(length - done, seq_len - used)
             row.ids[used : used + count] = context.ids[done : done + count]
@@ -176,9 +182,32 @@ def _packed(
             used, done = used + count, done + count
             if used == seq_len:
                 yield row
-                row, used = empty(), 0
+                row, used = _empty(tokenizer, seq_len), 0
     if used:
         yield row
+
+
+def _empty(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Tokens:
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    return Tokens(np.full(seq_len, padding, np.int32), np.zeros(seq_len, np.uint8))
+
+
+def _whole(contexts: Iterable[Tokens], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Iterator[Tokens]:
+    """A row for each context, or several for a long one, whose last scrap goes."""
+    before, after = ends(tokenizer)
+    room = seq_len - len(before) - len(after)
+    if room < 1:
+        raise DijiangError(
+            f"seq_len is {seq_len}: a row needs room for a token between {len(before) + len(after)} more"
+        )
+    for context in contexts:
+        for start in range(0, len(context.ids), room):
+            ids = [*before, *context.ids[start : start + room], *after]
+            if start and len(ids) < seq_len // 8:
+                continue
+            row = _empty(tokenizer, seq_len)
+            row.ids[: len(ids)], row.marks[: len(ids)] = ids, REAL
+            yield row
 
 
 def _with_targets(rows: Iterable[Tokens]) -> Iterator[Tokens]:
@@ -198,10 +227,10 @@ def _counted(rows: Iterable[Tokens], progress: Callable[[int], None]) -> Iterato
         yield row
 
 
-def _rows(rows: Sequence[Tokens], seq_len: int) -> Rows:
+def _rows(rows: Sequence[Tokens], seq_len: int, whole: bool = False) -> Rows:
     ids = np.array([row.ids for row in rows], np.int32).reshape(-1, seq_len)
     marks = np.array([row.marks for row in rows], np.uint8).reshape(-1, seq_len)
-    return Rows(torch.from_numpy(ids), torch.from_numpy(marks))
+    return Rows(torch.from_numpy(ids), torch.from_numpy(marks), whole)
 
 
 def _write(rows: Iterable[Tokens], folder: Path, request: dict[str, Any]) -> None:
@@ -230,4 +259,5 @@ def _stored(folder: Path, request: dict[str, Any]) -> Rows:
     return Rows(
         torch.from_file(str(folder / "ids.bin"), size=size, dtype=torch.int32).reshape(shape),
         torch.from_file(str(folder / "marks.bin"), size=size, dtype=torch.uint8).reshape(shape),
+        request["whole"],
     )

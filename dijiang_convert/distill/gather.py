@@ -26,10 +26,11 @@ def gather(
     plan: Sequence[Stage],
     seed: int,
     run: RunFolder,
+    whole: bool = False,
 ) -> list[Rows]:
     """Rows for every stage, kept in the run's folder: one process writes them there, the others open them.
 
-    Stages of one corpus and row length share one reading of it, each with rows of its own.
+    Stages of one corpus and row length share one reading of it, each with rows of its own. ``whole``: see `token_rows`.
     """
     groups: dict[tuple[type, Sequence[str], int], list[int]] = {}
     for i, (corpus, stage) in enumerate(zip(corpora, plan, strict=True)):
@@ -43,7 +44,7 @@ def gather(
         with count_bar("reading text (tokens)", total) as advance:
             gathered = token_rows(
                 corpus, tokenizer, seq_len=seq_len, tokens=total, shuffle_seed=seed, progress=advance,
-                folder=kept,
+                folder=kept, whole=whole,
             )  # fmt: skip
         rows |= zip(members, gathered.split(counts), strict=True)
     return [rows[i] for i in range(len(plan))]

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..models import generates
 from .gradients import gradients, with_gradients
 
 # Logits of a chunk, a few tensors of which are alive at a time. On the CPU allocations beyond 32 MB are returned to the
@@ -124,13 +125,15 @@ def mean_loss(model: Any, inputs: dict[str, Any], loss: ChunkLoss) -> Tensor:
 
 def parts(model: Any, hidden: Tensor) -> Iterator[slice]:
     """Cuts hidden states [n, hidden] into chunks whose logits are small."""
-    vocabulary = causal_model(model).config.get_text_config().vocab_size
+    vocabulary = inner_model(model).config.get_text_config().vocab_size
     rows = max(CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"]) // vocabulary, LEAST_ROWS)
     yield from (slice(start, start + rows) for start in range(0, len(hidden), rows))
 
 
 def tokens(inputs: dict[str, Any]) -> dict[str, Any]:
     """What of a batch the model gets. Padding is on the right: causal models need no mask for it, only losses do."""
+    if "position_ids" not in inputs:  # whole rows of an encoder, or images
+        return inputs
     return {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
 
 
@@ -147,11 +150,11 @@ def hidden_states(model: Any, **inputs: Any) -> Tensor:
     wraps the model has its say, but its head sees one position."""
     found: list[Tensor] = []
 
-    def keep(body: nn.Module, args: Any, output: Any) -> None:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
         found.append(output.last_hidden_state)
         output.last_hidden_state = output.last_hidden_state[:, :1]
 
-    handle = _body(model).register_forward_hook(keep)
+    handle = body(model).register_forward_hook(keep)
     try:
         model(**inputs)
     finally:
@@ -162,34 +165,36 @@ def hidden_states(model: Any, **inputs: Any) -> Tensor:
 def head(model: Any, hidden: Tensor) -> Tensor:
     """Logits [n, vocabulary] of hidden states [n, hidden], by the model's own code: its forward pass runs with a body
     that gives them, so that scaling, soft-capping and whatever else lies behind it is the model's."""
-    model, body = causal_model(model), _body(model)
-    body.forward = lambda *args, **kwargs: _Output(last_hidden_state=hidden[None])  # hides the class' own
+    model, inside = inner_model(model), body(model)
+    inside.forward = lambda *args, **kwargs: _Output(last_hidden_state=hidden[None])  # hides the class' own
     try:
         return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
     finally:
-        del body.forward
+        del inside.forward
 
 
 def head_parameters(model: Any) -> list[nn.Parameter]:
     """What trains in the head: an embedding too where the two are tied."""
-    named, body = causal_model(model).named_parameters(remove_duplicate=False), body_name(model)
-    found = {id(p): p for name, p in named if p.requires_grad and not name.startswith(f"{body}.")}
+    named, inside = inner_model(model).named_parameters(remove_duplicate=False), body_name(model)
+    found = {id(p): p for name, p in named if p.requires_grad and not name.startswith(f"{inside}.")}
     return list(found.values())  # once each, though a head may have one under two names
 
 
 def body_name(model: Any) -> str:
-    """Of what lies before the head, as in gpt_neox or model.decoder."""
-    body = _body(model)
-    return next(name for name, module in causal_model(model).named_modules() if module is body)
+    """Of what lies before the head, as in gpt_neox or model.decoder; empty where there is no head."""
+    inside = body(model)
+    return next(name for name, module in inner_model(model).named_modules() if module is inside)
 
 
-def causal_model(model: nn.Module) -> PreTrainedModel:
+def inner_model(model: nn.Module) -> PreTrainedModel:
     """transformers' model inside of peft's and other wrappers."""
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
-def _body(model: Any) -> nn.Module:
-    return causal_model(model).get_decoder()
+def body(model: Any) -> nn.Module:
+    """What gives the last hidden state."""
+    inner: Any = inner_model(model)
+    return inner.get_decoder() if generates(inner) else inner.base_model
 
 
 class _Output(BaseModelOutput):

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DijiangError
-from ..models import hidden_size
+from ..models import generates, hidden_size
 from ..progress import console
 from ..recipe import Stage
 from . import nonfinite, processes
@@ -35,7 +35,8 @@ from .attention_transfer import attention_transfer_loss, transferring
 from .checkpoints import Checkpoints, StopOnSignal, last_checkpoint
 from .data import Rows
 from .log import StageCallback
-from .logits import body_name, causal_model, cross_entropy_loss, distillation_loss, live_teacher
+from .logits import body_name, cross_entropy_loss, distillation_loss, inner_model, live_teacher
+from .outputs import output_loss
 from .packing import check_packing
 from .teacher_cache import CachedRows, cached_teacher
 
@@ -137,7 +138,7 @@ def run_stage(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     latest = last_checkpoint(folder) if resume else None
-    with stop.listening(), _attention(stage, causal_model(trained), trainer.args, log):
+    with stop.listening(), _attention(stage, inner_model(trained), trainer.args, log):
         try:
             trainer.train(resume_from_checkpoint=str(latest) if latest else None)
         finally:
@@ -201,7 +202,8 @@ def lora_targets(model: nn.Module, which: str) -> list[str]:
     linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     if which == "attention":
         return [name for name in linear if name.startswith(tuple(attentions))]
-    return [name for name in linear if name.startswith(f"{body_name(model)}.")]
+    body = body_name(model)
+    return [name for name in linear if name.startswith(f"{body}." if body else "")]
 
 
 def _attention(
@@ -220,6 +222,11 @@ def _loss(stage: Stage, trained: Any, teacher: PreTrainedModel | None) -> Loss:
     if stage.objective == "cross_entropy":
         return cross_entropy_loss
 
+    def distil_outputs(student: Any, inputs: dict[str, Any]) -> Tensor:
+        if teacher is not None:
+            return output_loss(student, teacher, inputs)
+        return output_loss(student, trained, inputs, within=lambda: original(trained))
+
     def distil(student: Any, inputs: dict[str, Any]) -> Tensor:
         if "teacher_indices" in inputs:
             target = cached_teacher(inputs)
@@ -229,13 +236,13 @@ def _loss(stage: Stage, trained: Any, teacher: PreTrainedModel | None) -> Loss:
             target = live_teacher(trained, inputs, within=lambda: original(trained))
         return distillation_loss(student, target, inputs, stage.cross_entropy_weight)
 
-    return distil
+    return distil if generates(inner_model(trained)) else distil_outputs
 
 
 def targets(stage: Stage, inputs: dict[str, Tensor]) -> Tensor:
-    """How many things a batch's loss is the mean of: rows in attention transfer, else tokens to predict."""
-    if stage.objective == "attention_transfer":
-        return torch.tensor(len(inputs["input_ids"]))
+    """How many things a batch's loss is the mean of: tokens to predict, or rows where nothing is predicted."""
+    if stage.objective == "attention_transfer" or "loss_mask" not in inputs:
+        return torch.tensor(len(next(iter(inputs.values()))))
     return inputs["loss_mask"][:, 1:].sum()
 
 

@@ -107,6 +107,7 @@ class Layers:
     rotary_dim: how much of each head, the first part, the model's rotary function takes; 0 for none.
     borrowing: those of `layers` that take keys and values of an earlier layer, and don't update the cache.
     unrotated: those of `layers` that have no rotary embedding, in a model where others do.
+    causal: whether a token sees those before it alone; False in encoders.
     """
 
     attention_class: str
@@ -121,6 +122,7 @@ class Layers:
     rotary_dim: int = 0
     unrotated: tuple[int, ...] = ()
     borrowing: tuple[int, ...] = ()
+    causal: bool = True
 
 
 def read_section(config: transformers.PreTrainedConfig) -> tuple[Kernel, Layers]:

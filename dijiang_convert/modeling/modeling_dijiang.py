@@ -283,6 +283,8 @@ def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     cache = cache_of(given)
     layer = None
     if cache is not None:
+        if not module.dijiang.layers.causal:
+            raise ValueError("this model sees both sides of a token: it has no cache, leave it out")
         if module.config._attn_implementation.startswith("dijiang"):
             layer = cache_layer(cache, module.layer_idx, module.dijiang.kept)
         elif any(isinstance(each, DiJiangCacheLayer) for each in cache.layers):
@@ -341,13 +343,14 @@ class DiJiangMixin:
         super().initialize_weights()  # type: ignore[misc]
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        """A tensor that is missing would silently be random: loading such a checkpoint is an error."""
+        """A tensor that is missing would silently be random: loading such a checkpoint is an error. (Others than the
+        kernels' that are there and not asked for were so in the source: a part that its class leaves out.)"""
         super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
         missing, unexpected = set(loading_info.missing_keys), set(loading_info.unexpected_keys)
         missing -= set(self.all_tied_weights_keys)  # type: ignore[attr-defined]
+        unexpected = {key for key in unexpected if ".dijiang." in key}
         if type(self).__name__ not in (self.config.architectures or []):  # type: ignore[attr-defined]
-            # Another head on the same body may lack its own weights, and leave some of the checkpoint's.
-            missing, unexpected = ({k for k in keys if ".dijiang." in k} for keys in (missing, unexpected))
+            missing = {key for key in missing if ".dijiang." in key}  # another head on the same body lacks its own
         for kind, keys in (("lacks", missing), ("has unknown", unexpected)):
             if keys:
                 raise ValueError(f"the checkpoint {kind} {len(keys)} tensors, {min(keys)} first: it is damaged")
@@ -379,7 +382,9 @@ def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
         ours = self.config._attn_implementation.startswith("dijiang")
         if ours:
             _refuse(self, given)
-        segments = find_segments(given) if ours or self.config._attn_implementation in ("sdpa", "eager") else None
+        segments = None
+        if ours or self.config._attn_implementation in ("sdpa", "eager"):
+            segments = find_segments(given, _is_causal(self.config))
         if segments is not None:
             return forward(self, **packed_arguments(given, segments, self.config, names))
         if ours:
@@ -402,6 +407,10 @@ def _refuse(model: Any, given: dict[str, Any]) -> None:
         raise ValueError(f"attention_mask has {mask.dim()} dimensions: DiJiang attention takes [batch, length]")
 
 
+def _is_causal(config: Any) -> bool:
+    return bool(config.dijiang.get("causal", True))
+
+
 def _is_ours(mask: Tensor, count: int) -> bool:
     """Whether a mask for ``count`` new tokens has been through `static_mask`, as generate() does it beforehand."""
     return mask.dim() == 4 and (mask.shape[2] == count + 1 or mask.shape[2:] == (1, count))
@@ -409,7 +418,7 @@ def _is_ours(mask: Tensor, count: int) -> bool:
 
 def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
     """Whether a call is one that `_in_segments` answers: tokens in, logits or hidden states out, no gradient."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_causal(model.config):
         return False
     asked = {name for name, value in given.items() if value is not None and value is not False}
     tokens, keep, mask = given.get("input_ids"), given.get("logits_to_keep", 0), given.get("attention_mask")

@@ -30,10 +30,11 @@ def new_tokens(given: dict[str, Any]) -> Tensor | None:
     return given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
 
 
-def find_segments(given: dict[str, Any]) -> Tensor | None:
+def find_segments(given: dict[str, Any], causal: bool = True) -> Tensor | None:
     """The document of each token [B, N], counted from 0 in every row, or None where nothing is packed.
 
-    given: the arguments of a model's forward. Raises ValueError for packed rows with an attention_mask or a cache, and
+    given: the arguments of a model's forward. causal: False for encoders, whose positions may restart for other
+    reasons: only bounds tell their documents. Raises ValueError for packed rows with an attention_mask or a cache, and
     for bounds that don't fit the row.
     """
     tokens = new_tokens(given)
@@ -43,6 +44,8 @@ def find_segments(given: dict[str, Any]) -> Tensor | None:
         return None
     if bounds is not None:
         segments = _between(bounds, given.get(FLASH_ARGUMENTS[1]), tokens)
+    elif not causal:
+        return None
     elif torch.compiler.is_compiling():
         segments = _unseen(given, tokens)
     elif positions is None or positions.shape[-1] == 1:

@@ -1,0 +1,73 @@
+"""How like the original a converted model is that predicts no next token: an encoder, or a decoder without a head."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .distill.data import Rows
+from .distill.logits import body
+from .distill.outputs import embedding_cosine
+from .progress import count_bar
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How like another model's a model's output is.
+
+    hidden_error: squared error of the last hidden states over their squared norm; hidden_cosine: of a token's, the mean
+    over tokens; embedding_cosine: of their mean over a text, the mean over texts; top1_agreement: share of tokens (of
+    texts, for a classifier) for which both heads choose the same, None without a head.
+    """
+
+    hidden_error: float
+    hidden_cosine: float
+    embedding_cosine: float
+    top1_agreement: float | None = None
+
+
+@torch.no_grad()
+def likeness(model: PreTrainedModel, other: PreTrainedModel, rows: Rows) -> Likeness:
+    """Compares the last hidden states of two models on whole rows, and what their heads choose."""
+    sums = defaultdict[str, float](float)
+    size = max(BATCH_TOKENS // rows.ids.shape[1], 1)
+    with count_bar("comparing (rows)", len(rows)) as advance:
+        for ids, mask in zip(rows.ids.split(size), rows.mask.split(size), strict=True):
+            inputs = {"input_ids": ids.to(model.device, torch.long), "attention_mask": mask.to(model.device)}
+            real = inputs["attention_mask"].bool()
+            (hidden, chosen), (target, wanted) = (_outputs(each, inputs) for each in (model, other))
+            a, b = hidden[real], target[real]
+            sums["error"] += (a - b).square().sum().item()
+            sums["norm"] += b.square().sum().item()
+            sums["cosine"] += F.cosine_similarity(a, b, dim=-1).sum().item()
+            sums["embedding"] += embedding_cosine(hidden, target, real).sum().item()
+            if chosen is not None and wanted is not None:
+                same = (chosen == wanted)[real] if chosen.dim() == 2 else chosen == wanted
+                sums["same"] += same.sum().item()
+                sums["choices"] += same.numel()
+            sums["tokens"] += len(a)
+            sums["texts"] += len(ids)
+            advance(len(ids))
+    return Likeness(
+        hidden_error=sums["error"] / sums["norm"],
+        hidden_cosine=sums["cosine"] / sums["tokens"],
+        embedding_cosine=sums["embedding"] / sums["texts"],
+        top1_agreement=sums["same"] / sums["choices"] if sums["choices"] else None,
+    )
+
+
+def _outputs(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The last hidden states [B, N, hidden], and the head's choice for each token or text."""
+    found: list[Any] = []
+    handle = body(model).register_forward_hook(lambda module, args, output: found.append(output.last_hidden_state))
+    try:
+        logits = getattr(model(**inputs), "logits", None)
+    finally:
+        handle.remove()
+    return found[0].float(), None if logits is None else logits.argmax(-1)
