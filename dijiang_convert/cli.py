@@ -203,6 +203,7 @@ def evaluate(
     seq_len: SeqLen = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to evaluate on.")] = 100_000,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks: a,b.")] = "",
+    save: Annotated[bool, typer.Option("--save", help="Keep the figures in the checkpoint's model card.")] = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> Any:
@@ -210,7 +211,9 @@ def evaluate(
     from .evaluate import evaluate
 
     names = [task for task in tasks.split(",") if task]
-    result = evaluate(checkpoint, baseline=baseline, data=data, seq_len=seq_len, max_tokens=max_tokens, tasks=names)
+    result = evaluate(
+        checkpoint, baseline=baseline, data=data, seq_len=seq_len, max_tokens=max_tokens, tasks=names, save=save
+    )
     return result, _show_eval
 
 

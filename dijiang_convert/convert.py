@@ -5,6 +5,7 @@ added, and the code that runs them. It takes about as long as copying the folder
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import shutil
 import time
@@ -165,6 +166,7 @@ def converted_config(
         "source_revision": source.revision,
         "license": None,
         **source.card,
+        "made_with": made_with(),
         "recipe": recipe.name,
         "kernel": details["kernel"],
         "stages": details["stages"],
@@ -173,6 +175,11 @@ def converted_config(
         "history": [],
     }
     return result
+
+
+def made_with() -> dict[str, str]:
+    """The libraries that a checkpoint was made with, and their versions."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
 
 
 def class_name(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:

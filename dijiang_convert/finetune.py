@@ -9,7 +9,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import write_card
 from .checkpoint import check_out, read_checkpoint, write_json, write_trained
-from .convert import copy_companions, write_code
+from .convert import copy_companions, made_with, write_code
 from .distill import processes
-from .distill.corpus import Sources
+from .distill.corpus import Sources, hub_names
 from .distill.data import Rows, check_data
 from .distill.gather import corpus_of, fingerprint, gather
 from .distill.log import TrainingLog
@@ -48,6 +48,7 @@ from .probe import (
 from .progress import console
 from .push import check_repo
 from .push import push as push_checkpoint
+from .quality import EVALUATION, add_quality
 from .recipe import Recipe, Stage, parse_recipe
 from .report import LOG, REPORT, write_report
 from .sources import is_hub_id, read_config, resolve
@@ -201,7 +202,7 @@ def finetune(
             log=TrainingLog(run.log, stage, i),
         )  # fmt: skip
         results.append(result)
-        run.record(i, results, functools.partial(_write, model, folder, config, plan, results))
+        run.record(i, results, functools.partial(_write, model, folder, config, plan, corpora, results))
         del model, guide
     run.finish(target, force)
     pushed = None
@@ -266,7 +267,23 @@ def _report(
     facts = {"text": ", ".join(names) or "given documents"}
     ran = {"name": recipe.name, "kernel": recipe.kernel.to_dict(), "stages": [dataclasses.asdict(s) for s in plan]}
     write_report(target, probes, prompts, ran, facts, note)
+    if held is not None and "after" in probes:
+        sets = hub_names(corpus)
+        dataset = sets[0] if len(sets) == len(corpus) == 1 else None
+        add_quality(target, "finetune", dataset, held.rows.tokens, _figures(probes))
     write_card(target)  # which shows the plots
+
+
+def _figures(probes: Mapping[str, Probe | Likeness]) -> dict[str, float]:
+    """What the card tells of the probes."""
+    after = probes["after"]
+    if not isinstance(after, Probe):
+        return dataclasses.asdict(after)
+    names = {"after": "perplexity", "before": "untrained_perplexity", "original": "baseline_perplexity"}
+    figures = {names[name]: each.perplexity for name, each in probes.items() if isinstance(each, Probe)}
+    if "original" in probes:
+        figures["perplexity_ratio"] = figures["perplexity"] / figures["baseline_perplexity"]
+    return figures
 
 
 @dataclass(frozen=True)
@@ -332,6 +349,7 @@ def _write(
     source: Path,
     config: dict[str, Any],
     plan: Sequence[Stage],
+    corpora: Sequence[Sequence[str]],
     results: Sequence[StageResult],
     target: Path,
 ) -> None:
@@ -348,7 +366,9 @@ def _write(
 
     write_trained(target, saved, source, aliases)
     shutil.rmtree(saved)
-    copy_companions(source, target, without=(LOG, REPORT))
+    copy_companions(source, target, without=(LOG, REPORT, EVALUATION))
+    if (source / "README.md").is_file():  # of which `write_card` keeps what a person wrote
+        shutil.copyfile(source / "README.md", target / "README.md")
     done = [
         {
             "stage": result.name,
@@ -358,12 +378,14 @@ def _write(
             "seq_len": stage.seq_len,
             "first_loss": result.first_loss,
             "last_loss": result.last_loss,
+            "datasets": hub_names(corpus),
         }
-        for stage, result in zip(plan, results, strict=False)
+        for stage, corpus, result in zip(plan, corpora, results, strict=False)
     ]
     longest = max(stage.seq_len for stage, _ in zip(plan, results, strict=False))
     config = extended_config(config, converted_config(source), longest)
-    section = {**config["dijiang"], "history": [*config["dijiang"]["history"], *done]}
+    history = [*config["dijiang"]["history"], *done]
+    section = {**config["dijiang"], "made_with": made_with(), "history": history}
     write_json(target / "config.json", {**config, "dijiang": section})
     write_code(target)
     write_card(target)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -92,7 +93,8 @@ def push(
             patiently(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
         refs = patiently(lambda: api.list_repo_refs(repo)) if tag is not None else None
     tagged = next((ref.target_commit for ref in refs.tags if ref.name == tag), None) if refs else None
-    commit, sent = _upload(api, repo, revision, files, tagged)
+    with tempfile.TemporaryDirectory() as scratch:
+        commit, sent = _upload(api, repo, revision, files, tagged, Path(scratch))
     if tag is not None and tagged is None:
         with hub_errors(repo, revision):
             patiently(lambda: api.create_tag(repo, tag=tag, revision=commit, exist_ok=True))
@@ -101,18 +103,28 @@ def push(
 
 
 def _upload(
-    api: HfApi, repo: str, revision: str | None, files: dict[str, Path], tagged: str | None, tries: int = 3
+    api: HfApi,
+    repo: str,
+    revision: str | None,
+    files: dict[str, Path],
+    tagged: str | None,
+    scratch: Path,
+    tries: int = 3,
 ) -> tuple[str, int]:
     """The commit that has `files`, made if there is none yet, and the size of those that changed.
 
     tagged: the only commit that will do, if there is one.
+    scratch: an empty folder, for the card as it is to be there.
     """
     hashes: dict[Path, str] = {}
-    sent = 0
+    card, sent = files["README.md"], 0
     while True:
         with hub_errors(repo, revision):
             head = str(patiently(lambda: api.model_info(repo, revision=revision, timeout=TIMEOUT)).sha)
-        changed, stale = _compare(api, repo, head, files, hashes)
+        there = _files_at(api, repo, head)
+        files = files | {"README.md": _card(api, repo, head, card, there, scratch)}
+        changed = {name: path for name, path in files.items() if not _same(path, there.get(name), hashes)}
+        stale = [name for name in there if SHARD.fullmatch(name) and name not in files]
         if tagged is not None and (changed or stale or head != tagged):
             raise DijiangError(f"{repo} has this tag on another commit, {tagged[:12]}: choose another --tag")
         if not changed and not stale:
@@ -125,9 +137,10 @@ def _upload(
             if not (tries and wait_if_passing(error)):
                 raise
             continue
-        missing, _ = _compare(api, repo, commit, files, hashes)
-        if missing:
-            raise DijiangError(f"{repo} left out {min(missing)}: see whether a .gitignore there names it")
+        there = _files_at(api, repo, commit)
+        for name, path in files.items():
+            if not _same(path, there.get(name), hashes):
+                raise DijiangError(f"{repo} left out {name}: see whether a .gitignore there names it")
         return commit, sent
 
 
@@ -147,17 +160,26 @@ def _commit(api: HfApi, repo: str, revision: str | None, head: str, changed: dic
         ).oid
 
 
-def _compare(
-    api: HfApi, repo: str, commit: str, files: dict[str, Path], hashes: dict[Path, str]
-) -> tuple[dict[str, Path], list[str]]:
-    """The files that `commit` does not have as they are here, and shards that it has and the checkpoint doesn't."""
+def _files_at(api: HfApi, repo: str, commit: str) -> dict[str, RepoFile]:
     from huggingface_hub.hf_api import RepoFile
 
     with hub_errors(repo, commit):
         tree = patiently(lambda: list(api.list_repo_tree(repo, revision=commit, recursive=True)))
-    remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    changed = {name: path for name, path in files.items() if not _same(path, remote.get(name), hashes)}
-    return changed, [name for name in remote if SHARD.fullmatch(name) and name not in files]
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def _card(api: HfApi, repo: str, commit: str, path: Path, there: dict[str, RepoFile], scratch: Path) -> Path:
+    """The card at `path` with what a person edited in the repository's own."""
+    from .card import card_for
+
+    text = None
+    if "README.md" in there:
+        with hub_errors(repo, commit):
+            old = patiently(lambda: api.hf_hub_download(repo, "README.md", revision=commit, local_dir=scratch / commit))
+        text = Path(old).read_text(encoding="utf-8")
+    merged = scratch / "README.md"
+    merged.write_text(card_for(repo, path, text), encoding="utf-8")
+    return merged
 
 
 def check_repo(repo: str) -> None:
@@ -183,10 +205,11 @@ def _checkpoint_files(folder: Path) -> dict[str, Path]:
         raise DijiangError(f"config.json of {folder} tells of {path} on this machine: take it out, then push")
 
     weights = _weights(folder)
-    if not (folder / "README.md").is_file():
-        from .card import write_card
+    from .card import read_card, write_card
 
+    if not (folder / "README.md").is_file():
         write_card(folder)
+    read_card(folder / "README.md")  # before anything is created
     companions = {
         path.name
         for path in folder.iterdir()

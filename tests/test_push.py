@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from safetensors.numpy import save
 
+from dijiang_convert.card_parts import Card, merge, parse
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.push import PushResult, push
 from tests.hub import Hub
@@ -46,7 +47,8 @@ def checkpoint(tmp_path: Path) -> Path:
     (folder / "tokenizer.json").write_text("{}")
     (folder / "merges.txt").write_text("a b\n")
     (folder / "LICENSE").write_text("Apache\n")
-    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n\nA model.\n")
+    card = parse("---\nlibrary_name: transformers\n---\n\nA model.\n")
+    (folder / "README.md").write_text(merge(card, Card({}), "").text())
     (folder / "loss.png").write_bytes(b"\x89PNG %d" % number)
     return folder
 
@@ -469,7 +471,14 @@ def test_invalid_card_is_told_in_one_line(checkpoint: Path, hub: Hub) -> None:
     (checkpoint / "README.md").write_text("---\nlicense: [unclosed\n---\n")
     with pytest.raises(DijiangError) as call:
         push(checkpoint, "push/card-invalid")
-    assert "Invalid metadata in README.md" in message(call)
+    assert "README.md has metadata that is no YAML" in message(call) and "push/card-invalid" not in hub.repos
+
+
+def test_a_card_that_the_hub_refuses_is_told_in_one_line(checkpoint: Path, hub: Hub) -> None:
+    (checkpoint / "README.md").write_text("---\nlicense: mine\n---\n")
+    with pytest.raises(DijiangError) as call:
+        push(checkpoint, "push/card-refused")
+    assert '"license" must be one of' in message(call)
 
 
 def test_loopback_hub_lists_what_it_holds(hub: Hub) -> None:

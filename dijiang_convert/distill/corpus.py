@@ -121,6 +121,12 @@ def parse_source(text: str) -> Source:
     return Source(name, share)
 
 
+def hub_names(corpus: Sequence[str]) -> list[str]:
+    """Those of its sources that are data sets on the Hub; none of documents that were given."""
+    found = [parse_source(text).name for text in corpus] if isinstance(corpus, Sources) else []
+    return [name.partition(":")[0] for name in found if not os.path.exists(name) and _is_hub_name(name)]
+
+
 def _is_hub_name(name: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[^/]+)?", name)) and _kind(Path(name)) not in READERS
 

@@ -13,6 +13,8 @@ from .reading import front_matter
 from .server import LFS_SUFFIXES, REPO, REVISION, Handler, Refusal, route
 from .store import Blob, Repo
 
+LICENSES = ("apache-2.0", "mit", "llama2", "cc-by-4.0", "other")
+
 
 @route("POST", "/api/repos/create")
 def create_repo(self: Handler) -> None:
@@ -52,11 +54,33 @@ def create_tag(self: Handler, repo: str, revision: str) -> None:
 @route("POST", "/api/validate-yaml")
 def validate_yaml(self: Handler) -> None:
     try:
-        front_matter(json.loads(self.body)["content"].encode())
+        metadata = front_matter(json.loads(self.body)["content"].encode()) or {}
     except yaml.YAMLError as error:
-        self.answer_json({"errors": [{"message": str(error)}], "warnings": []}, 400)
+        wrong = [str(error)]
     else:
-        self.answer_json({"errors": [], "warnings": []})
+        wrong = [message for message, bad in _mistakes(metadata) if bad]
+    errors = [{"message": message} for message in wrong]
+    self.answer_json({"errors": errors, "warnings": []}, 400 if errors else 200)
+
+
+def _mistakes(card: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Of those that the Hub refuses."""
+    language = card.get("language", [])
+    languages = language if isinstance(language, list) else [language]
+    results = [result for model in card.get("model-index", []) for result in model.get("results", [])]
+    return [
+        ('"license" must be one of [apache-2.0, mit, ...]', card.get("license", "mit") not in LICENSES),
+        ('"language" must only contain lowercase characters', any(str(x) != str(x).lower() for x in languages)),
+        ('"base_model_relation" must be one of [adapter, finetune, merge, quantized]',
+         card.get("base_model_relation", "finetune") not in ("adapter", "finetune", "merge", "quantized")),
+        ('"base_model" must be a model id', "/" not in card.get("base_model", "a/b")),
+        ('"model-index[0].name" is required', not all(model.get("name") for model in card.get("model-index", []))),
+        ('"model-index[0].results[0].task.type" is required', not all(r.get("task", {}).get("type") for r in results)),
+        ('"model-index[0].results[0].dataset.type" is required',
+         not all(r.get("dataset", {}).get("type") and r["dataset"].get("name") for r in results)),
+        ('"model-index[0].results[0].metrics[0].value" is required',
+         not all("value" in m and m.get("type") for r in results for m in r.get("metrics", [{}]))),
+    ]  # fmt: skip
 
 
 @route("POST", rf"/api/models/{REPO}/preupload/{REVISION}")
