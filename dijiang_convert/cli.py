@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,8 +77,12 @@ def command(name: str, epilog: str | None = None) -> Callable[[Callable[..., Any
 
 
 def _fail(message: str, debug: bool) -> None:
-    if debug:
-        raise  # the one being handled
+    from .hub import redact
+
+    if debug:  # of the one being handled
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        raise typer.Exit(1) from None
+    message = redact(message)
     if os.environ.get("LOCAL_RANK", "0") == "0" or message.startswith("unexpected"):
         print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(1) from None

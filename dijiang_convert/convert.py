@@ -26,9 +26,8 @@ from .card import write_card
 from .checkpoint import check_out, new_folder, read_shard, weight_files, write_json, write_shards
 from .errors import DijiangError, Unsupported
 from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS
-from .progress import bytes_bar
-from .push import check_repo
-from .push import push as push_checkpoint
+from .progress import bytes_bar, console
+from .push import check_push, push_result
 from .recipe import Recipe, load_recipe
 from .sources import Source, check_space, download, read_config, resolve
 
@@ -46,6 +45,9 @@ MODELING_FILES = (
 LEFT_BEHIND = (
     ".safetensors", ".bin", ".index.json", ".py", ".md", ".h5", ".msgpack", ".pt", ".pth", ".ot", ".onnx", ".gguf",
 )  # fmt: skip
+
+CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")
+LARGE_JSON = ("tokenizer.json", "vocab.json")  # which name no code
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def convert(
     target = Path(out) if out is not None else Path(f"{found.name}-dijiang")
     check_out(target, force)
     if push is not None:
-        check_repo(push)
+        check_push(push)
     new = architecture.new_tensors(chosen.kernel)
     result = ConvertResult(
         out=str(target),
@@ -138,7 +140,7 @@ def convert(
             write_json(folder / "config.json", converted_config(config, architecture, chosen, found, dtype))
             write_code(folder)
             write_card(folder)
-    pushed = push_checkpoint(target, push, private=private).url if push and not dry_run else None
+    pushed = push_result(target, push, private) if push and not dry_run else None
     return dataclasses.replace(result, seconds=time.perf_counter() - start, pushed=pushed)
 
 
@@ -146,6 +148,7 @@ def converted_config(
     config: dict[str, Any], architecture: Architecture, recipe: Recipe, source: Source, dtype: str | None
 ) -> dict[str, Any]:
     """The source's config.json, with the classes that run the checkpoint and the section ``dijiang``."""
+    config = without_code(config)
     kind, model = config["model_type"], class_name(architecture.model_class, architecture.config)
     result = {**config, "architectures": [model], "model_type": f"dijiang_{kind}"}
     result["auto_map"] = {
@@ -226,10 +229,24 @@ def copy_companions(source: Path, target: Path, without: Collection[str] = ("con
     of a sentence-transformers model."""
     for path in sorted(source.iterdir()):
         wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND)
-        if wanted and path.name not in without:
-            shutil.copyfile(path, target / path.name)
+        if not wanted or path.name in without:
+            continue
+        shutil.copyfile(path, target / path.name)
+        if path.suffix == ".json" and path.name not in LARGE_JSON:
+            content = json.loads(path.read_bytes())
+            if (harmless := without_code(content)) != content:
+                write_json(target / path.name, harmless)
+                console.print(f"left out: code of the source's own that {path.name} names", highlight=False)
     for name in module_folders(source):
         shutil.copytree(source / name, target / name)
+
+
+def without_code(value: Any) -> Any:
+    """A config without what tells transformers to run a repository's code: a converted model runs this package's
+    alone, and who trusts that need not trust another's."""
+    if isinstance(value, dict):
+        return {key: without_code(each) for key, each in value.items() if key not in CODE_KEYS}
+    return [without_code(each) for each in value] if isinstance(value, list) else value
 
 
 def module_folders(folder: Path) -> list[str]:

@@ -46,8 +46,7 @@ from .probe import (
     write_probes,
 )
 from .progress import console
-from .push import check_repo
-from .push import push as push_checkpoint
+from .push import check_push, push_result
 from .quality import EVALUATION, add_quality
 from .recipe import Recipe, Stage, parse_recipe
 from .report import LOG, REPORT, write_report
@@ -142,7 +141,7 @@ def finetune(
         for corpus in corpora:
             check_data(corpus)
     if push:
-        check_repo(push)
+        check_push(push)
     silence()
     copies = [each is not None and cache_teacher is None for each in teachers]
     costs, free = plan_costs(plan, parsed, copies, here.num_processes), free_memory()
@@ -210,7 +209,7 @@ def finetune(
         _report(target, folder, tokenizer, recipe, plan, probes, held, corpora[-1])
     run.remove()
     if push and here.is_main_process:
-        pushed = push_checkpoint(target, push, private=private).url
+        pushed = push_result(target, push, private)
     here.wait_for_everyone()
     return FinetuneResult(str(target), results, time.perf_counter() - start, pushed, costs, free)
 
@@ -292,12 +291,13 @@ class _Teacher:
 
     name: str
     is_converted: bool = False
+    revision: str | None = None
 
     def load(self, device: torch.device) -> PreTrainedModel:
         if self.is_converted:
             model = load_converted(self.name, attention="softmax", device=device)
         else:
-            model = load_any(self.name, device)
+            model = load_any(self.name, device, self.revision)
         return model.eval().requires_grad_(False)  # type: ignore[return-value]
 
 
@@ -316,7 +316,7 @@ def _teacher(
                 f"{folder} was trained before, so its base weights are not the original's: "
                 f"give that model with --teacher (it was {section['source']})"
             )
-        return _Teacher(section["source"])
+        return _Teacher(section["source"], revision=section.get("source_revision"))
     if stage.train != "full" and trained <= {"kernel"}:
         return None
     return _Teacher(str(folder), is_converted=True)

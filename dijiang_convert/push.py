@@ -188,6 +188,27 @@ def check_repo(repo: str) -> None:
         raise DijiangError(f"{repo!r} is not a repository name: give it as owner/name")
 
 
+def check_push(repo: str) -> None:
+    """Whether there is anybody to push as, asked before anything that takes long. Raises DijiangError."""
+    check_repo(repo)
+
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise DijiangError(f"pushing to {repo} needs a token: run `hf auth login` or set HF_TOKEN")
+    with hub_errors(repo):
+        patiently(lambda: HfApi().whoami())
+
+
+def push_result(checkpoint: str | Path, repo: str, private: bool) -> str:
+    """Pushes what was just made and returns where to. A failure costs nothing of it: it tells how to go on."""
+    try:
+        return push(checkpoint, repo, private=private).url
+    except DijiangError as error:
+        option = " --private" if private else ""
+        raise DijiangError(f"{error}; {checkpoint} is written: dijiang push {checkpoint} {repo}{option}") from error
+
+
 def _checkpoint_files(folder: Path) -> dict[str, Path]:
     """The files that make up the checkpoint, by their name in the repository.
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from .card_parts import parse
 from .download import bytes_left, cache_folder, check_blob, fetch, is_plain, list_files
 from .errors import DijiangError
 from .hub import TIMEOUT, hub_errors, one_line, patiently
@@ -292,12 +293,11 @@ def _cached_commit(repo_id: str, asked: str) -> str:
 
 def _read_card(readme: Path) -> dict[str, Any]:
     """What a model card on disk says that is inherited; nothing where there is none to read."""
-    from huggingface_hub import ModelCard
-
     try:
-        return _inherited(ModelCard.load(readme).data.to_dict())
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        parts = parse(readme.read_text(encoding="utf-8")).parts
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
+    return _inherited({name[:-1]: value for name, value in parts.items() if name.endswith(":")})
 
 
 def _inherited(card: Mapping[str, Any]) -> dict[str, Any]:

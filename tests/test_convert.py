@@ -380,7 +380,9 @@ def test_push(hub: Hub, sources: Path, tmp_path: Path) -> None:
     assert result.pushed == f"{hub.url}/convert/pushed"
     held = hub.files("convert/pushed")
     assert held.keys() - {".gitattributes"} == {path.name for path in (tmp_path / "out").iterdir()}
-    assert all(data == (tmp_path / "out" / name).read_bytes() for name, data in held.items() if name[0] != ".")
+    same = {name for name in held if name[0] != "." and held[name] == (tmp_path / "out" / name).read_bytes()}
+    assert held.keys() - same == {".gitattributes", "README.md"}  # the card tells its repository's name
+    assert b'checkpoint = "convert/pushed"' in held["README.md"]
 
 
 # ------------------------------------------------------------------------------------------------------- memory
