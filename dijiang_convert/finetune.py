@@ -366,7 +366,7 @@ def _write(
 
     write_trained(target, saved, source, aliases)
     shutil.rmtree(saved)
-    copy_companions(source, target, without=(LOG, REPORT, EVALUATION))
+    copy_companions(source, target, without=("config.json", LOG, REPORT, EVALUATION))
     if (source / "README.md").is_file():  # of which `write_card` keeps what a person wrote
         shutil.copyfile(source / "README.md", target / "README.md")
     done = [
