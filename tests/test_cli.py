@@ -375,6 +375,14 @@ def test_push_on_convert(hub: Hub, source: Path) -> None:
     assert content["pushed"].endswith("/cli/converted") and "config.json" in hub.files("cli/converted")
 
 
+def test_private_and_tag(hub: Hub, source: Path) -> None:
+    json_of("convert", "source", "--push", "cli/private", "--private")
+    assert hub.repos["cli/private"].private
+    content = json_of("push", "source-dijiang", "cli/private", "--revision", "dev", "--tag", "v1")
+    assert hub.repos["cli/private"].tags == {"v1": content["commit"]}
+    assert set(hub.repos["cli/private"].branches) == {"main", "dev"}
+
+
 def test_results_for_people(source: Path, hub: Hub) -> None:
     result = run("inspect", "source")
     assert result.exit_code == 0 and "GPTNeoXForCausalLM" in result.stdout and "at any length" in result.stdout
