@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .errors import DijiangError
 from .modeling.modeling_dijiang import cache_argument
-from .models import load_any, silence
+from .models import generates, load_any, silence
 from .progress import count_bar
 
 WARMUP_LENGTH = 128
@@ -21,12 +21,12 @@ WARMUP_LENGTH = 128
 
 @dataclass(frozen=True)
 class BenchRow:
-    """``model`` is "dijiang" or "softmax". Speeds are medians, for the whole batch."""
+    """``model`` is "dijiang" or "softmax". Speeds are medians, for the whole batch. Encoders only prefill."""
 
     model: str
     length: int
     prefill_tokens_per_second: float
-    decode_tokens_per_second: float
+    decode_tokens_per_second: float | None
     cache_bytes: int
 
 
@@ -63,7 +63,10 @@ def benchmark(
     models = {"dijiang": load_any(str(checkpoint)).eval()}
     if baseline:
         models["softmax"] = load_any(baseline).eval()
-    timings: dict[tuple[str, int], list[tuple[float, float, int]]] = {}
+    timings: dict[tuple[str, int], list[tuple[float, float | None, int]]] = {}
+    for model in models.values():
+        if model.main_input_name != "input_ids":
+            raise DijiangError(f"{checkpoint} takes {model.main_input_name}: no length to time it by")
     with count_bar("timing", len(models) * len(lengths) * repeats) as advance:
         for model in models.values():
             _time(model, WARMUP_LENGTH, batch_size, 2)
@@ -77,10 +80,11 @@ def benchmark(
             model=name,
             length=length,
             prefill_tokens_per_second=batch_size * length / statistics.median(t[0] for t in times),
-            decode_tokens_per_second=batch_size / statistics.median(t[1] for t in times),
+            decode_tokens_per_second=batch_size / statistics.median(steps) if steps else None,
             cache_bytes=times[0][2],
         )
         for (name, length), times in timings.items()
+        for steps in [[t[1] for t in times if t[1] is not None]]
     ]
     if plot:
         draw(rows, Path(plot))
@@ -88,10 +92,14 @@ def benchmark(
 
 
 @torch.inference_mode()
-def _time(model: PreTrainedModel, length: int, batch_size: int, decode_tokens: int) -> tuple[float, float, int]:
+def _time(model: PreTrainedModel, length: int, batch_size: int, decode_tokens: int) -> tuple[float, float | None, int]:
     """(seconds of prefill, median seconds of a decoded token, bytes of the cache)."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch_size, length), device=model.device)
+    if not generates(model):
+        start = _now(model)
+        model(input_ids=ids)
+        return _now(model) - start, None, 0
     cache = DynamicCache(config=model.config.get_text_config())
     state: dict[str, Any] = {str(cache_argument(model.forward)): cache, "use_cache": True}
     start = _now(model)
@@ -119,16 +127,18 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 
 def draw(rows: Sequence[BenchRow], path: Path) -> None:
-    """Decode speed against length, a line a model."""
+    """Decode speed against length, a line a model; of encoders the speed of a pass."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, style in (("dijiang", "o-"), ("softmax", "s--")):
-        points = sorted((row.length, row.decode_tokens_per_second) for row in rows if row.model == name)
+        of_model = [row for row in rows if row.model == name]
+        points = sorted((r.length, r.decode_tokens_per_second or r.prefill_tokens_per_second) for r in of_model)
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name)
-    axes.set(xscale="log", xlabel="tokens in the context", ylabel="tokens decoded a second", ylim=(0, None))
+    what = "read" if any(row.decode_tokens_per_second is None for row in rows) else "decoded"
+    axes.set(xscale="log", xlabel="tokens in the context", ylabel=f"tokens {what} a second", ylim=(0, None))
     axes.set_xscale("log", base=2)
     axes.legend()
     axes.grid(alpha=0.3)

@@ -355,10 +355,7 @@ def _show_eval(r: Any) -> None:
     if r.likeness is not None:
         like, same = r.likeness, r.likeness.top1_agreement
         rows += [
-            [
-                "hidden states",
-                f"cosine {like.hidden_cosine:.4f}, squared error {like.hidden_error:.4f} of their norm's",
-            ],
+            ["hidden states", f"cosine {like.hidden_cosine:.4f}, error {like.hidden_error:.4f} of their squared norm"],
             ["embeddings of texts", f"cosine {like.embedding_cosine:.4f}"],
             *([] if same is None else [["same choice", f"{same:.1%}"]]),
         ]
@@ -379,7 +376,8 @@ def _show_eval(r: Any) -> None:
 def _show_bench(r: Any) -> None:
     rows = []
     for x in r.rows:
-        speeds = [f"{x.prefill_tokens_per_second:,.0f}", f"{x.decode_tokens_per_second:,.1f}"]
+        decode = x.decode_tokens_per_second
+        speeds = [f"{x.prefill_tokens_per_second:,.0f}", "" if decode is None else f"{decode:,.1f}"]
         rows.append([x.model, f"{x.length:,}", *speeds, _size(x.cache_bytes)])
     _table("model", "length", rows, "prefill tokens/s", "decode tokens/s", "cache")
 

@@ -25,11 +25,13 @@ from .architecture import Architecture, check_kernel, examine
 from .card import write_card
 from .checkpoint import check_out, new_folder, read_shard, weight_files, write_json, write_shards
 from .errors import DijiangError, Unsupported
-from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS
+from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS, Kernel
+from .modeling.modeling_dijiang import attach
 from .progress import bytes_bar, console
 from .push import check_push, push_result
 from .recipe import Recipe, load_recipe
 from .sources import Source, check_space, download, read_config, resolve
+from .trace import skeleton
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODELING_FILES = (
@@ -204,12 +206,23 @@ def auto_classes(kind: str, architecture: Architecture) -> dict[str, str]:
             if auto != "AutoModelForCausalLM":
                 continue
             model_class = architecture.model_class
-        found[auto] = class_name(model_class, architecture.config)
+        if architecture.layers.causal or _has_the_layers(model_class, architecture):
+            found[auto] = class_name(model_class, architecture.config)
     if not architecture.layers.causal:
         found.pop("AutoModelForCausalLM", None)
     if getattr(type(architecture.config)(), "is_encoder_decoder", False):  # its decoder alone was converted
         found = {auto: name for auto, name in found.items() if auto == "AutoModelForCausalLM"}
     return found
+
+
+def _has_the_layers(model_class: type[PreTrainedModel], architecture: Architecture) -> bool:
+    """Whether the converted layers are in this class too, with its head and this config. (Encoders have many kinds of
+    head, and some of them a body of their own.)"""
+    try:
+        attach(skeleton(model_class, architecture.config), Kernel(), architecture.layers)
+    except Exception:  # the source's own: the config is not one for this head
+        return False
+    return True
 
 
 def write_code(folder: Path) -> None:
@@ -233,7 +246,10 @@ def copy_companions(source: Path, target: Path, without: Collection[str] = ("con
             continue
         shutil.copyfile(path, target / path.name)
         if path.suffix == ".json" and path.name not in LARGE_JSON:
-            content = json.loads(path.read_bytes())
+            try:
+                content = json.loads(path.read_bytes())
+            except ValueError:  # it names nothing to anybody
+                continue
             if (harmless := without_code(content)) != content:
                 write_json(target / path.name, harmless)
                 console.print(f"left out: code of the source's own that {path.name} names", highlight=False)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from .errors import DijiangError
-from .models import load_any, load_tokenizer, silence
+from .models import generates, load_any, load_tokenizer, silence
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,11 @@ def generate(
         DijiangError: no such checkpoint, or a prompt without a token.
     """
     silence()
+    model = load_any(str(checkpoint))
+    if not generates(model):
+        raise DijiangError(f"{checkpoint} predicts no next token: it can't continue a text")
     return complete(
-        load_any(str(checkpoint)), load_tokenizer(checkpoint), prompt,
+        model, load_tokenizer(checkpoint), prompt,
         max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, write=write,
     )  # fmt: skip
 

@@ -92,8 +92,8 @@ class Notes:
         self.kind = model.config.model_type
         self.of_images = model.main_input_name == "pixel_values"
         self.config: Any = model.config.get_text_config(decoder=True)
-        if self.of_images:
-            self.config = getattr(model.config, "vision_config", model.config)
+        if self.of_images and getattr(model.config, "vision_config", None) is not None:
+            raise Unsupported(f"{self.kind} is of images and texts: save its vision model alone, and convert that")
         self.length = min(self.LENGTH, getattr(self.config, "max_position_embeddings", None) or self.LENGTH)
         self.names = {module: name for name, module in model.named_modules()}
         self.arguments: dict[nn.Module, dict[str, Any]] = {}  # of each module's call

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 258
@@ -48,13 +48,20 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -
     return model.to(dtype)
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, around: tuple[str, str] | None = None) -> None:
+    """around: what it puts before and after a text; it then has a padding token, too."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>"]
     tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if around is not None:
+        first, last = around
+        ends = [(name, names.index(name)) for name in around]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{first} $A {last}", special_tokens=ends)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    if around is not None:
+        fast.pad_token = names[TOKENS["pad_token_id"]]
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
 

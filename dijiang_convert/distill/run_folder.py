@@ -139,9 +139,9 @@ class RunFolder:
         if here.is_main_process and not self.finished:
             assert self.latest is not None
             with new_folder(target, force) as new:
-                for path in self.latest.iterdir():
-                    if path.name != RESULTS:
-                        _link(path, new / path.name)
+                shutil.copytree(
+                    self.latest, new, copy_function=_link, ignore=shutil.ignore_patterns(RESULTS), dirs_exist_ok=True
+                )
                 if self.log.is_file():
                     shutil.copyfile(self.log, new / self.log.name)
                 for i, stage in enumerate(self.content["stages"]):
@@ -182,7 +182,7 @@ def _text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: str, target: str) -> None:
     """A second name for a file, or a copy where the file system has none."""
     try:
         os.link(source, target)

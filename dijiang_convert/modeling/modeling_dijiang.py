@@ -273,7 +273,8 @@ def attention_name(name: str) -> str:
 def layer_index(name: str, module: nn.Module) -> Any:
     """Which layer an attention module belongs to: what it says itself, or else the last number in its name."""
     numbers = [int(part) for part in name.split(".") if part.isdecimal()]
-    return getattr(module, "layer_idx", numbers[-1] if numbers else None)
+    said = getattr(module, "layer_idx", None)
+    return said if said is not None or not numbers else numbers[-1]
 
 
 def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

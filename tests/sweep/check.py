@@ -48,13 +48,16 @@ def check(folder: str, layouts: list[str], source: Answer, window: int | None = 
     Returns:
         ``failures``: check and what was wrong, empty if all is well; ``figures``: the largest differences seen.
     """
+    return run(CHECKS, Subject(Path(folder), layouts, source, window))
+
+
+def run(checks: dict[str, Callable[[Any], Numbers]], subject: Any) -> Answer:
+    """Failures and figures of all checks."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    target = Path(folder)
-    subject = Subject(target, layouts, source, window)
     failures, figures = {}, {}
-    for name, function in CHECKS.items():
+    for name, function in checks.items():
         try:
             figures |= function(subject)
         except Exception as error:

@@ -1,4 +1,5 @@
-"""A sequence piece by piece through a model's cache. Imports torch alone: it serves a process without this project."""
+"""How models are run: a sequence piece by piece through a cache, or an encoder. Imports torch alone, for it serves a
+process without this project, too."""
 
 from __future__ import annotations
 
@@ -25,3 +26,11 @@ def fed(model: Any, ids: Tensor, sizes: list[int], positions: bool = False) -> T
         parts.append(out.logits)
         start = end
     return torch.cat(parts, 1)
+
+
+@torch.no_grad()
+def output(model: Any, **inputs: Tensor) -> Tensor:
+    """An encoder's head's logits, or its last hidden state. (Some mask at random: always the same.)"""
+    torch.manual_seed(0)
+    out = model(**inputs)
+    return out.logits if getattr(out, "logits", None) is not None else out[0]

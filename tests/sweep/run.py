@@ -13,15 +13,20 @@ from typing import Any
 from tests.sweep.forks import Answer, Server
 
 ROOT = Path(__file__).resolve().parents[2]
+DECODERS, ENCODERS = ("make", "check"), ("encoders", "check_encoder")
 
 
 def sweep(
-    kinds: Iterable[str], workers: int = 1, told: Callable[[str, Answer], None] | None = None
+    kinds: Iterable[str],
+    workers: int = 1,
+    told: Callable[[str, Answer], None] | None = None,
+    modules: tuple[str, str] = DECODERS,
 ) -> dict[str, Answer]:
     """What came of each type: ``refused`` with the reason, or how it was converted with ``failures`` (none if it works)
     and ``figures``, or the ``error`` that kept it from being tried.
 
-    workers: how many types at once. told: is called with each type and its answer as they come.
+    workers: how many types at once. told: is called with each type and its answer as they come. modules: that make and
+    check them.
     """
     answers: dict[str, Answer] = {}
     kinds = list(kinds)
@@ -29,8 +34,9 @@ def sweep(
     def work(share: list[str]) -> None:
         with tempfile.TemporaryDirectory(prefix="sweep-") as name:
             folder = Path(name)
-            make = Server([sys.executable, "-m", "tests.sweep.make"], ROOT, folder / "make.log")
-            check = Server([sys.executable, "-I", str(ROOT / "tests/sweep/check.py")], folder, folder / "check.log")
+            make = Server([sys.executable, "-m", f"tests.sweep.{modules[0]}"], ROOT, folder / "make.log")
+            file = ROOT / f"tests/sweep/{modules[1]}.py"
+            check = Server([sys.executable, "-I", str(file)], folder, folder / "check.log")
             for kind in share:
                 answers[kind] = one(kind, make, check, folder / kind)
                 shutil.rmtree(folder / kind, ignore_errors=True)
@@ -49,7 +55,8 @@ def one(kind: str, make: Server, check: Server, folder: Path) -> Answer:
     made = make.ask(kind=kind, folder=str(folder))
     if "refused" in made or "error" in made:
         return made
-    job: dict[str, Any] = {name: made[name] for name in ("layouts", "source", "window") if name in made}
+    wanted = ("layouts", "source", "window", "padding_shifts", "rounding")
+    job: dict[str, Any] = {name: made[name] for name in wanted if name in made}
     return {**made, **check.ask(folder=str(folder), **job)}
 
 
