@@ -108,7 +108,7 @@ def _fetch_file(repo_id: str, revision: str, file: RepoFile, cache: Path, advanc
     """One file; a large one that comes by HTTP is laid among the blobs first, where the client finds it."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.file_download import http_get, is_xet_available
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
     bar = _bar(advance)
     url = hf_hub_url(repo_id, file.path, revision=revision)
@@ -131,12 +131,16 @@ def _fetch_file(repo_id: str, revision: str, file: RepoFile, cache: Path, advanc
 
     blob, part = _blob(cache, file), _part(cache, file)
     with hub_errors(repo_id, revision):
-        if file.lfs is not None and not blob.exists():
-            part.parent.mkdir(parents=True, exist_ok=True)
-            patiently(piece)
-            if part.exists():
-                _check(part, file, repo_id)
-                part.replace(blob)
+        if file.lfs is not None:
+            lock = cache.parent / ".locks" / cache.name / f"{part.name}.lock"
+            for parent in (part.parent, lock.parent):
+                parent.mkdir(parents=True, exist_ok=True)
+            with WeakFileLock(lock):  # others may want the same content
+                if not blob.exists():
+                    patiently(piece)
+                if part.exists():
+                    _check(part, file, repo_id)
+                    part.replace(blob)
         pointer = Path(patiently(lambda: hf_hub_download(repo_id, file.path, revision=revision, tqdm_class=bar)))
     if file.lfs is not None and not blob.exists():  # by Xet
         _check(pointer, file, repo_id)

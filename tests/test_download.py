@@ -221,6 +221,21 @@ def test_modules_of_sentence_transformers_come_along(hub: Hub) -> None:
     assert names(download(resolve("download/modules"))) == {*BASE, "model.safetensors", *wanted}
 
 
+def test_files_of_the_same_content_do_not_mix(hub: Hub, tmp_path: Path) -> None:
+    """Nor do two processes that want the same file."""
+    data = LARGE * 50
+    modules = json.dumps([{"path": f"m{i}"} for i in range(4)])
+    same = {f"m{i}/model.safetensors": data for i in range(4)}
+    hub.add_repo("download/same", BASE | {"modules.json": modules, "model.safetensors": data} | same)
+    code = "from dijiang_convert.sources import download, resolve; download(resolve('download/same'))"
+    before = hub.bytes_sent
+    with hub.failing("/files/", seconds=0.3):
+        children = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+        assert [child.wait(60) for child in children] == [0, 0]
+    assert weights("download/same") == data
+    assert hub.bytes_sent - before < 1.1 * len(data)
+
+
 def test_names_stay_in_their_folder(hub: Hub, tmp_path: Path) -> None:
     evil = {
         "../escaped.json": "{}",
