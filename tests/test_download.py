@@ -107,6 +107,28 @@ def test_a_server_without_ranges_starts_again(repo: str, hub: Hub, waits: list[f
         assert weights(repo) == LARGE
 
 
+def test_a_gated_repository_opens_to_who_was_let_in(repo: str, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.gate(repo, granted=True)
+    assert weights(repo) == LARGE
+    other = hub.add_repo(f"{repo}-2", {"model.safetensors": LARGE[::-1]} | BASE)
+    hub.gate(f"{repo}-2", granted=True)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(DijiangError) as call:
+        download(resolve(f"{repo}-2", other))
+    assert message(call).startswith(
+        f"{repo}-2 is gated: ask for access at {hub.url}/{repo}-2, then run `hf auth login`"
+    )
+
+
+def test_a_hub_that_does_not_answer_is_asked_again(
+    repo: str, hub: Hub, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dijiang_convert.sources.TIMEOUT", 0.2)
+    with hub.failing("/api/models/", seconds=0.5, times=2):
+        assert resolve(repo).revision == hub.history(repo)[0].sha
+    assert waits == [1, 2]
+
+
 def test_a_slow_hub_is_waited_for(repo: str, hub: Hub) -> None:
     with hub.failing("/files/", seconds=0.3), hub.failing("/api/models/", seconds=0.3, times=1):
         assert weights(repo) == LARGE

@@ -74,7 +74,7 @@ def refs(self: Handler, repo: str) -> None:
 @route("GET", rf"/(?:datasets/)?{REPO}/resolve/{REVISION}/(?P<path>.+)")
 def resolve(self: Handler, repo: str, revision: str, path: str) -> None:
     found = self.find(repo)
-    if found.gated:
+    if found.gated and not (found.granted and self.known):
         message = f"Access to model {repo} is restricted and you are not in the authorized list."
         raise Refusal(403 if self.known else 401, message, code="GatedRepo")
     commit = self.find_commit(found, revision)

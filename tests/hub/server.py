@@ -147,9 +147,10 @@ class Hub:
             blobs = {path: self.blob(path, data) for path, data in contents.items()}
             return repo.commit("main", "Add files", blobs).sha
 
-    def gate(self, repo_id: str) -> None:
-        """Let nobody download the repository's files; as on the Hub, its look-up and listing stay open."""
-        self.repos[repo_id].gated = True
+    def gate(self, repo_id: str, granted: bool = False) -> None:
+        """Let nobody download the repository's files, or the token alone; as on the Hub, its look-up and listing stay
+        open."""
+        self.repos[repo_id].gated, self.repos[repo_id].granted = True, granted
 
     @contextmanager
     def failing(

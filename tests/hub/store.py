@@ -54,6 +54,7 @@ class Repo:
     id: str
     private: bool = False
     gated: bool = False
+    granted: bool = False  # to the one token, if it is gated
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
