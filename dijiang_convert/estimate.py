@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from .distill import trainer
 from .distill.contexts import REAL, START, TARGET
 from .distill.data import Rows
+from .distill.images import Images, random_images
 from .distill.log import StageCallback
 from .distill.logits import CHUNK_ELEMENTS, LEAST_ROWS
 from .modeling import modeling_dijiang
@@ -239,8 +240,10 @@ def _step_seconds(folder: Path, stage: Stage, rows: int, copy: bool) -> float:
     return watch.seconds
 
 
-def random_rows(model: PreTrainedModel, seq_len: int, count: int) -> Rows:
-    """Rows of any tokens, each one context."""
+def random_rows(model: PreTrainedModel, seq_len: int, count: int) -> Rows | Images:
+    """Rows of any tokens, each one context; or images."""
+    if model.main_input_name == "pixel_values":
+        return random_images(model.config, count)
     config: Any = model.config.get_text_config()
     ids = torch.randint(config.vocab_size, (count, seq_len), generator=torch.Generator().manual_seed(0))
     marks = torch.full((count, seq_len), REAL | TARGET, dtype=torch.uint8)

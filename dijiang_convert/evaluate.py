@@ -16,11 +16,13 @@ from .card import write_card
 from .checkpoint import read_checkpoint
 from .distill.corpus import Sources, hub_names
 from .distill.data import Rows, token_rows
+from .distill.images import open_images
 from .errors import DijiangError
 from .likeness import Likeness, likeness
 from .models import generates, load_any, load_tokenizer, silence
 from .progress import count_bar
 from .quality import add_quality
+from .sources import download, resolve
 
 DEFAULT_DATA = "emozilla/pg19-test"  # books; no part of any recipe's corpus
 BATCH_TOKENS = 4096
@@ -94,8 +96,10 @@ def _evaluate(
     other = load_any(baseline, model.device).eval() if baseline else None
     if other is None and not generates(model):
         raise DijiangError(f"{checkpoint} predicts no next token: give the original with --baseline, to compare with")
-    if other is not None and _vocabulary(other) != _vocabulary(model):
+    if other is not None and model.main_input_name == "input_ids" and _vocabulary(other) != _vocabulary(model):
         raise DijiangError(f"{baseline} has another vocabulary than {checkpoint}: give the model it was converted from")
+    if model.main_input_name == "pixel_values":
+        return _evaluate_images(checkpoint, model, other, data, max_tokens)
     tokenizer = load_tokenizer(checkpoint)
     length = seq_len or min(getattr(model.config.get_text_config(), "max_position_embeddings", 2048), 2048)
     whole = not generates(model)
@@ -128,6 +132,19 @@ def _evaluate(
             "top1_agreement": float(totals["agreement"].sum() / count),
         }
     return EvalResult(**result, tasks=_lm_eval(model, tokenizer, tasks) if tasks else {})
+
+
+def _evaluate_images(
+    checkpoint: str | Path, model: PreTrainedModel, other: PreTrainedModel | None, data: Any, max_tokens: int
+) -> EvalResult:
+    if data is None:
+        raise DijiangError(f"{checkpoint} takes images: give a folder of them with --data")
+    assert other is not None
+    folder = Path(checkpoint) if Path(checkpoint).is_dir() else download(resolve(str(checkpoint))).folder
+    assert folder is not None
+    images = open_images(data, folder, model.config, held_out=True)
+    images.items = images.items[: max(max_tokens // images.tokens_each, 1)]
+    return EvalResult(None, images.tokens, images.tokens_each, [], likeness=likeness(model, other, images))
 
 
 @torch.no_grad()

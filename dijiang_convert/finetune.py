@@ -24,6 +24,7 @@ from .distill import processes
 from .distill.corpus import Sources, hub_names
 from .distill.data import Rows, check_data
 from .distill.gather import corpus_of, fingerprint, gather
+from .distill.images import Images, image_files, image_tokens, open_images
 from .distill.log import TrainingLog
 from .distill.run_folder import RunFolder
 from .distill.teacher_cache import CachedRows
@@ -32,13 +33,24 @@ from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
 from .estimate import StageCost, free_memory, plan_costs, timed, told, warning
 from .likeness import Likeness
-from .models import converted_config, default_device, load_any, load_converted, load_tokenizer, predicts, silence
+from .models import (
+    converted_config,
+    default_device,
+    generates,
+    load_any,
+    load_converted,
+    load_tokenizer,
+    predicts,
+    silence,
+    takes_images,
+)
 from .plan import check_context, check_objectives, extended_config, fit_rows, make_plan, source_context
 from .probe import (
     PROBES,
     HeldOut,
     Probe,
     first_probes,
+    images_aside,
     kept_aside,
     probe,
     probe_likeness,
@@ -124,11 +136,14 @@ def finetune(
         recipe, stages, skip, tokens=tokens, train=train, seq_len=seq_len, settings=settings, own_data=data is None
     )
     parsed = converted_config(folder)
-    of_language = predicts(parsed)
+    of_language, of_images = predicts(parsed), takes_images(parsed)
+    tokenizer = None if of_images else load_tokenizer(folder)
     if not of_language:
         check_objectives(plan)
-        if seq_len is None:  # most encoders have a short context, and recipes are for decoders
-            plan = fit_rows(plan, min(source_context(parsed), load_tokenizer(folder).model_max_length))
+        if tokenizer is None:
+            plan = tuple(dataclasses.replace(stage, seq_len=image_tokens(parsed)) for stage in plan)
+        elif seq_len is None:  # most encoders have a short context, and recipes are for decoders
+            plan = fit_rows(plan, min(source_context(parsed), tokenizer.model_max_length))
         if cache_teacher is not None:
             raise DijiangError("--cache-teacher keeps next tokens, and this model predicts none: leave it out")
     check_context(plan, parsed)
@@ -139,7 +154,7 @@ def finetune(
     corpora = [corpus_of(stage.data, data, recipe) for stage in plan]
     if not resume:  # a resumed run has its rows, whatever has happened to the corpus
         for corpus in corpora:
-            check_data(corpus)
+            (image_files if of_images else check_data)(corpus)
     if push:
         check_push(push)
     silence()
@@ -157,15 +172,21 @@ def finetune(
     run = RunFolder(target, plan, options, resume, force)
     if not run.finished:
         check_out(target, force)
-    tokenizer = load_tokenizer(folder)
     run.begin()
-    held, probes = None, dict[str, Probe | Likeness]()
+    probes = dict[str, Probe | Likeness]()
+    held: HeldOut | None = None
+    rows: Sequence[Rows | Images]
+    total = sum(stage.tokens for stage in plan)
     try:
-        rows = gather(corpora, tokenizer, plan, seed, run, whole=not of_language)
-        if report:
-            aside = run.folder / "aside.pt"
-            run.wait_for(aside)
-            held, rows = kept_aside(aside, corpora[-1], tokenizer, rows, sum(stage.tokens for stage in plan))
+        if tokenizer is None:
+            rows = [open_images(corpus, folder, parsed) for corpus in corpora]
+            held = images_aside(open_images(corpora[-1], folder, parsed, held_out=True), total) if report else None
+        else:
+            rows = texts = gather(corpora, tokenizer, plan, seed, run, whole=not of_language)
+            if report:
+                aside = run.folder / "aside.pt"
+                run.wait_for(aside)
+                held, rows = kept_aside(aside, corpora[-1], tokenizer, texts, total)
     except DijiangError:
         if not resume:
             run.discard()
@@ -186,12 +207,12 @@ def finetune(
             continue
         # Each stage starts from what the one before wrote: so a resumed run can't differ from an unbroken one.
         load = functools.partial(load_converted, run.latest or folder, device=device)
-        text: Rows | CachedRows = rows[i]
+        text: Rows | CachedRows | Images = rows[i]
         source, guide = teachers[i], None
-        if source is not None and cache_teacher is not None:
+        if source is not None and cache_teacher is not None and isinstance(text, Rows):
             run.wait_for(run.cache(i))
             text = write_cache(
-                rows[i], min(-(-stage.tokens // stage.seq_len), len(rows[i])), functools.partial(source.load, device),
+                text, min(-(-stage.tokens // stage.seq_len), len(text)), functools.partial(source.load, device),
                 top=cache_teacher, folder=run.cache(i), name=source.name,
             )  # fmt: skip
         elif source is not None:
@@ -240,7 +261,7 @@ def _recipe(section: dict[str, Any]) -> Recipe:
 def _report(
     target: Path,
     source: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     recipe: Recipe,
     plan: Sequence[Stage],
     probes: dict[str, Probe | Likeness],
@@ -253,7 +274,7 @@ def _report(
         note = "Not measured: the run is too short, or its text too little, to set some aside."
     else:
         model, note = load_converted(target), f"{held.rows.tokens:,} tokens that no stage trained on."
-        if held.rows.whole:
+        if not generates(model) or tokenizer is None:
             after: Probe | Likeness | None = probe_likeness(model, source, held)
         else:
             prompts = [str(text) for text in tokenizer.batch_decode(held.prompts)]

@@ -1,6 +1,7 @@
 """How like the original a converted model is that predicts no next token: an encoder, or a decoder without a head."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .distill.data import Rows
+from .distill.images import Images
 from .distill.logits import body
 from .distill.outputs import embedding_cosine
 from .progress import count_bar
@@ -33,15 +35,14 @@ class Likeness:
 
 
 @torch.no_grad()
-def likeness(model: PreTrainedModel, other: PreTrainedModel, rows: Rows) -> Likeness:
-    """Compares the last hidden states of two models on whole rows, and what their heads choose."""
+def likeness(model: PreTrainedModel, other: PreTrainedModel, rows: Rows | Images) -> Likeness:
+    """Compares the last hidden states of two models on whole rows or images, and what their heads choose."""
     sums = defaultdict[str, float](float)
-    size = max(BATCH_TOKENS // rows.ids.shape[1], 1)
     with count_bar("comparing (rows)", len(rows)) as advance:
-        for ids, mask in zip(rows.ids.split(size), rows.mask.split(size), strict=True):
-            inputs = {"input_ids": ids.to(model.device, torch.long), "attention_mask": mask.to(model.device)}
-            real = inputs["attention_mask"].bool()
+        for inputs in _batches(rows, model.device):
             (hidden, chosen), (target, wanted) = (_outputs(each, inputs) for each in (model, other))
+            mask = inputs.get("attention_mask")
+            real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if mask is None else mask.bool()
             a, b = hidden[real], target[real]
             sums["error"] += (a - b).square().sum().item()
             sums["norm"] += b.square().sum().item()
@@ -52,14 +53,22 @@ def likeness(model: PreTrainedModel, other: PreTrainedModel, rows: Rows) -> Like
                 sums["same"] += same.sum().item()
                 sums["choices"] += same.numel()
             sums["tokens"] += len(a)
-            sums["texts"] += len(ids)
-            advance(len(ids))
+            sums["texts"] += len(hidden)
+            advance(len(hidden))
     return Likeness(
         hidden_error=sums["error"] / sums["norm"],
         hidden_cosine=sums["cosine"] / sums["tokens"],
         embedding_cosine=sums["embedding"] / sums["texts"],
         top1_agreement=sums["same"] / sums["choices"] if sums["choices"] else None,
     )
+
+
+def _batches(rows: Rows | Images, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Of about `BATCH_TOKENS`."""
+    size = max(BATCH_TOKENS * len(rows) // max(rows.tokens, 1), 1)
+    for start in range(0, len(rows), size):
+        items = [rows[i] for i in range(start, min(start + size, len(rows)))]
+        yield {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
 
 
 def _outputs(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -119,6 +119,11 @@ def predicts(config: Any) -> bool:
     return issubclass(getattr(modeling_dijiang, config.architectures[0]), GenerationMixin) and config.dijiang["causal"]
 
 
+def takes_images(config: Any) -> bool:
+    """Whether a converted checkpoint's model is one of images, by its config."""
+    return getattr(modeling_dijiang, config.architectures[0]).main_input_name == "pixel_values"
+
+
 def hidden_size(model: PreTrainedModel) -> int:
     config: Any = model.config.get_text_config()
     return config.hidden_size

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .checkpoint import write_json
 from .distill.attention_transfer import attention
 from .distill.data import Rows, token_rows
+from .distill.images import Images
 from .errors import DijiangError
 from .evaluate import measure
 from .likeness import Likeness, likeness
@@ -41,9 +42,9 @@ class Probe:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows that no stage trains on, and prompts [prompts, tokens] from them."""
+    """Rows that no stage trains on, and prompts [prompts, tokens] from them; or images."""
 
-    rows: Rows
+    rows: Rows | Images
     prompts: Tensor
 
 
@@ -92,7 +93,10 @@ def kept_aside(
     train on."""
     if not path.is_file():
         held, masks = hold_out(data, tokenizer, rows, tokens)
-        found = None if held is None else (held.rows.ids, held.rows.marks, held.rows.whole, held.prompts)
+        found = None
+        if held is not None:
+            assert isinstance(held.rows, Rows)
+            found = (held.rows.ids, held.rows.marks, held.rows.whole, held.prompts)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         torch.save({"held": found, "masks": masks}, partial)
         partial.replace(path)
@@ -100,6 +104,12 @@ def kept_aside(
     held = None if kept["held"] is None else HeldOut(Rows(*kept["held"][:3]), kept["held"][3])
     pairs = zip(rows, kept["masks"], strict=True)
     return held, [each if mask is None else select(each, mask) for each, mask in pairs]
+
+
+def images_aside(images: Images, tokens: int) -> HeldOut:
+    """Some of the held-out images, for a plan of so many tokens."""
+    images.items = images.items[: max(min(MOST_TOKENS, tokens // SHARE) // images.tokens_each, 1)]
+    return HeldOut(images, torch.empty(0, 0))
 
 
 def _length(rows: Rows) -> int:
@@ -147,6 +157,7 @@ def _pieces(ids: Tensor, lengths: Tensor, length: int, step: int, weights: Tenso
 def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held: HeldOut) -> Probe:
     """Measures a model on the rows and lets it continue the prompts, taking the likeliest token every time."""
     model.eval()
+    assert isinstance(held.rows, Rows)
     totals = measure(model, held.rows, None)
     parts = max(min(PARTS, held.rows.tokens // PART_TOKENS, len(totals["loss"])), 1)
     ends = np.cumsum([len(part) for part in totals["loss"].tensor_split(parts)]).tolist()
@@ -168,11 +179,11 @@ def was_trained(model: Any) -> bool:
     return any(step["train"] != "kernel" for step in model.config.dijiang["history"])
 
 
-def first_probes(folder: Path, tokenizer: PreTrainedTokenizerBase, held: HeldOut) -> dict[str, Probe | Likeness]:
+def first_probes(folder: Path, tokenizer: PreTrainedTokenizerBase | None, held: HeldOut) -> dict[str, Probe | Likeness]:
     """Of a checkpoint before training; and of the original, which the same model is with softmax attention as long as
     no stage has trained its base weights."""
     model = load_converted(folder)
-    if not generates(model):
+    if not generates(model) or tokenizer is None:
         like = probe_likeness(model, folder, held)
         return {} if like is None else {"before": like}
     probes: dict[str, Probe | Likeness] = {"before": probe(model, tokenizer, held)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.sweep.forks import Answer
-from tests.sweep.run import fails, sweep, works
+from tests.sweep.run import ENCODERS, fails, sweep, works
 
 WORK = (
     "gpt_neox",  # a part of each head rotated, old tensor names
@@ -31,6 +31,24 @@ REFUSED = {
 }
 
 
+ENCODERS_WORK = (
+    "bert",
+    "distilbert",  # no positions from outside
+    "roberta",  # positions that padding moves
+    "modernbert",  # rotary embedding, and layers with a window on both sides
+    "esm",  # layers that don't know their number
+    "eurobert",  # a Llama that sees both sides
+    "vit",  # images
+)
+ENCODERS_REFUSED = {
+    "albert": "runs the same attention module several times a token",
+    "siglip_vision_model": "hands nothing on to its attention function",
+    "clip": "of images and texts",
+    "swin": "several attention modules of one layer number",
+    "deberta-v2": "does not route its attention through AttentionInterface",
+}
+
+
 @pytest.fixture(scope="module")
 def answers() -> dict[str, Answer]:
     return sweep([*WORK, *REFUSED])
@@ -45,3 +63,19 @@ def test_works(kind: str, answers: dict[str, Answer]) -> None:
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused(kind: str, answers: dict[str, Answer]) -> None:
     assert REFUSED[kind] in answers[kind]["refused"]
+
+
+@pytest.fixture(scope="module")
+def encoders() -> dict[str, Answer]:
+    return sweep([*ENCODERS_WORK, *ENCODERS_REFUSED], modules=ENCODERS)
+
+
+@pytest.mark.parametrize("kind", ENCODERS_WORK)
+def test_encoder_works(kind: str, encoders: dict[str, Answer]) -> None:
+    assert fails(encoders[kind]) is None
+    assert works(encoders[kind]) and not encoders[kind]["causal"]
+
+
+@pytest.mark.parametrize("kind", ENCODERS_REFUSED)
+def test_encoder_is_refused(kind: str, encoders: dict[str, Answer]) -> None:
+    assert ENCODERS_REFUSED[kind] in encoders[kind]["refused"]

@@ -34,6 +34,7 @@ from .attention import original, recomputing
 from .attention_transfer import attention_transfer_loss, transferring
 from .checkpoints import Checkpoints, StopOnSignal, last_checkpoint
 from .data import Rows
+from .images import Images
 from .log import StageCallback
 from .logits import body_name, cross_entropy_loss, distillation_loss, inner_model, live_teacher
 from .outputs import output_loss
@@ -93,7 +94,7 @@ def row_order(rows: int, count: int, seed: int) -> list[int]:
 def run_stage(
     model: PreTrainedModel,
     stage: Stage,
-    rows: Rows | CachedRows,
+    rows: Rows | CachedRows | Images,
     *,
     teacher: PreTrainedModel | None,
     folder: Path,

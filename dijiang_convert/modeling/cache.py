@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from .linear_attention import FLOOR, FarState
@@ -313,6 +314,8 @@ class StaticDiJiangCacheLayer(DiJiangCacheLayer):
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.batch_size:
             raise ValueError(f"this static cache holds {self.batch_size} rows, not {key_states.shape[0]}: make another")
+        if isinstance(key_states, FakeTensor) and not isinstance(self.count, FakeTensor):  # constant in the program
+            raise ValueError("a static cache that is part of an exported module needs torch.export with strict=True")
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise ValueError("a static cache is written in place and keeps no gradient: call under torch.no_grad()")
         self.seen.add_(key_states.shape[-2])  # type: ignore[attr-defined]

@@ -374,12 +374,7 @@ def _far_chunks(
     gate = _masked_exp(last_top - end - last_total, keeps)[..., None, None]
     if kept is not None:
         added, gate = added * kept, gate * kept
-    s, starts = state.s, []
-    # Not by index: the gradient of each index is as large as all chunks together, and so the time would be quadratic.
-    for gate_n, added_n in zip(gate.unbind(2), added.unbind(2), strict=True):
-        starts.append(s)
-        s = s * gate_n + added_n
-    start = torch.stack(starts, 2)
+    start, s = _along_chunks(state.s, gate, added)
 
     # Inside a chunk.
     inside = _masked_exp(h[..., None, :] - top[..., :, None], visible)
@@ -391,6 +386,24 @@ def _far_chunks(
     log_m = (top - lam_n)[:, :, :, None, :, None].expand(*read.shape[:-1], 1)
     state = _rescaled(s, end[..., -1], total[..., -1])
     return _from_chunks(read, queries), _from_chunks(log_m, queries)[..., 0], state
+
+
+def _along_chunks(s: Tensor, gate: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """The state before each chunk, [B, G, n, F, V + 1], and the one after all, s · gate + added from chunk to chunk."""
+    if isinstance(added.shape[2], torch.SymInt):  # exported for any length: the loop is in the graph
+        from torch._higher_order_ops.scan import scan
+
+        def step(s: Tensor, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return s * chunk[0] + chunk[1], s.clone()
+
+        s, starts = scan(step, s, (gate.movedim(2, 0), added.movedim(2, 0)))
+        return starts.movedim(0, 2), s
+    starts = []
+    # Not by index: the gradient of each index is as large as all chunks together, and so the time would be quadratic.
+    for gate_n, added_n in zip(gate.unbind(2), added.unbind(2), strict=True):
+        starts.append(s)
+        s = s * gate_n + added_n
+    return torch.stack(starts, 2), s
 
 
 class _Documents(NamedTuple):

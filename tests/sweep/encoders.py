@@ -34,6 +34,8 @@ LENGTH, PADDING = 160, 50
 SIZE = {"image_size": 48, "patch_size": 4}  # 144 patches
 # Their configs want lists.
 CHANGES: dict[str, dict[str, Any]] = {
+    "esmc": {"num_key_value_heads": 4},
+    "mobilebert": {"normalization_type": "layer_norm"},  # random weights blow up without
     "esm": {"vocab_size": 258, "position_embedding_type": "rotary"},
     "neomme": {"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
     "yolos": {"image_size": [48, 48]},
