@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config
 
 from dijiang_convert import DijiangError, convert, evaluate, finetune
 from dijiang_convert.checkpoint import INDEX, read_shard, weight_files
@@ -16,6 +18,7 @@ from dijiang_convert.distill import trainer
 from dijiang_convert.models import load_any, load_converted, load_tokenizer
 from dijiang_convert.push import push
 from tests.hub import Hub
+from tests.sources_on_disk import TOKENS, VOCABULARY, write_source
 
 SEQ_LEN = 128
 SHORT = {"seq_len": SEQ_LEN, "tokens": 6000}
@@ -83,6 +86,23 @@ def test_what_did_not_change_stays_in_files_of_its_own(converted: Path, tuned: P
     assert size[other.name] <= hub.bytes_received - sent < size[other.name] + small + 1_000_000
     data[-1] ^= 1
     other.write_bytes(data)
+
+
+def test_names_without_prefix_and_weights_held_twice_survive_training(text: str, tmp_path: Path) -> None:
+    """As GPT-2 is on the Hub, and as some hold their tied embedding."""
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=256, **TOKENS)
+    weights = write_source(tmp_path / "source", config) / "model.safetensors"
+    state = {name.removeprefix("transformer."): t for name, t in load_file(weights).items()}
+    save_file({**state, "lm_head.weight": state["wte.weight"].clone()}, weights, {"format": "pt"})
+    convert(str(tmp_path / "source"), tmp_path / "converted")
+    finetune(tmp_path / "converted", tmp_path / "out", data=text, tokens=600, seq_len=64, train="full", report=False)
+    before, after = tensors(tmp_path / "converted"), tensors(tmp_path / "out")
+    assert before.keys() == after.keys() > {"wte.weight", "lm_head.weight", "h.0.ln_1.weight"}
+    assert torch.equal(after["wte.weight"], after["lm_head.weight"])
+    loaded = load_converted(tmp_path / "out").state_dict()
+    assert torch.equal(loaded["transformer.wte.weight"], after["wte.weight"])
+    assert torch.equal(loaded["transformer.h.0.ln_1.weight"], after["h.0.ln_1.weight"])
+    assert not torch.equal(after["wte.weight"], before["wte.weight"])
 
 
 def test_every_loss_is_recorded_and_falls(converted: Path, text: str, tmp_path: Path) -> None:
