@@ -54,12 +54,12 @@ def cache_folder(repo_id: str) -> Path:
 def bytes_left(repo_id: str, revision: str, files: Iterable[RepoFile]) -> int:
     """How much of `files` has yet to travel."""
     cache = cache_folder(repo_id)
-    left = 0
+    left: dict[Path, int] = {}  # files of the same content travel once
     for file in files:
-        if not (cache / "snapshots" / revision / file.path).exists() and not _blob(cache, file).exists():
-            part = _part(cache, file)
-            left += file.size - (part.stat().st_size if part.exists() else 0)
-    return left
+        blob, part = _blob(cache, file), _part(cache, file)
+        if not blob.exists() and not (cache / "snapshots" / revision / file.path).exists():
+            left[blob] = file.size - (part.stat().st_size if part.exists() else 0)
+    return sum(left.values())
 
 
 def fetch(repo_id: str, revision: str, files: list[RepoFile], check: bool = False) -> Path:
@@ -185,6 +185,9 @@ def _bar(advance: Callable[[int], None]) -> Any:
 
         def update(self, count: float | None = 1) -> None:
             advance(int(count or 0))
+
+        def update_transfer(self, count: float) -> None:
+            """By Xet the same bytes are told once more as they travel."""
 
     return Bar
 

@@ -26,18 +26,18 @@ def patiently(call: Callable[[], T]) -> T:
         try:
             return call()
         except (_http_error(), OSError) as error:
-            if (pause := _pause(error, wait)) is None:
+            if not wait_if_passing(error, wait):
                 raise
-            if pause > max(WAITS):
-                console.print(f"the Hub asks for {pause} seconds of patience", highlight=False)
-            time.sleep(pause)
     return call()
 
 
-def wait_if_passing(error: BaseException) -> bool:
-    """Whether a failure will pass, after a pause if it will: to look again at what was done before trying again."""
-    pause = _pause(error, WAITS[-1])
+def wait_if_passing(error: BaseException, wait: int = WAITS[-1]) -> bool:
+    """Whether a failure will pass, after a pause if it will: as long as the Hub says, or else `wait` seconds."""
+    pause = _pause(error, wait)
     if pause is not None:
+        console.print(
+            f"{one_line(error, 100)}: trying again in {pause} s", highlight=False, markup=False, soft_wrap=True
+        )
         time.sleep(pause)
     return pause is not None
 

@@ -146,11 +146,13 @@ def test_failures_that_pass_are_waited_out(status: int, path: str, repo: str, hu
 @pytest.mark.parametrize("path", ["/api/models/", "/files/"])
 @pytest.mark.parametrize("header", [{"Retry-After": "7"}, {"RateLimit": '"api";r=0;t=7'}])
 def test_the_hub_says_how_long_to_wait(
-    header: dict[str, str], path: str, repo: str, hub: Hub, waits: list[float]
+    header: dict[str, str], path: str, repo: str, hub: Hub, waits: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with hub.failing(path, 429, headers=header, times=1):
         assert weights(repo) == LARGE
     assert waits == [8]
+    told = capsys.readouterr().err
+    assert path == "/files/" or "429" in told and ": trying again in 8 s\n" in told  # of files the client tells itself
 
 
 def test_nobody_waits_for_an_hour(repo: str, hub: Hub, waits: list[float]) -> None:
