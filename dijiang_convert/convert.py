@@ -252,7 +252,7 @@ def copy_companions(source: Path, target: Path, without: Collection[str] = ("con
                 continue
             if (harmless := without_code(content)) != content:
                 write_json(target / path.name, harmless)
-                console.print(f"left out: code of the source's own that {path.name} names", highlight=False)
+                console.print(f"left out: code of the source's own that {path.name} names", soft_wrap=True)
     for name in module_folders(source):
         shutil.copytree(source / name, target / name)
 

@@ -76,7 +76,7 @@ def fetch(repo_id: str, revision: str, files: list[RepoFile], check: bool = Fals
     if new:
         total, left = sum(file.size for file in new), bytes_left(repo_id, revision, new)
         have = f", {_size(total - left)} of it here already" if left < total else ""
-        console.print(f"downloading {repo_id}: {len(new)} files, {_size(total)}{have}", highlight=False)
+        console.print(f"downloading {repo_id}: {len(new)} files, {_size(total)}{have}", highlight=False, soft_wrap=True)
         stopped = threading.Event()
         with bytes_bar("downloading", left) as advance, ThreadPoolExecutor(WORKERS) as pool:
 

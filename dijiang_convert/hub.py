@@ -19,25 +19,30 @@ PASSING = (429, 500, 502, 503, 504)
 
 T = TypeVar("T")
 
+_reached = False  # a Hub that was there once will be back; one that never was is rather a wrong address
+
 
 def patiently(call: Callable[[], T]) -> T:
     """What `call` returns; it is called again after too many requests, a server's error or a lost connection."""
-    for wait in WAITS:
+    global _reached
+    for wait in (*WAITS, None):
         try:
-            return call()
+            result = call()
         except (_http_error(), OSError) as error:
-            if not wait_if_passing(error, wait):
+            if wait is None or not wait_if_passing(error, wait):
                 raise
-    return call()
+        else:
+            _reached = True
+            return result
+    raise AssertionError  # the last try returns or raises
 
 
 def wait_if_passing(error: BaseException, wait: int = WAITS[-1]) -> bool:
     """Whether a failure will pass, after a pause if it will: as long as the Hub says, or else `wait` seconds."""
     pause = _pause(error, wait)
     if pause is not None:
-        console.print(
-            f"{one_line(error, 100)}: trying again in {pause} s", highlight=False, markup=False, soft_wrap=True
-        )
+        told = f"{one_line(error, 100)}: trying again in {pause} s"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
         time.sleep(pause)
     return pause is not None
 
@@ -107,7 +112,8 @@ def _pause(error: BaseException, wait: int) -> int | None:
             pause = int(text) + 1 if text.isdigit() else wait
             return pause if pause <= LONGEST_WAIT else None
         names = {base.__name__ for base in type(cause).__mro__}
-        if names & {"TimeoutException", "ReadError", "WriteError", "RemoteProtocolError"}:
+        passing = {"TimeoutException", "ReadError", "WriteError", "RemoteProtocolError"}
+        if names & (passing | {"ConnectError"} if _reached else passing):
             return wait
     return None
 

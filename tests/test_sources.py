@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from dijiang_convert import hub as hub_module
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.hub import hub_errors
 from dijiang_convert.sources import ALIASES, Source, download, is_hub_id, read_config, resolve
@@ -362,6 +364,26 @@ except DijiangError as error:
         text=True,
         timeout=60,
     )
+
+
+def test_a_hub_that_was_there_is_waited_for(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
+    """And one that never was is told at once: it is rather a wrong address."""
+    lost = importlib.import_module(hub_module._http_error().__module__.partition(".")[0]).ConnectError("no route")
+    for reached in (False, True):
+        monkeypatch.setattr(hub_module, "_reached", reached)
+        answers: list[BaseException | str] = [lost, lost, "there"]
+
+        def call(answers: list[BaseException | str] = answers) -> str:
+            if isinstance(answer := answers.pop(0), str):
+                return answer
+            raise answer
+
+        if reached:
+            assert hub_module.patiently(call) == "there" and waits == [1, 2]
+        else:
+            with pytest.raises(type(lost)):
+                hub_module.patiently(call)
+            assert waits == []
 
 
 def test_unreachable_hub() -> None:
