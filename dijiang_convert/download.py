@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from .errors import DijiangError
-from .hub import hub_errors, patiently
+from .hub import hub_errors, one_line, patiently
 from .progress import bytes_bar, console
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
+HASH = r"[0-9a-f]{40}"  # of a file in git
 WORKERS = 4  # files at a time
 
 
@@ -35,6 +36,12 @@ def list_files(repo_id: str, revision: str) -> dict[str, RepoFile]:
     with hub_errors(repo_id, revision):
         tree = patiently(lambda: list(HfApi().list_repo_tree(repo_id, revision=revision, recursive=True)))
     files = [entry for entry in tree if isinstance(entry, RepoFile)]
+    for file in files:  # hashes become names of files
+        known = re.fullmatch(r"[0-9a-f]{64}", file.lfs.sha256) if file.lfs else re.fullmatch(HASH, file.blob_id)
+        if not known:
+            raise DijiangError(
+                f"the Hub lists {one_line(file.path, 80)} of {repo_id} without a hash: check HF_ENDPOINT"
+            )
     return {file.path: file for file in files if all(map(is_plain, file.path.split("/")))}
 
 
@@ -73,6 +80,7 @@ def fetch(repo_id: str, revision: str, files: list[RepoFile], check: bool = Fals
     cache = cache_folder(repo_id)
     folder = cache / "snapshots" / revision
     new = [file for file in files if not (folder / file.path).exists()]
+    here = [file for file in files if file not in new or _blob(cache, file).exists()]
     if new:
         total, left = sum(file.size for file in new), bytes_left(repo_id, revision, new)
         have = f", {_size(total - left)} of it here already" if left < total else ""
@@ -91,7 +99,7 @@ def fetch(repo_id: str, revision: str, files: list[RepoFile], check: bool = Fals
                 stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
     for file in files:
-        if file.lfs is None or check and file not in new:
+        if file.lfs is None or check and file in here:
             _check(folder / file.path, file, repo_id)
     return folder
 

@@ -131,6 +131,8 @@ def finetune(
     config = read_checkpoint(folder)
     section = config["dijiang"]
     target = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}-finetuned")
+    if not section["layers"]:
+        raise DijiangError(f"no layer of {folder} was converted: it is its original still, convert some with --layers")
     recipe = _recipe(section)
     plan = make_plan(
         recipe, stages, skip, tokens=tokens, train=train, seq_len=seq_len, settings=settings, own_data=data is None

@@ -20,6 +20,7 @@ from dijiang_convert.download import cache_folder
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.sources import check_space, download, read_config, resolve
 from tests.hub import Hub
+from tests.hub.store import Blob
 from tests.sources_on_disk import llama_config, write_source
 from tests.test_sources import BASE, message, names, resolve_elsewhere
 
@@ -226,6 +227,33 @@ def test_damage_never_becomes_a_checkpoint(hub: Hub, tmp_path: Path) -> None:
         convert("download/damaged", tmp_path / "again")
     assert not (tmp_path / "again").exists()
     convert("download/damaged", tmp_path / "again")
+
+
+def test_a_damaged_blob_of_another_commit_is_found(hub: Hub, tmp_path: Path) -> None:
+    hub.add_repo("download/two", BASE | {"model.safetensors": LARGE})
+    download(resolve("download/two"))
+    hub.add_repo("download/two", BASE | {"model.safetensors": LARGE, "added.json": "{}"})
+    (blob,) = (path for path in (cache_folder("download/two") / "blobs").iterdir() if len(path.name) == 64)
+    blob.write_bytes(LARGE[::-1])
+    with pytest.raises(DijiangError, match="model.safetensors of download/two is damaged"):
+        download(resolve("download/two"), tmp_path / "out")
+    folder = download(resolve("download/two"), tmp_path / "out").folder
+    assert folder is not None and (folder / "model.safetensors").read_bytes() == LARGE
+
+
+def test_hashes_that_are_none_are_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They become names of files in the cache."""
+    hub.add_repo("download/hashes", BASE | {"model.safetensors": LARGE})
+    weights = hub.repos["download/hashes"].at("main").files["model.safetensors"]
+    for change in (
+        lambda patch: patch.setitem(vars(weights), "sha256", "../../escaped"),
+        lambda patch: patch.setattr(Blob, "oid", "../../escaped"),
+    ):
+        with monkeypatch.context() as patch:
+            change(patch)
+            with pytest.raises(DijiangError) as call:
+                download(resolve("download/hashes"))
+        assert "without a hash: check HF_ENDPOINT" in message(call)
 
 
 def test_a_file_that_is_too_short_is_no_file(repo: str, hub: Hub, waits: list[float]) -> None:

@@ -105,6 +105,13 @@ def test_names_without_prefix_and_weights_held_twice_survive_training(text: str,
     assert not torch.equal(after["wte.weight"], before["wte.weight"])
 
 
+def test_nothing_to_train_is_told_first(tmp_path: Path) -> None:
+    convert(str(MODEL), tmp_path / "none", layers="none")
+    with pytest.raises(DijiangError, match="no layer of .*none was converted"):
+        finetune(tmp_path / "none", data=["text"])
+    assert [path.name for path in tmp_path.iterdir()] == ["none"]
+
+
 def test_every_loss_is_recorded_and_falls(converted: Path, text: str, tmp_path: Path) -> None:
     result = finetune(
         converted,
