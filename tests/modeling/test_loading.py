@@ -182,12 +182,12 @@ found["saved"] = sorted(path.name for path in (out / "saved").glob("*.py"))
 """
 
 
-def run(script: str, out: Path, *arguments: Path) -> dict[str, Any]:
+def run(script: str, out: Path, *arguments: Path, offline: bool = True) -> dict[str, Any]:
     """What a script wrote down, run where neither this package nor its tests are."""
     out.mkdir(parents=True, exist_ok=True)
     torch.save(tokens(2, 150), out / "ids.pt")
     folder, *rest = arguments
-    environment = {**os.environ, "HF_MODULES_CACHE": str(out / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_MODULES_CACHE": str(out / "modules"), "HF_HUB_OFFLINE": str(int(offline))}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
         [sys.executable, "-P", "-c", textwrap.dedent(PREAMBLE + script), str(folder), str(out), *map(str, rest)],
