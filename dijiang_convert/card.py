@@ -38,10 +38,14 @@ PLOTS = {
     "perplexity.png": "perplexity on held-out text by position: original, before and after training",
 }
 
-# What the checkpoint's auto_map offers, best first, and the Hub's name for that task.
+# What the checkpoint's auto_map may offer, and the Hub's name for that task.
 TASKS = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageClassification": "image-classification",
     "AutoModel": "feature-extraction",
 }
 
@@ -91,6 +95,11 @@ def _parts(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     record, measured = config.get("dijiang") or {}, read_quality(folder)
     auto_class = _auto_class(config)
+    library, task = "transformers", TASKS[auto_class]
+    if (folder / "modules.json").is_file():
+        library, task = "sentence-transformers", "sentence-similarity"
+    elif task == "feature-extraction" and (folder / "preprocessor_config.json").is_file():
+        task = "image-feature-extraction"
     source = str(record.get("source") or "")
     # The Hub links a card to its base model; a folder's name means nothing there.
     more: dict[str, Any] = {"base_model": source, "base_model_relation": "finetune"} if is_hub_id(source) else {}
@@ -101,17 +110,17 @@ def _parts(folder: Path) -> dict[str, Any]:
     datasets = {name for entry in record.get("history") or [] for name in entry.get("datasets") or []}
     if datasets:
         more["datasets"] = sorted(datasets)
-    if results := _results(TASKS[auto_class], measured):
+    if results := _results(task, measured):
         more |= {"model_name": f"{_name(record)}-dijiang", "eval_results": results}
     data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=TASKS[auto_class],
+        library_name=library,
+        pipeline_tag=task,
         tags=["dijiang", "linear-attention", "custom_code"],
         **more,
     )
     sections = [
-        _title(record), _usage(auto_class, record), _made(record), *_quality(measured), *_plots(folder),
-        _limits(record, measured), _cite(),
+        _title(record), _usage(_example(folder, auto_class), record), _made(record), *_quality(measured),
+        *_plots(folder), _limits(record, measured), _cite(),
     ]  # fmt: skip
     headings = ["", *(section.splitlines()[0] for section in sections[1:])]
     metadata = yaml.safe_load(data.to_yaml())
@@ -159,8 +168,29 @@ def _quality(measured: list[dict[str, Any]]) -> list[str]:
 
 
 def _auto_class(config: dict[str, Any]) -> str:
-    offered = config.get("auto_map") or {}
-    return next((name for name in TASKS if name in offered), "AutoModelForCausalLM")
+    """That of the head whose weights it has, or else the first that there is."""
+    offered, own = config.get("auto_map") or {}, (config.get("architectures") or [""])[0]
+    named = [name for name in TASKS if str(offered.get(name)).rpartition(".")[2] == own]
+    return next((name for name in (*named, *TASKS) if name in offered), "AutoModelForCausalLM")
+
+
+def _example(folder: Path, auto_class: str) -> str:
+    """Code that loads the model."""
+    if (folder / "modules.json").is_file():
+        return f"""\
+from sentence_transformers import SentenceTransformer
+
+checkpoint = {CHECKPOINT}
+model = SentenceTransformer(checkpoint, trust_remote_code=True)"""
+    reader, name = "AutoTokenizer", "tokenizer"
+    if (folder / "preprocessor_config.json").is_file():
+        reader, name = "AutoImageProcessor", "processor"
+    return f"""\
+from transformers import {reader}, {auto_class}
+
+checkpoint = {CHECKPOINT}
+{name} = {reader}.from_pretrained(checkpoint, trust_remote_code=True)
+model = {auto_class}.from_pretrained(checkpoint, trust_remote_code=True)"""
 
 
 def _source(record: dict[str, Any]) -> str:
@@ -172,19 +202,22 @@ def _source(record: dict[str, Any]) -> str:
 
 
 def _title(record: dict[str, Any]) -> str:
+    cost = "A converted layer keeps a state of fixed size: a new token costs the same however long the context is."
+    if not record.get("causal", True):
+        cost = "Time and memory of a converted layer grow linearly with length."
     return f"""\
 # {_name(record) or "A model"} with DiJiang linear attention
 
 This is {_source(record)} with its softmax attention replaced by DiJiang linear attention
 ([paper]({PAPER})); all other weights start from the source's.
-A converted layer keeps a state of fixed size: a new token costs the same however long the context is."""
+{cost}"""
 
 
 def _name(record: dict[str, Any]) -> str:
     return str(record.get("source") or "").rstrip("/").split("/")[-1]
 
 
-def _usage(auto_class: str, record: dict[str, Any]) -> str:
+def _usage(example: str, record: dict[str, Any]) -> str:
     needed = record.get("requires_transformers")
     version = f"transformers {needed} or later" if needed else "a recent transformers"
     return f"""\
@@ -193,11 +226,7 @@ def _usage(auto_class: str, record: dict[str, Any]) -> str:
 It needs {version}, and `trust_remote_code=True`, since the attention's code comes with the checkpoint.
 
 ```python
-from transformers import AutoTokenizer, {auto_class}
-
-checkpoint = {CHECKPOINT}
-tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
-model = {auto_class}.from_pretrained(checkpoint, trust_remote_code=True)
+{example}
 ```"""
 
 

@@ -128,7 +128,7 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown": (become({"model_type": "hyperformer"}), "knows no model type 'hyperformer'"),
     "own code": (become({"model_type": "own", "auto_map": {"AutoConfig": "a.B"}}), "own comes with its own code"),
     "encoder-decoder": (become({"model_type": "t5", "is_encoder_decoder": True}), "t5 is an encoder-decoder"),
-    "encoder": (become({"model_type": "bert", "architectures": ["BertModel"]}), "not a causal language model"),
+    "sound": (become({"model_type": "wav2vec2", "architectures": ["Wav2Vec2Model"]}), "takes input_values"),
     "quantised": (edit(quantization_config={"quant_method": "awq"}), "the weights are quantised (awq)"),
     "converted": (edit(dijiang={}), "the model is converted already: go on with dijiang finetune"),
 }

@@ -4,6 +4,7 @@ each type is checked by tests/sweep.)"""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,18 @@ def test_every_head_and_further_module_comes_along(converted: Path) -> None:
     assert "AutoModelForCausalLM" not in heads
     assert (converted / "modules.json").is_file() and (converted / "1_Pooling/config.json").is_file()
     assert (converted / "2_Dense/model.safetensors").is_file()
+
+
+def test_the_card_tells_how_to_load_it(source: Path, converted: Path, tmp_path: Path) -> None:
+    card = (converted / "README.md").read_text()
+    assert "pipeline_tag: sentence-similarity" in card and "library_name: sentence-transformers" in card
+    assert "SentenceTransformer(checkpoint, trust_remote_code=True)" in card
+    assert "grow linearly with length" in card
+    plain = shutil.copytree(source, tmp_path / "plain")
+    (plain / "modules.json").unlink()
+    convert(str(plain), tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "pipeline_tag: fill-mask" in card and "AutoModelForMaskedLM.from_pretrained" in card
 
 
 def test_modules_with_code_of_their_own_or_elsewhere_are_refused(source: Path, tmp_path: Path) -> None:
