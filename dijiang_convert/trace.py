@@ -99,14 +99,14 @@ class Notes:
         self.arguments: dict[nn.Module, dict[str, Any]] = {}  # of each module's call
         self.classes: set[type] = set()  # of attention modules, as far as they take more arguments than they name
         self.rotary_dim = 0  # since the last call
-        self.returns_cache = False
+        self.returns_cache = self.asked_for_causal = False
 
     def run(self) -> None:
         """Raises Unsupported where the model can't run so."""
         try:
-            self._run(_padding_mask)
+            self._run(self._padding_mask)
             if self._unmarked():  # in models of one layer; the classes are known now
-                self._run(_padding_mask)
+                self._run(self._padding_mask)
         except Exception as error:
             if not self.calls and self.model._is_stateful:
                 raise Unsupported(
@@ -190,6 +190,20 @@ class Notes:
         self.calls.append(_Seen(module, name, query, key, heads, arguments, self.rotary_dim, marked))
         self.rotary_dim = 0
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    def _padding_mask(
+        self,
+        q_length: int,
+        kv_length: int,
+        mask_function: Callable[..., Any] = causal_mask_function,
+        local_size: int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As `dijiang_mask` has it, and never None: a model that works on it shows."""
+        self.asked_for_causal |= mask_function is causal_mask_function
+        plain = mask_function in (causal_mask_function, bidirectional_mask_function)
+        plain = plain or (local_size is not None and kwargs.get("allow_is_causal_skip", True))
+        return torch.ones((1, kv_length) if plain else (1, 1, q_length, kv_length), dtype=torch.bool, device="meta")
 
     def layers(self, spec: str) -> Layers:
         ropes = getattr(self.config, "rope_parameters", None) or {}
@@ -276,6 +290,8 @@ class Notes:
             raise Unsupported(f"{self.kind} has layers that are causal and layers that are not")
         arguments = self.arguments[seen.module]
         if not seen.causal:
+            if self.model.can_generate() or self.asked_for_causal:
+                raise Unsupported(f"{self.kind} is a decoder, and its attention is not said to be causal")
             if any(arguments.get(name) is not None for name in OTHER_STATES):
                 raise Unsupported(f"{self.kind} has cross-attention, which has other keys than its own tokens")
             return
@@ -302,19 +318,6 @@ class Notes:
 
 def _takes_more(module: nn.Module) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values())
-
-
-def _padding_mask(
-    q_length: int,
-    kv_length: int,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    local_size: int | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """As `dijiang_mask` has it, and never None: a model that works on it shows."""
-    plain = mask_function in (causal_mask_function, bidirectional_mask_function)
-    plain = plain or (local_size is not None and kwargs.get("allow_is_causal_skip", True))
-    return torch.ones((1, kv_length) if plain else (1, 1, q_length, kv_length), dtype=torch.bool, device="meta")
 
 
 class _WithoutValues(TorchDispatchMode):
