@@ -27,6 +27,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder.")]
 Recipe = Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")]
+RecipeFor = Annotated[
+    str | None, typer.Option(help="A recipe's name, or a YAML file. [default: default, or encoder for an encoder]")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Layers = Annotated[str, typer.Option(help="all, none, sliding-only, 0,3,8-23, every:N, not-every:N, not-last:N.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")]
@@ -109,7 +112,7 @@ def main(
 def convert(
     source: Annotated[str, typer.Argument(help="Alias (pythia-410m), Hub id, or folder.")],
     out: Annotated[Path | None, typer.Option(help="Output folder. [default: ./NAME-dijiang]")] = None,
-    recipe: Recipe = "default",
+    recipe: RecipeFor = None,
     revision: Revision = None,
     dtype: Annotated[str | None, typer.Option(help="Rewrite weights as float32, float16 or bfloat16.")] = None,
     layers: Layers = "all",
@@ -274,7 +277,7 @@ def bench(
 @command("inspect")
 def inspect(
     source: Annotated[str, typer.Argument(help="Alias (pythia-410m), Hub id, or folder.")],
-    recipe: Recipe = "default",
+    recipe: RecipeFor = None,
     revision: Revision = None,
     layers: Layers = "all",
     settings: Settings = None,

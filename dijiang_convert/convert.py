@@ -72,7 +72,7 @@ def convert(
     source: str,
     out: str | Path | None = None,
     *,
-    recipe: str = "default",
+    recipe: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
     layers: str = "all",
@@ -82,12 +82,13 @@ def convert(
     force: bool = False,
     dry_run: bool = False,
 ) -> ConvertResult:
-    """Swaps the attention of a pretrained decoder for a DiJiang kernel.
+    """Swaps the attention of a pretrained decoder or encoder for a DiJiang kernel.
 
     Args:
         source: an alias (pythia-410m), a Hub id, or a folder.
         out: the new checkpoint's folder, by default ./NAME-dijiang.
-        recipe: a recipe's name or YAML file; its stages are recorded for `finetune`.
+        recipe: a recipe's name or YAML file; its stages are recorded for `finetune`. By default ``default``, or
+            ``encoder`` for a model that sees both sides of a token.
         revision: branch, tag or commit of a Hub source.
         dtype: rewrites the weights as float32, float16 or bfloat16; by default they are copied byte for byte.
         layers: which layers: all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N, or several with
@@ -103,10 +104,12 @@ def convert(
     start = time.perf_counter()
     if dtype is not None and dtype not in DTYPES:
         raise DijiangError(f"no dtype {dtype!r}: give one of {', '.join(DTYPES)}")
-    chosen = load_recipe(recipe, settings)
+    chosen = load_recipe(recipe or "default", settings)
     found = resolve(source, revision)
     config = read_config(found)
     architecture = examine(config, layers)
+    if recipe is None and not architecture.layers.causal:
+        chosen = load_recipe("encoder", settings)
     check_kernel(chosen.kernel, architecture)
     target = Path(out) if out is not None else Path(f"{found.name}-dijiang")
     check_out(target, force)

@@ -42,7 +42,7 @@ class InspectResult:
 def inspect(
     source: str,
     *,
-    recipe: str = "default",
+    recipe: str | None = None,
     revision: str | None = None,
     layers: str = "all",
     settings: Sequence[str] = (),
@@ -51,12 +51,14 @@ def inspect(
 
     Raises DijiangError where there is no such model or recipe; an unsupported one is a result, not an error.
     """
-    chosen = load_recipe(recipe, settings)
+    chosen = load_recipe(recipe or "default", settings)
     found = resolve(source, revision)
     config = read_config(found)
     kind = str((config.get("architectures") or [config.get("model_type")])[0])
     try:
         architecture = examine(config, layers)
+        if recipe is None and not architecture.layers.causal:
+            chosen = load_recipe("encoder", settings)
         check_kernel(chosen.kernel, architecture)
     except Unsupported as error:
         return InspectResult(str(found), kind, False, str(error))

@@ -112,6 +112,13 @@ def test_every_head_and_further_module_comes_along(converted: Path) -> None:
     assert (converted / "2_Dense/model.safetensors").is_file()
 
 
+def test_an_encoder_gets_a_recipe_of_its_own(source: Path, converted: Path, tmp_path: Path) -> None:
+    section = read_checkpoint(converted)["dijiang"]
+    assert section["recipe"] == "encoder" and section["kernel"]["rotary"] == "keep"
+    assert section["kernel"]["window"] == 8  # as it was set
+    assert convert(str(source), tmp_path / "out", recipe="default").recipe == "default"
+
+
 def test_the_card_tells_how_to_load_it(source: Path, converted: Path, tmp_path: Path) -> None:
     card = (converted / "README.md").read_text()
     assert "pipeline_tag: sentence-similarity" in card and "library_name: sentence-transformers" in card
