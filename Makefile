@@ -28,8 +28,9 @@ check: test lint types
 sweep: $(VENV)/.installed
 	$(BIN)/python -m scripts.sweep
 
+# A Hub on the loopback with the demo's model in it, to try the whole journey offline.
 hub: $(VENV)/.installed
-	$(BIN)/python -m tests.hub --port 8000
+	$(BIN)/python -m tests.hub --port 8000 --repo demo/stories=dijiang_convert/demo_model
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "dijiang-convert needs Python 3.11 or newer"'

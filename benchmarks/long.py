@@ -5,7 +5,7 @@
 MODEL is a softmax source, by default the demo's. Its kernels are moved away from their start, since a fresh far part is
 nearly flat. The reference is the same model in float64 throughout; errors are those of the last hidden state over 1,024
 tokens, relative to its norm. Decoding goes on from the full prompt for some steps, where the cache must not grow. What
-memory decoding takes is the resident memory of a process of its own that reads in pieces of 1,024 tokens: the most of it
+memory decoding takes is the resident memory of a process of its own that reads 1,024 tokens at a time: the most of it
 over as many steps, behind 1,024 tokens, and once it has read on to the full length.
 """
 

@@ -1,7 +1,7 @@
-"""The model card of a checkpoint, written from what its own config.json records.
+"""The model card of a checkpoint, written from what its own folder records.
 
-The card says what was done and nothing that was not recorded: no benchmark figures, no claim about quality.
-It has no name of its own, since a folder is written under a temporary name and may be pushed under any.
+The card says what was done and measured, and nothing that was not recorded. It has no name of its own, since a folder
+is written under a temporary name and may be pushed under any. What a person wrote into it stays (see `card_parts`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from .card_parts import Card, merge, parse, written
+from .errors import DijiangError
+from .quality import FIGURES, read_quality
 from .sources import is_hub_id, read_json
 
 PAPER = "https://arxiv.org/abs/2403.19928"
@@ -21,6 +26,8 @@ BIBTEX = """\
   archivePrefix = {arXiv},
 }"""
 
+CHECKPOINT = '"owner/name"  # this repository, or the folder that it lies in'  # until it is pushed
+
 SHAPE = ("heads", "kv_heads", "head_dim", "value_dim")
 STAGE = ("stage", "tokens", "first_loss", "last_loss")
 
@@ -31,45 +38,159 @@ PLOTS = {
     "perplexity.png": "perplexity on held-out text by position: original, before and after training",
 }
 
-# What the checkpoint's auto_map offers, best first, and the Hub's name for that task.
+# What the checkpoint's auto_map may offer, and the Hub's name for that task.
 TASKS = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageClassification": "image-classification",
     "AutoModel": "feature-extraction",
 }
 
 
 def write_card(folder: Path) -> None:
-    """Write the README.md of the checkpoint in `folder`, replacing any that is there.
+    """Write the README.md of the checkpoint in `folder`; of one that is there, a person's parts stay.
 
     Raises:
         DijiangError: `folder` has no readable config.json.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    path = folder / "README.md"
+    card = written(_parts(folder))
+    if path.is_file():
+        card = merge(card, read_card(path), str(path))
+    path.write_text(card.text(), encoding="utf-8")
+
+
+def card_for(repo: str, path: Path, there: str | None) -> str:
+    """The card at `path` as it is to lie in `repo`, where `there` is now.
+
+    Raises:
+        DijiangError: a part of it was edited both here and there.
+    """
+    card = read_card(path)
+    here = dict(card.marks)
+    for name, value in card.parts.items():
+        if isinstance(value, str) and CHECKPOINT in value and not card.is_yours(name):
+            filled = {name: value.replace(CHECKPOINT, f'"{repo}"')}
+            card.parts |= filled
+            here |= written(filled).marks
+    return merge(Card(card.parts, here), parse(there or ""), f"on the Hub in {repo}").text()
+
+
+def read_card(path: Path) -> Card:
+    """Raises DijiangError where its metadata is no YAML."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise DijiangError(f"{path} has metadata that is no YAML ({reason}): mend it, or remove the file") from error
+
+
+def _parts(folder: Path) -> dict[str, Any]:
+    """Metadata as "key:", and sections by their headings."""
+    from huggingface_hub import ModelCardData
 
     config = read_json(folder / "config.json")
-    record = config.get("dijiang") or {}
+    record, measured = config.get("dijiang") or {}, read_quality(folder)
     auto_class = _auto_class(config)
+    library, task = "transformers", TASKS[auto_class]
+    if (folder / "modules.json").is_file():
+        library, task = "sentence-transformers", "sentence-similarity"
+    elif task == "feature-extraction" and (folder / "preprocessor_config.json").is_file():
+        task = "image-feature-extraction"
     source = str(record.get("source") or "")
     # The Hub links a card to its base model; a folder's name means nothing there.
-    base: dict[str, Any] = {"base_model": source, "base_model_relation": "finetune"} if is_hub_id(source) else {}
-    licence = record.get("license")
+    more: dict[str, Any] = {"base_model": source, "base_model_relation": "finetune"} if is_hub_id(source) else {}
+    for name in ("license", "license_name", "license_link", "language"):
+        value = record.get(name)
+        if isinstance(value, str) or (name == "language" and isinstance(value, list)):
+            more[name] = value
+    datasets = {name for entry in record.get("history") or [] for name in entry.get("datasets") or []}
+    if datasets:
+        more["datasets"] = sorted(datasets)
+    if results := _results(task, measured):
+        more |= {"model_name": f"{_name(record)}-dijiang", "eval_results": results}
     data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=TASKS[auto_class],
+        library_name=library,
+        pipeline_tag=task,
         tags=["dijiang", "linear-attention", "custom_code"],
-        license=licence if isinstance(licence, str) else None,
-        **base,
+        **more,
     )
-    body = "\n\n".join(
-        [_title(record), _usage(auto_class, record), _made(record), *_plots(folder), _limits(record), _cite()]
-    )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
+    sections = [
+        _title(record), _usage(_example(folder, auto_class), record), _made(record), *_quality(measured),
+        *_plots(folder), _limits(record, measured), _cite(),
+    ]  # fmt: skip
+    headings = ["", *(section.splitlines()[0] for section in sections[1:])]
+    metadata = yaml.safe_load(data.to_yaml())
+    return {f"{key}:": value for key, value in metadata.items()} | dict(zip(headings, sections, strict=True))
+
+
+def _results(task: str, measured: list[dict[str, Any]]) -> list[Any]:
+    """What the Hub shows of measurements beside a model."""
+    from huggingface_hub import EvalResult
+
+    found = {}
+    for each in measured:
+        text = each.get("dataset")
+        kind, name = (text, text) if text else ("text", "held-out text")
+        for metric, value in each["figures"].items():
+            if metric in FIGURES:
+                found[kind, metric] = EvalResult(task, kind, name, metric, value, metric_name=FIGURES[metric])
+        for benchmark, metric, value in _scores(each):
+            found[benchmark, metric] = EvalResult(task, benchmark, benchmark, metric, value)
+    return list(found.values())
+
+
+def _scores(measurement: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """(task, metric, value) of lm-eval's results, which it names "metric,filter"."""
+    return [
+        (task, metric.removesuffix(",none"), value)
+        for task, scores in (measurement.get("tasks") or {}).items()
+        for metric, value in scores.items()
+        if isinstance(value, float) and "stderr" not in metric
+    ]
+
+
+def _quality(measured: list[dict[str, Any]]) -> list[str]:
+    if not measured:
+        return []
+    parts = ["## Quality"]
+    for each in measured:
+        text = each.get("dataset")
+        where = f"[{text}](https://huggingface.co/datasets/{text})" if text else "text that was held out"
+        rows = [(title, _figure(each["figures"][name])) for name, title in FIGURES.items() if name in each["figures"]]
+        rows += [(f"{task}: {metric}", _figure(value)) for task, metric, value in _scores(each)]
+        told = f"By `dijiang {each.get('by')}` on {each.get('tokens', 0):,} tokens of {where}:"
+        parts += [told, _table(("measured", "value"), rows)]
+    return ["\n\n".join(parts)]
 
 
 def _auto_class(config: dict[str, Any]) -> str:
-    offered = config.get("auto_map") or {}
-    return next((name for name in TASKS if name in offered), "AutoModelForCausalLM")
+    """That of the head whose weights it has, or else the first that there is."""
+    offered, own = config.get("auto_map") or {}, (config.get("architectures") or [""])[0]
+    named = [name for name in TASKS if str(offered.get(name)).rpartition(".")[2] == own]
+    return next((name for name in (*named, *TASKS) if name in offered), "AutoModelForCausalLM")
+
+
+def _example(folder: Path, auto_class: str) -> str:
+    """Code that loads the model."""
+    if (folder / "modules.json").is_file():
+        return f"""\
+from sentence_transformers import SentenceTransformer
+
+checkpoint = {CHECKPOINT}
+model = SentenceTransformer(checkpoint, trust_remote_code=True)"""
+    reader, name = "AutoTokenizer", "tokenizer"
+    if (folder / "preprocessor_config.json").is_file():
+        reader, name = "AutoImageProcessor", "processor"
+    return f"""\
+from transformers import {reader}, {auto_class}
+
+checkpoint = {CHECKPOINT}
+{name} = {reader}.from_pretrained(checkpoint, trust_remote_code=True)
+model = {auto_class}.from_pretrained(checkpoint, trust_remote_code=True)"""
 
 
 def _source(record: dict[str, Any]) -> str:
@@ -81,16 +202,22 @@ def _source(record: dict[str, Any]) -> str:
 
 
 def _title(record: dict[str, Any]) -> str:
-    name = str(record.get("source") or "").rstrip("/").split("/")[-1] or "A model"
+    cost = "A converted layer keeps a state of fixed size: a new token costs the same however long the context is."
+    if not record.get("causal", True):
+        cost = "Time and memory of a converted layer grow linearly with length."
     return f"""\
-# {name} with DiJiang linear attention
+# {_name(record) or "A model"} with DiJiang linear attention
 
 This is {_source(record)} with its softmax attention replaced by DiJiang linear attention
 ([paper]({PAPER})); all other weights start from the source's.
-A converted layer keeps a state of fixed size: a new token costs the same however long the context is."""
+{cost}"""
 
 
-def _usage(auto_class: str, record: dict[str, Any]) -> str:
+def _name(record: dict[str, Any]) -> str:
+    return str(record.get("source") or "").rstrip("/").split("/")[-1]
+
+
+def _usage(example: str, record: dict[str, Any]) -> str:
     needed = record.get("requires_transformers")
     version = f"transformers {needed} or later" if needed else "a recent transformers"
     return f"""\
@@ -99,11 +226,7 @@ def _usage(auto_class: str, record: dict[str, Any]) -> str:
 It needs {version}, and `trust_remote_code=True`, since the attention's code comes with the checkpoint.
 
 ```python
-from transformers import AutoTokenizer, {auto_class}
-
-checkpoint = "owner/name"  # this repository, or the folder that it lies in
-tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
-model = {auto_class}.from_pretrained(checkpoint, trust_remote_code=True)
+{example}
 ```"""
 
 
@@ -113,6 +236,7 @@ def _made(record: dict[str, Any]) -> str:
     rows += [(name.replace("_", " "), _code(record.get(name))) for name in SHAPE]
     rows += [(f"kernel: {name}", _code(value)) for name, value in (record.get("kernel") or {}).items()]
     rows += [("dijiang_convert", _code(record.get("version")))]
+    rows += [(name, _code(version)) for name, version in (record.get("made_with") or {}).items()]
     return "## How it was made\n\n" + _table(("setting", "value"), rows) + "\n\n" + _training(record)
 
 
@@ -130,16 +254,16 @@ def _plots(folder: Path) -> list[str]:
     return ["\n\n".join(["## The last training run", *shown])] if shown else []
 
 
-def _limits(record: dict[str, Any]) -> str:
+def _limits(record: dict[str, Any], measured: list[dict[str, Any]]) -> str:
     window = (record.get("kernel") or {}).get("window")
     near = f" Only the last {window} tokens are attended to exactly." if window else ""
+    unmeasured = "" if measured else "\n- It was not measured: `dijiang eval --save` compares it to its source."
     return f"""\
 ## Limits
 
 - Linear attention approximates softmax attention.{near} Recalling details from far back is its weak point.
 - It has the source's knowledge, biases and licence terms, and no safety training beyond the source's.
-- Attention weights (`output_attentions`) do not exist in this form and are not returned.
-- This card tells how it was made, not how good it is: `dijiang eval` compares it to its source."""
+- Attention weights (`output_attentions`) do not exist in this form and are not returned.{unmeasured}"""
 
 
 def _cite() -> str:

@@ -10,8 +10,8 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,6 @@ def weight_files(folder: Path) -> list[Path]:
         index = folder / f"{single}.index.json"
         if index.is_file():
             names = sorted(read_index(index))
-            outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
-            if outside:
-                raise DijiangError(f"{index} names {outside[0]}, outside its folder: download the model again")
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
                 more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -231,7 +228,7 @@ def write_shards(
     weight_map: dict[str, str] = {}
     numbers = size = 0
     for i, shard in enumerate(shards, start=1):
-        name = f"model-{i:05d}-of-{total:05d}.safetensors"
+        name = _shard_name(i, total)
         tensors = read_shard(shard)
         if shard.suffix == ".safetensors" and dtype is None:
             _copy(shard, folder / name, progress)
@@ -243,7 +240,7 @@ def write_shards(
             numbers += _product(t.shape)
             size += _product(t.shape) * _target_dtype(t, dtype).itemsize
     if new:
-        name = f"model-{total:05d}-of-{total:05d}.safetensors"
+        name = _shard_name(total, total)
         clash = sorted(weight_map.keys() & new.keys())
         if clash:
             raise DijiangError(f"the source has a tensor named {clash[0]} already: is it converted?")
@@ -254,6 +251,53 @@ def write_shards(
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX, index)
     return numbers
+
+
+def write_trained(folder: Path, saved: Path, source: Path, aliases: Callable[[str], Iterable[str]]) -> None:
+    """Lays out a trained checkpoint so that what training left alone stays in files of its own, which need not be
+    uploaded again: a file of the source of which no tensor changed is copied byte for byte, another one is split into
+    the tensors that stayed and those that changed.
+
+    Args:
+        saved: the folder with the trained tensors. Nothing is loaded but one tensor at a time.
+        source: the checkpoint that was trained, whose names and, where they stayed, bytes the tensors keep.
+        aliases: the names that a tensor of the source may have in ``saved``.
+    """
+    trained = {t.name: t for path in weight_files(saved) for t in read_shard(path)}
+    untold = set(trained)
+    stayed: list[tuple[Path | None, list[Tensor]]] = []
+    changed: list[tuple[Path | None, list[Tensor]]] = []
+    for path in weight_files(source):
+        old, new = [], []
+        for t in read_shard(path):
+            match = next((trained[name] for name in aliases(t.name) if name in trained), t)
+            untold.discard(match.name)
+            if match is t or torch.equal(t.load().to(match.dtype), match.load()):
+                old.append(t)
+            else:
+                new.append(replace(match, name=t.name))
+        if old:
+            stayed.append((None if new else path, old))
+        if new:
+            changed.append((None, new))
+    parts = [*stayed, *changed]
+    if untold:  # names that the source does not have: all of it as it was saved
+        parts = [(path, read_shard(path)) for path in weight_files(saved)]
+    weight_map: dict[str, str] = {}
+    size = 0
+    for i, (whole, tensors) in enumerate(parts, start=1):
+        name = _shard_name(i, len(parts))
+        if whole is not None:
+            _copy(whole, folder / name, lambda count: None)
+        else:
+            write_safetensors(folder / name, tensors)
+        weight_map |= {t.name: name for t in tensors}
+        size += sum(t.nbytes for t in tensors)
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _shard_name(number: int, total: int) -> str:
+    return f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
 def _copy(source: Path, target: Path, progress: Callable[[int], None], chunk: int = 64 << 20) -> None:
@@ -292,15 +336,6 @@ def read_checkpoint(folder: str | Path) -> dict[str, Any]:
     if "dijiang" not in config:
         raise DijiangError(f"{folder} is not converted yet: run dijiang convert {folder}")
     return config
-
-
-def free_space(path: Path) -> int:
-    """Bytes free on the disk where ``path`` is or will be."""
-    with suppress(OSError):
-        while not path.exists():
-            path = path.parent
-        return shutil.disk_usage(path).free
-    return 1 << 62
 
 
 def _product(shape: Iterable[int]) -> int:

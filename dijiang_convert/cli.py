@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 Layers = Annotated[str, typer.Option(help="all, none, sliding-only, 0,3,8-23, every:N, not-every:N, not-last:N.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")]
 Push = Annotated[str | None, typer.Option(metavar="REPO", help="Push the result to this Hub repository.")]
+Private = Annotated[bool, typer.Option("--private", help="Make that repository private.")]
 Data = Annotated[str | None, typer.Option(help="A file, a folder, a quoted glob, or a Hub data set.")]
 Corpora = Annotated[
     list[str] | None,
@@ -75,8 +77,12 @@ def command(name: str, epilog: str | None = None) -> Callable[[Callable[..., Any
 
 
 def _fail(message: str, debug: bool) -> None:
-    if debug:
-        raise  # the one being handled
+    from .hub import redact
+
+    if debug:  # of the one being handled
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        raise typer.Exit(1) from None
+    message = redact(message)
     if os.environ.get("LOCAL_RANK", "0") == "0" or message.startswith("unexpected"):
         print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(1) from None
@@ -109,6 +115,7 @@ def convert(
     layers: Layers = "all",
     settings: Settings = None,
     push: Push = None,
+    private: Private = False,
     force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and write nothing.")] = False,
     json_output: Json = False,
@@ -119,7 +126,7 @@ def convert(
 
     result = convert(
         source, out, recipe=recipe, revision=revision, dtype=dtype, layers=layers, settings=settings or (),
-        push=push, force=force, dry_run=dry_run,
+        push=push, private=private, force=force, dry_run=dry_run,
     )  # fmt: skip
 
     def show(r: Any) -> None:
@@ -157,6 +164,7 @@ def finetune(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the last run stopped.")] = False,
     push: Push = None,
+    private: Private = False,
     force: Force = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Leave report.html and plots.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it takes, and write nothing.")] = False,
@@ -171,8 +179,8 @@ def finetune(
     result = finetune(
         checkpoint, out, data=Sources(data) if data else None, tokens=tokens, stages=stage or (), skip=skip or (),
         seq_len=seq_len, settings=settings or (), train=None if full is None else "full" if full else "lora",
-        teacher=teacher, cache_teacher=cache_teacher, resume=resume, push=push, force=force, report=report,
-        dry_run=dry_run, seed=seed,
+        teacher=teacher, cache_teacher=cache_teacher, resume=resume, push=push, private=private, force=force,
+        report=report, dry_run=dry_run, seed=seed,
     )  # fmt: skip
 
     def show(r: Any) -> None:
@@ -200,6 +208,7 @@ def evaluate(
     seq_len: SeqLen = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to evaluate on.")] = 100_000,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks: a,b.")] = "",
+    save: Annotated[bool, typer.Option("--save", help="Keep the figures in the checkpoint's model card.")] = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> Any:
@@ -207,7 +216,9 @@ def evaluate(
     from .evaluate import evaluate
 
     names = [task for task in tasks.split(",") if task]
-    result = evaluate(checkpoint, baseline=baseline, data=data, seq_len=seq_len, max_tokens=max_tokens, tasks=names)
+    result = evaluate(
+        checkpoint, baseline=baseline, data=data, seq_len=seq_len, max_tokens=max_tokens, tasks=names, save=save
+    )
     return result, _show_eval
 
 
@@ -297,13 +308,14 @@ def push(
     repo: Annotated[str, typer.Argument(help="owner/name")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag for the commit.")] = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> Any:
     """Upload a checkpoint to the Hub, with its model card."""
     from .push import push
 
-    result = push(checkpoint, repo, private=private, revision=revision)
+    result = push(checkpoint, repo, private=private, revision=revision, tag=tag)
     return result, lambda r: print(f"{r.url}: {_size(r.bytes_uploaded)} in commit {r.commit[:12]}")
 
 

@@ -5,6 +5,7 @@ added, and the code that runs them. It takes about as long as copying the folder
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import shutil
 import time
@@ -22,15 +23,14 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from . import __version__
 from .architecture import Architecture, check_kernel, examine
 from .card import write_card
-from .checkpoint import check_out, free_space, new_folder, read_shard, weight_files, write_json, write_shards
+from .checkpoint import check_out, new_folder, read_shard, weight_files, write_json, write_shards
 from .errors import DijiangError, Unsupported
 from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS, Kernel
 from .modeling.modeling_dijiang import attach
-from .progress import bytes_bar
-from .push import check_repo
-from .push import push as push_checkpoint
+from .progress import bytes_bar, console
+from .push import check_push, push_result
 from .recipe import Recipe, load_recipe
-from .sources import Source, download, read_config, resolve
+from .sources import Source, check_space, download, read_config, resolve
 from .trace import skeleton
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,6 +47,9 @@ MODELING_FILES = (
 LEFT_BEHIND = (
     ".safetensors", ".bin", ".index.json", ".py", ".md", ".h5", ".msgpack", ".pt", ".pth", ".ot", ".onnx", ".gguf",
 )  # fmt: skip
+
+CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")
+LARGE_JSON = ("tokenizer.json", "vocab.json")  # which name no code
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def convert(
     layers: str = "all",
     settings: Sequence[str] = (),
     push: str | None = None,
+    private: bool = False,
     force: bool = False,
     dry_run: bool = False,
 ) -> ConvertResult:
@@ -89,7 +93,7 @@ def convert(
         layers: which layers: all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N, or several with
             commas. The rest keep softmax.
         settings: ``key=value`` for the recipe's kernel, as ``window=16``.
-        push: a Hub repository to push the result to.
+        push: a Hub repository to push the result to; ``private`` makes it a private one.
         force: replace ``out`` if it exists.
         dry_run: check everything that can be without downloading weights, and write nothing.
 
@@ -107,7 +111,7 @@ def convert(
     target = Path(out) if out is not None else Path(f"{found.name}-dijiang")
     check_out(target, force)
     if push is not None:
-        check_repo(push)
+        check_push(push)
     new = architecture.new_tensors(chosen.kernel)
     result = ConvertResult(
         out=str(target),
@@ -121,7 +125,7 @@ def convert(
         dry_run=dry_run,
     )
     if not dry_run:
-        found = download(found)
+        found = download(found, target)
         assert found.folder is not None
         if architecture.model_class.main_input_name == "input_ids":
             _check_tokenizer(found.folder)
@@ -130,8 +134,7 @@ def convert(
         for shard in shards:
             read_shard(shard)  # a truncated file is found before anything is written
         size = sum(shard.stat().st_size for shard in shards)
-        if free_space(target) < size:
-            raise DijiangError(f"no space left for {size / 1e9:.1f} GB on the disk of {target}: choose another --out")
+        check_space({target: size})
         with new_folder(target, force) as folder:
             with bytes_bar("converting", size) as advance:
                 write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance)
@@ -139,7 +142,7 @@ def convert(
             write_json(folder / "config.json", converted_config(config, architecture, chosen, found, dtype))
             write_code(folder)
             write_card(folder)
-    pushed = push_checkpoint(target, push).url if push and not dry_run else None
+    pushed = push_result(target, push, private) if push and not dry_run else None
     return dataclasses.replace(result, seconds=time.perf_counter() - start, pushed=pushed)
 
 
@@ -147,6 +150,7 @@ def converted_config(
     config: dict[str, Any], architecture: Architecture, recipe: Recipe, source: Source, dtype: str | None
 ) -> dict[str, Any]:
     """The source's config.json, with the classes that run the checkpoint and the section ``dijiang``."""
+    config = without_code(config)
     kind, model = config["model_type"], class_name(architecture.model_class, architecture.config)
     result = {**config, "architectures": [model], "model_type": f"dijiang_{kind}"}
     result["auto_map"] = {
@@ -165,7 +169,9 @@ def converted_config(
         "requires_transformers": REQUIRES_TRANSFORMERS,
         "source": source.repo_id or source.name,
         "source_revision": source.revision,
-        "license": source.license,
+        "license": None,
+        **source.card,
+        "made_with": made_with(),
         "recipe": recipe.name,
         "kernel": details["kernel"],
         "stages": details["stages"],
@@ -174,6 +180,11 @@ def converted_config(
         "history": [],
     }
     return result
+
+
+def made_with() -> dict[str, str]:
+    """The libraries that a checkpoint was made with, and their versions."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
 
 
 def class_name(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
@@ -231,10 +242,27 @@ def copy_companions(source: Path, target: Path, without: Collection[str] = ("con
     of a sentence-transformers model."""
     for path in sorted(source.iterdir()):
         wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND)
-        if wanted and path.name not in without:
-            shutil.copyfile(path, target / path.name)
+        if not wanted or path.name in without:
+            continue
+        shutil.copyfile(path, target / path.name)
+        if path.suffix == ".json" and path.name not in LARGE_JSON:
+            try:
+                content = json.loads(path.read_bytes())
+            except ValueError:  # it names nothing to anybody
+                continue
+            if (harmless := without_code(content)) != content:
+                write_json(target / path.name, harmless)
+                console.print(f"left out: code of the source's own that {path.name} names", soft_wrap=True)
     for name in module_folders(source):
         shutil.copytree(source / name, target / name)
+
+
+def without_code(value: Any) -> Any:
+    """A config without what tells transformers to run a repository's code: a converted model runs this package's
+    alone, and who trusts that need not trust another's."""
+    if isinstance(value, dict):
+        return {key: without_code(each) for key, each in value.items() if key not in CODE_KEYS}
+    return [without_code(each) for each in value] if isinstance(value, list) else value
 
 
 def module_folders(folder: Path) -> list[str]:

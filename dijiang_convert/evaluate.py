@@ -1,5 +1,6 @@
 """`dijiang eval`: perplexity on held-out text, and against the original its ratio, KL divergence and agreement."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -11,12 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .card import write_card
+from .checkpoint import read_checkpoint
+from .distill.corpus import Sources, hub_names
 from .distill.data import Rows, token_rows
 from .distill.images import open_images
 from .errors import DijiangError
 from .likeness import Likeness, likeness
 from .models import generates, load_any, load_tokenizer, silence
 from .progress import count_bar
+from .quality import add_quality
 from .sources import download, resolve
 
 DEFAULT_DATA = "emozilla/pg19-test"  # books; no part of any recipe's corpus
@@ -51,6 +56,7 @@ def evaluate(
     seq_len: int | None = None,
     max_tokens: int = 100_000,
     tasks: Sequence[str] = (),
+    save: bool = False,
 ) -> EvalResult:
     """Measures a checkpoint on text (a file, the held-out ones of a folder or glob, a Hub data set, or documents).
 
@@ -59,11 +65,33 @@ def evaluate(
         baseline: the original model, to compare with. Encoders need one: they are measured by it alone.
         seq_len: tokens a row; by default the model's context, at most 2,048.
         tasks: names of lm-eval tasks; needs ``pip install lm-eval``.
+        save: keep the figures with the checkpoint, and write them into its model card.
 
     Raises:
         DijiangError: no such model or data, or less text than one row.
     """
+    if save:
+        read_checkpoint(checkpoint)
     silence()
+    result = _evaluate(checkpoint, baseline, data, seq_len, max_tokens, tasks)
+    if save:
+        folder = Path(checkpoint).expanduser()
+        figures = dataclasses.asdict(result) | (dataclasses.asdict(result.likeness) if result.likeness else {})
+        text = data if data is not None else DEFAULT_DATA
+        names = hub_names(Sources([text])) if isinstance(text, str) else []
+        add_quality(folder, "eval", names[0] if names else None, result.tokens, figures, result.tasks)
+        write_card(folder)
+    return result
+
+
+def _evaluate(
+    checkpoint: str | Path,
+    baseline: str | None,
+    data: str | Sequence[str] | None,
+    seq_len: int | None,
+    max_tokens: int,
+    tasks: Sequence[str],
+) -> EvalResult:
     model = load_any(str(checkpoint)).eval()
     other = load_any(baseline, model.device).eval() if baseline else None
     if other is None and not generates(model):

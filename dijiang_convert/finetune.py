@@ -9,7 +9,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import write_card
-from .checkpoint import check_out, read_checkpoint, write_json
-from .convert import copy_companions, write_code
+from .checkpoint import check_out, read_checkpoint, write_json, write_trained
+from .convert import copy_companions, made_with, write_code
 from .distill import processes
-from .distill.corpus import Sources
+from .distill.corpus import Sources, hub_names
 from .distill.data import Rows, check_data
 from .distill.gather import corpus_of, fingerprint, gather
 from .distill.images import Images, image_files, image_tokens, open_images
@@ -58,8 +58,8 @@ from .probe import (
     write_probes,
 )
 from .progress import console
-from .push import check_repo
-from .push import push as push_checkpoint
+from .push import check_push, push_result
+from .quality import EVALUATION, add_quality
 from .recipe import Recipe, Stage, parse_recipe
 from .report import LOG, REPORT, write_report
 from .sources import is_hub_id, read_config, resolve
@@ -94,6 +94,7 @@ def finetune(
     cache_teacher: int | None = None,
     resume: bool = False,
     push: str | None = None,
+    private: bool = False,
     force: bool = False,
     report: bool = True,
     dry_run: bool = False,
@@ -116,7 +117,7 @@ def finetune(
         cache_teacher: write down the teacher's so many likeliest tokens of every position first, so that training needs
             no second model in memory. For stages that have one: LoRA's teacher is the model itself.
         resume: go on where a run with the same ``out`` stopped.
-        push: a Hub repository to push the result to.
+        push: a Hub repository to push the result to; ``private`` makes it a private one.
         report: sets a little text aside, measures the model on it before and after, and leaves report.html and plots.
         dry_run: tell what the run would take, timed by two steps of each stage, and write nothing.
 
@@ -130,6 +131,8 @@ def finetune(
     config = read_checkpoint(folder)
     section = config["dijiang"]
     target = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}-finetuned")
+    if not section["layers"]:
+        raise DijiangError(f"no layer of {folder} was converted: it is its original still, convert some with --layers")
     recipe = _recipe(section)
     plan = make_plan(
         recipe, stages, skip, tokens=tokens, train=train, seq_len=seq_len, settings=settings, own_data=data is None
@@ -155,7 +158,7 @@ def finetune(
         for corpus in corpora:
             (image_files if of_images else check_data)(corpus)
     if push:
-        check_repo(push)
+        check_push(push)
     silence()
     copies = [each is not None and cache_teacher is None for each in teachers]
     costs, free = plan_costs(plan, parsed, copies, here.num_processes), free_memory()
@@ -221,7 +224,7 @@ def finetune(
             log=TrainingLog(run.log, stage, i),
         )  # fmt: skip
         results.append(result)
-        run.record(i, results, functools.partial(_write, model, folder, config, plan, results))
+        run.record(i, results, functools.partial(_write, model, folder, config, plan, corpora, results))
         del model, guide
     run.finish(target, force)
     pushed = None
@@ -229,7 +232,7 @@ def finetune(
         _report(target, folder, tokenizer, recipe, plan, probes, held, corpora[-1])
     run.remove()
     if push and here.is_main_process:
-        pushed = push_checkpoint(target, push).url
+        pushed = push_result(target, push, private)
     here.wait_for_everyone()
     return FinetuneResult(str(target), results, time.perf_counter() - start, pushed, costs, free)
 
@@ -286,7 +289,23 @@ def _report(
     facts = {"text": ", ".join(names) or "given documents"}
     ran = {"name": recipe.name, "kernel": recipe.kernel.to_dict(), "stages": [dataclasses.asdict(s) for s in plan]}
     write_report(target, probes, prompts, ran, facts, note)
+    if held is not None and "after" in probes:
+        sets = hub_names(corpus)
+        dataset = sets[0] if len(sets) == len(corpus) == 1 else None
+        add_quality(target, "finetune", dataset, held.rows.tokens, _figures(probes))
     write_card(target)  # which shows the plots
+
+
+def _figures(probes: Mapping[str, Probe | Likeness]) -> dict[str, float]:
+    """What the card tells of the probes."""
+    after = probes["after"]
+    if not isinstance(after, Probe):
+        return dataclasses.asdict(after)
+    names = {"after": "perplexity", "before": "untrained_perplexity", "original": "baseline_perplexity"}
+    figures = {names[name]: each.perplexity for name, each in probes.items() if isinstance(each, Probe)}
+    if "original" in probes:
+        figures["perplexity_ratio"] = figures["perplexity"] / figures["baseline_perplexity"]
+    return figures
 
 
 @dataclass(frozen=True)
@@ -295,12 +314,13 @@ class _Teacher:
 
     name: str
     is_converted: bool = False
+    revision: str | None = None
 
     def load(self, device: torch.device) -> PreTrainedModel:
         if self.is_converted:
             model = load_converted(self.name, attention="softmax", device=device)
         else:
-            model = load_any(self.name, device)
+            model = load_any(self.name, device, self.revision)
         return model.eval().requires_grad_(False)  # type: ignore[return-value]
 
 
@@ -319,7 +339,7 @@ def _teacher(
                 f"{folder} was trained before, so its base weights are not the original's: "
                 f"give that model with --teacher (it was {section['source']})"
             )
-        return _Teacher(section["source"])
+        return _Teacher(section["source"], revision=section.get("source_revision"))
     if stage.train != "full" and trained <= {"kernel"}:
         return None
     return _Teacher(str(folder), is_converted=True)
@@ -352,15 +372,26 @@ def _write(
     source: Path,
     config: dict[str, Any],
     plan: Sequence[Stage],
+    corpora: Sequence[Sequence[str]],
     results: Sequence[StageResult],
     target: Path,
 ) -> None:
     """A checkpoint as `convert` writes it, with the trained weights and the history of how they came to be."""
     assert model is not None  # on the main process, which alone writes
-    model.save_pretrained(target, max_shard_size="5GB")
-    for path in target.glob("*.safetensors"):  # which safetensors lets none but their owner read
-        shutil.copymode(target / "config.json", path)
-    copy_companions(source, target, without=(LOG, REPORT))
+    saved = target / ".saved"
+    model.save_pretrained(saved, max_shard_size="5GB")
+    prefix, tied = f"{model.base_model_prefix}.", model.all_tied_weights_keys
+
+    def aliases(name: str) -> list[str]:
+        """Names that a tensor may have been saved by: some sources leave out the prefix, or hold tied weights twice."""
+        names = [name, prefix + name, name.removeprefix(prefix)]
+        return [*names, *(tied[name] for name in names if name in tied)]
+
+    write_trained(target, saved, source, aliases)
+    shutil.rmtree(saved)
+    copy_companions(source, target, without=("config.json", LOG, REPORT, EVALUATION))
+    if (source / "README.md").is_file():  # of which `write_card` keeps what a person wrote
+        shutil.copyfile(source / "README.md", target / "README.md")
     done = [
         {
             "stage": result.name,
@@ -370,12 +401,14 @@ def _write(
             "seq_len": stage.seq_len,
             "first_loss": result.first_loss,
             "last_loss": result.last_loss,
+            "datasets": hub_names(corpus),
         }
-        for stage, result in zip(plan, results, strict=False)
+        for stage, corpus, result in zip(plan, corpora, results, strict=False)
     ]
     longest = max(stage.seq_len for stage, _ in zip(plan, results, strict=False))
     config = extended_config(config, converted_config(source), longest)
-    section = {**config["dijiang"], "history": [*config["dijiang"]["history"], *done]}
+    history = [*config["dijiang"]["history"], *done]
+    section = {**config["dijiang"], "made_with": made_with(), "history": history}
     write_json(target / "config.json", {**config, "dijiang": section})
     write_code(target)
     write_card(target)

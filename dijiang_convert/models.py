@@ -52,24 +52,26 @@ def softmax_implementation(model_class: Any) -> str:
     return "sdpa" if model_class._supports_sdpa else "eager"
 
 
-def load_any(source: str, device: torch.device | None = None) -> PreTrainedModel:
+def load_any(source: str, device: torch.device | None = None, revision: str | None = None) -> PreTrainedModel:
     """A converted checkpoint, or any model that transformers has (alias, Hub id or folder): with the head that its
-    config names, or else as a causal language model."""
+    config names, or else as a causal language model. No code of a repository is run."""
     folder = Path(source).expanduser()
     if (folder / "config.json").is_file() and "dijiang" in read_json(folder / "config.json"):
         return load_converted(folder, device=device)
-    found = download(resolve(source))
+    found = download(resolve(source, revision)).folder
+    assert found is not None
+    if "dijiang" in read_json(found / "config.json"):  # of the Hub: by our own code, never by the repository's
+        return load_converted(found, device=device)
     try:
         with quiet():
-            model: Any = _class_of(found.folder).from_pretrained(str(found.folder))
+            model: Any = _class_of(found).from_pretrained(str(found), trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise DijiangError(f"can't load {source}: {' '.join(str(error).split())[:300]}") from error
     return model.to(device or default_device())
 
 
-def _class_of(folder: Path | None) -> Any:
+def _class_of(folder: Path) -> Any:
     """AutoModelForCausalLM, or the class of a model that is none."""
-    assert folder is not None
     name = (read_json(folder / "config.json").get("architectures") or [""])[0]
     named = getattr(transformers, name, None)
     is_other = isinstance(named, type) and issubclass(named, PreTrainedModel) and not issubclass(named, GenerationMixin)
@@ -81,13 +83,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(source).expanduser()
     options: dict[str, Any] = {}
     if not folder.is_dir():
-        found = download(resolve(str(source)))
-        folder = found.folder or folder
-    elif "dijiang" in read_json(folder / "config.json"):
-        options["config"] = converted_config(folder)  # else AutoTokenizer would ask to run the folder's code
+        folder = download(resolve(str(source))).folder or folder
+    if "dijiang" in read_json(folder / "config.json"):
+        options["config"] = converted_config(folder)  # else AutoTokenizer would need the folder's code
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(str(folder), **options)
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
     except (ValueError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DijiangError(f"can't load the tokenizer of {source}: {reason}") from error

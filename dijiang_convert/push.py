@@ -3,22 +3,30 @@
 Only the files that a checkpoint consists of leave the machine: an allow-list, so optimizer state, logs and
 hidden files stay. What the repository already holds is compared by hash and not sent again. The whole
 checkpoint is one commit, since a repository must not show the shards of one version under another's index.
+
+A push that was interrupted is run again: large files that arrived are not sent twice, and nobody sees anything of it
+until the commit, its last step.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
+from .download import is_plain
 from .errors import DijiangError
-from .sources import HUB_TIMEOUT, hub_errors, is_hub_id, read_index, read_json
+from .hub import TIMEOUT, hub_errors, patiently, wait_if_passing
+from .sources import is_hub_id, read_index, read_json
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
 INDEX = "model.safetensors.index.json"
@@ -28,9 +36,12 @@ SINGLE = "model.safetensors"
 # training log and the report, which quotes the text that was trained on, stay too.
 ALLOWED = ("*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.png", "README.md", "LICENSE*")
 PLOTS = "plots/*.png"  # which the card shows
+INNER = (".png", ".json", ".safetensors", "pytorch_model.bin", ".txt")  # of plots and of sentence-transformers' modules
 REFUSED = (".*", "trainer_state.json")
+READ = ("*config.json", "README.md", "*.jinja", "special_tokens_map.json")  # for what must not leave the machine
 
 SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+TOKEN = re.compile(r"\bhf_(oauth_)?[A-Za-z0-9]{30,}\b")
 
 
 @dataclass(frozen=True)
@@ -47,68 +58,155 @@ class PushResult:
     url: str
 
 
-def push(checkpoint: str | Path, repo: str, *, private: bool = False, revision: str | None = None) -> PushResult:
+def push(
+    checkpoint: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    tag: str | None = None,
+) -> PushResult:
     """Upload the checkpoint in `checkpoint` to `repo` (owner/name), which is created if it does not exist.
 
-    `revision` names a branch, created from main if it does not exist. A checkpoint without a README.md gets
-    its model card first. Weight shards that the repository holds from another version are removed in the same
-    commit: a stray model.safetensors would be loaded in place of the index. No change means no commit.
+    `revision` names a branch, created from main if it does not exist, and `tag` a tag for the commit. A checkpoint
+    without a README.md gets its model card first. Weight shards that the repository holds from another version are
+    removed in the same commit: a stray model.safetensors would be loaded in place of the index. No change means no
+    commit. Failures that pass are waited out.
 
     Raises:
         DijiangError: not a converted checkpoint, not a repository name, a public repository where a private
-            one was asked for, or a Hub that refuses or can't be reached.
+            one was asked for, a tag that another commit has, or a Hub that refuses or can't be reached.
     """
     check_repo(repo)
     folder = Path(checkpoint).expanduser()
     files = _checkpoint_files(folder)
 
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub import HfApi
 
     api = HfApi()
-    url = f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
     with hub_errors(repo, revision):
         # None leaves the choice to the organization's default, which may be private.
-        api.create_repo(repo, private=True if private else None, exist_ok=True)
-        info = api.model_info(repo, timeout=HUB_TIMEOUT)
-        if private and not info.private:
+        patiently(lambda: api.create_repo(repo, private=True if private else None, exist_ok=True))
+        if private and not patiently(lambda: api.model_info(repo, timeout=TIMEOUT)).private:
             raise DijiangError(f"{repo} is public: make it private in its settings, or push it as public")
         if revision is not None:
-            api.create_branch(repo, branch=revision, exist_ok=True)
-            info = api.model_info(repo, revision=revision, timeout=HUB_TIMEOUT)
-        head = info.sha
-        assert head is not None  # the repository exists, so its branch has a commit
-        tree = api.list_repo_tree(repo, revision=head, recursive=True)
-        remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+            patiently(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
+        refs = patiently(lambda: api.list_repo_refs(repo)) if tag is not None else None
+    tagged = next((ref.target_commit for ref in refs.tags if ref.name == tag), None) if refs else None
+    with tempfile.TemporaryDirectory() as scratch:
+        commit, sent = _upload(api, repo, revision, files, tagged, Path(scratch))
+    if tag is not None and tagged is None:
+        with hub_errors(repo, revision):
+            patiently(lambda: api.create_tag(repo, tag=tag, revision=commit, exist_ok=True))
+    url = f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
+    return PushResult(repo=repo, commit=commit, bytes_uploaded=sent, url=url)
 
-    changed = {name: path for name, path in files.items() if not _same(path, remote.get(name))}
-    stale = [name for name in remote if SHARD.fullmatch(name) and name not in files]
-    if not changed and not stale:
-        return PushResult(repo=repo, commit=head, bytes_uploaded=0, url=url)
 
+def _upload(
+    api: HfApi,
+    repo: str,
+    revision: str | None,
+    files: dict[str, Path],
+    tagged: str | None,
+    scratch: Path,
+    tries: int = 3,
+) -> tuple[str, int]:
+    """The commit that has `files`, made if there is none yet, and the size of those that changed.
+
+    tagged: the only commit that will do, if there is one.
+    scratch: an empty folder, for the card as it is to be there.
+    """
+    hashes: dict[Path, str] = {}
+    card, sent = files["README.md"], 0
+    while True:
+        with hub_errors(repo, revision):
+            head = str(patiently(lambda: api.model_info(repo, revision=revision, timeout=TIMEOUT)).sha)
+        there = _files_at(api, repo, head)
+        files = files | {"README.md": _card(api, repo, head, card, there, scratch)}
+        changed = {name: path for name, path in files.items() if not _same(path, there.get(name), hashes)}
+        stale = [name for name in there if SHARD.fullmatch(name) and name not in files]
+        if tagged is not None and (changed or stale or head != tagged):
+            raise DijiangError(f"{repo} has this tag on another commit, {tagged[:12]}: choose another --tag")
+        if not changed and not stale:
+            return head, sent  # perhaps since the last try got there, and its answer was lost
+        sent = sum(path.stat().st_size for path in changed.values())
+        try:
+            commit = _commit(api, repo, revision, head, changed, stale)
+        except DijiangError as error:
+            tries -= 1
+            if not (tries and wait_if_passing(error)):
+                raise
+            continue
+        there = _files_at(api, repo, commit)
+        for name, path in files.items():
+            if not _same(path, there.get(name), hashes):
+                raise DijiangError(f"{repo} left out {name}: see whether a .gitignore there names it")
+        return commit, sent
+
+
+def _commit(api: HfApi, repo: str, revision: str | None, head: str, changed: dict[str, Path], stale: list[str]) -> str:
+    """Sends what the Hub lacks of `changed`, then makes one commit of it all on top of `head`."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    additions = [CommitOperationAdd(name, path) for name, path in changed.items()]
     with hub_errors(repo, revision):
-        commit = api.create_commit(
+        patiently(lambda: api.preupload_lfs_files(repo, additions, revision=revision, free_memory=False))
+        return api.create_commit(
             repo,
-            [
-                *(CommitOperationAdd(name, path) for name, path in changed.items()),
-                *(CommitOperationDelete(name, is_folder=False) for name in stale),
-            ],
+            [*additions, *(CommitOperationDelete(name, is_folder=False) for name in stale)],
             commit_message="Upload DiJiang checkpoint",
             revision=revision,
             parent_commit=head,  # what was compared: a push of someone else meanwhile is not mixed with this
-        )
-    return PushResult(
-        repo=repo,
-        commit=commit.oid,
-        bytes_uploaded=sum(path.stat().st_size for path in changed.values()),
-        url=url,
-    )
+        ).oid
+
+
+def _files_at(api: HfApi, repo: str, commit: str) -> dict[str, RepoFile]:
+    from huggingface_hub.hf_api import RepoFile
+
+    with hub_errors(repo, commit):
+        tree = patiently(lambda: list(api.list_repo_tree(repo, revision=commit, recursive=True)))
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def _card(api: HfApi, repo: str, commit: str, path: Path, there: dict[str, RepoFile], scratch: Path) -> Path:
+    """The card at `path` with what a person edited in the repository's own."""
+    from .card import card_for
+
+    text = None
+    if "README.md" in there:
+        with hub_errors(repo, commit):
+            old = patiently(lambda: api.hf_hub_download(repo, "README.md", revision=commit, local_dir=scratch / commit))
+        text = Path(old).read_text(encoding="utf-8")
+    merged = scratch / "README.md"
+    merged.write_text(card_for(repo, path, text), encoding="utf-8")
+    return merged
 
 
 def check_repo(repo: str) -> None:
     """Raises DijiangError where `repo` can't be the name of a repository: to ask before anything that takes long."""
     if not is_hub_id(repo):
         raise DijiangError(f"{repo!r} is not a repository name: give it as owner/name")
+
+
+def check_push(repo: str) -> None:
+    """Whether there is anybody to push as, asked before anything that takes long. Raises DijiangError."""
+    check_repo(repo)
+
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise DijiangError(f"pushing to {repo} needs a token: run `hf auth login` or set HF_TOKEN")
+    with hub_errors(repo):
+        patiently(lambda: HfApi().whoami())
+
+
+def push_result(checkpoint: str | Path, repo: str, private: bool) -> str:
+    """Pushes what was just made and returns where to. A failure costs nothing of it: it tells how to go on."""
+    try:
+        return push(checkpoint, repo, private=private).url
+    except DijiangError as error:
+        option = " --private" if private else ""
+        raise DijiangError(f"{error}; {checkpoint} is written: dijiang push {checkpoint} {repo}{option}") from error
 
 
 def _checkpoint_files(folder: Path) -> dict[str, Path]:
@@ -128,10 +226,11 @@ def _checkpoint_files(folder: Path) -> dict[str, Path]:
         raise DijiangError(f"config.json of {folder} tells of {path} on this machine: take it out, then push")
 
     weights = _weights(folder)
-    if not (folder / "README.md").is_file():
-        from .card import write_card
+    from .card import read_card, write_card
 
+    if not (folder / "README.md").is_file():
         write_card(folder)
+    read_card(folder / "README.md")  # before anything is created
     companions = {
         path.name
         for path in folder.iterdir()
@@ -139,8 +238,27 @@ def _checkpoint_files(folder: Path) -> dict[str, Path]:
         and any(fnmatchcase(path.name, pattern) for pattern in ALLOWED)
         and not any(fnmatchcase(path.name, pattern) for pattern in REFUSED)
     }
-    plots = {path.relative_to(folder).as_posix() for path in folder.glob(PLOTS) if path.is_file()}
-    return {name: folder / name for name in sorted(weights | companions | plots)}
+    for name in sorted(companions):
+        if any(fnmatchcase(name, pattern) for pattern in READ):
+            _check_text(folder / name)
+    further = [*folder.glob(PLOTS), *(path for name in _modules(folder) for path in (folder / name).iterdir())]
+    inner = {
+        path.relative_to(folder).as_posix()
+        for path in further
+        if path.is_file() and path.name.endswith(INNER) and not path.name.startswith(".")
+    }
+    return {name: folder / name for name in sorted(weights | companions | inner)}
+
+
+def _modules(folder: Path) -> list[str]:
+    """Folders with the further modules of a sentence-transformers model. Raises DijiangError for others."""
+    if not (folder / "modules.json").is_file():
+        return []
+    names = [each["path"] for each in json.loads((folder / "modules.json").read_bytes()) if each["path"]]
+    for name in names:
+        if not is_plain(name) or not (folder / name).is_dir():
+            raise DijiangError(f"modules.json of {folder} names {name}, no folder in it: convert again")
+    return names
 
 
 def _local_paths(record: Any) -> Iterator[str]:
@@ -150,6 +268,24 @@ def _local_paths(record: Any) -> Iterator[str]:
             yield from _local_paths(value)
     elif isinstance(record, str) and (record.startswith("~") or PureWindowsPath(record).root or Path(record).root):
         yield record
+
+
+def _check_text(path: Path) -> None:
+    """Raises DijiangError where a text holds a Hub token, or names a model by a path on this machine."""
+    from huggingface_hub import get_token
+
+    text = path.read_text(encoding="utf-8", errors="replace")
+    own = get_token()
+    if TOKEN.search(text) or own and own in text:
+        raise DijiangError(f"{path.name} of {path.parent} holds a Hub token: take it out, then push")
+    if path.suffix == ".json":
+        content = json.loads(text)
+        named = [content.get(key) for key in ("_name_or_path", "name_or_path")] if isinstance(content, dict) else []
+        for name in named:
+            if isinstance(name, str) and name in _local_paths(name) and Path(name).expanduser().exists():
+                raise DijiangError(
+                    f"{path.name} of {path.parent} tells of {name} on this machine: take it out, then push"
+                )
 
 
 def _weights(folder: Path) -> set[str]:
@@ -168,13 +304,15 @@ def _weights(folder: Path) -> set[str]:
     return weights
 
 
-def _same(path: Path, remote: RepoFile | None) -> bool:
-    """Whether the repository already holds these bytes under this name."""
+def _same(path: Path, remote: RepoFile | None, hashes: dict[Path, str]) -> bool:
+    """Whether the repository already holds these bytes under this name. `hashes` remembers those of large files."""
     if remote is None or remote.size != path.stat().st_size:
         return False
     with path.open("rb") as file:
         if remote.lfs is not None:
-            return hashlib.file_digest(file, "sha256").hexdigest() == remote.lfs.sha256
+            if path not in hashes:
+                hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
+            return hashes[path] == remote.lfs.sha256
         blob = hashlib.sha1(b"blob %d\0" % remote.size)  # how git names a file's content
         blob.update(file.read())
         return blob.hexdigest() == remote.blob_id

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import glob
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from .card_parts import parse
+from .download import bytes_left, cache_folder, check_blob, fetch, is_plain, list_files
 from .errors import DijiangError
+from .hub import TIMEOUT, hub_errors, one_line, patiently
 
 PYTHIA_SIZES = ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b")
@@ -37,12 +41,15 @@ ALIASES: dict[str, str] = {
 
 # What a conversion reads beside the weights. Only the top level counts: folders such as onnx/ and original/
 # hold other formats.
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
 
 # A single file, or `<name>.index.json` and the shards that it lists; transformers looks in this order, too.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
-HUB_TIMEOUT = 30  # seconds; the client's own default for look-ups is to wait for ever
+MODULE_FILES = (".json", ".safetensors", ".bin", ".txt")  # of sentence-transformers
+
+# What of a source's model card is true of the converted model, too.
+INHERITED = ("license", "license_name", "license_link", "language")
 
 
 @dataclass(frozen=True)
@@ -50,14 +57,16 @@ class Source:
     """One model at one commit: what to convert.
 
     `revision` is the commit's sha for a Hub source and None for a folder; `folder` is None until `download`.
-    `license` is what the Hub's model card says, where it says it.
+    `card` is what of its model card holds for the converted model: license and languages. `asked` is the branch or tag
+    that it was found by.
     """
 
     name: str
     repo_id: str | None
     revision: str | None
     folder: Path | None
-    license: str | None = None
+    card: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    asked: str = field(default="main", compare=False)
 
     def __str__(self) -> str:
         return self.repo_id or str(self.folder)
@@ -79,7 +88,7 @@ def resolve(source: str, revision: str | None = None) -> Source:
     if path.is_dir():
         if revision is not None:
             raise DijiangError(f"{source} is a folder, and only the Hub has revisions: drop {revision}")
-        return Source(name=path.resolve().name, repo_id=None, revision=None, folder=path)
+        return Source(path.resolve().name, None, None, path, card=_read_card(path / "README.md"))
     if path.is_file():
         raise DijiangError(f"{source} is a file: name the folder that holds the model's config.json")
     if source.startswith((".", "/", "~")) or source.endswith("/"):
@@ -94,18 +103,17 @@ def resolve(source: str, revision: str | None = None) -> Source:
 
     from huggingface_hub import HfApi
 
+    name, asked = alias if alias in ALIASES else repo_id.split("/")[1], revision or "main"
+    if _is_offline():
+        commit = _cached_commit(repo_id, asked)
+        readme = cache_folder(repo_id) / "snapshots" / commit / "README.md"
+        return Source(name, repo_id, commit, None, card=_read_card(readme), asked=asked)
     with hub_errors(repo_id, revision):
-        info = HfApi().model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT)
+        info = patiently(lambda: HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT))
     if info.sha is None:
         raise DijiangError(f"the Hub names no commit for {repo_id}: check HF_ENDPOINT")
-    licence = info.card_data.license if info.card_data else None
-    return Source(
-        name=alias if alias in ALIASES else repo_id.split("/")[1],
-        repo_id=repo_id,
-        revision=info.sha,
-        folder=None,
-        license=licence if isinstance(licence, str) else None,
-    )
+    card = info.card_data.to_dict() if info.card_data else {}
+    return Source(name, repo_id, info.sha, None, card=_inherited(card), asked=asked)
 
 
 def read_config(source: Source) -> dict[str, Any]:
@@ -123,31 +131,55 @@ def read_config(source: Source) -> dict[str, Any]:
     return read_json(path)
 
 
-def download(source: Source) -> Source:
+def download(source: Source, out: Path | None = None) -> Source:
     """Fetch what a conversion needs into the Hub's cache: configs, tokenizer files and one format of weights.
 
     Safetensors are taken wherever there are any, otherwise PyTorch's .bin; other frameworks' weights, other
     precisions and subfolders stay where they are. A folder is returned as it is.
 
+    out: where the weights will be written once more. Then files that were in the cache before are checked, too, and
+    there must be space for both before anything travels.
+
     Raises:
-        DijiangError: the repository has no weights to convert or lacks a shard, or the Hub refuses.
+        DijiangError: the repository has no weights to convert or lacks a shard, a file is damaged, the disk is too
+            small, or the Hub refuses.
     """
     if source.folder is not None:
         return source
-    assert source.repo_id is not None  # without a folder it is on the Hub
+    assert source.repo_id is not None and source.revision is not None  # without a folder it is on the Hub
 
-    from huggingface_hub import HfApi, snapshot_download
+    if _is_offline():
+        folder = _snapshot(source)
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        for name in sorted(_companions(names) | _weights(source, names) | _modules(source, names)):
+            if out is not None and not check_blob(folder / name):
+                raise DijiangError(f"{name} of {source} in the cache is damaged: unset HF_HUB_OFFLINE to get it again")
+        return dataclasses.replace(source, folder=folder)
+    files = list_files(source.repo_id, source.revision)
+    weights = _weights(source, files)
+    wanted = [files[name] for name in sorted(_companions(files) | weights | _modules(source, files))]
+    cache, left = cache_folder(source.repo_id), bytes_left(source.repo_id, source.revision, wanted)
+    check_space({cache: left} | ({out: sum(files[name].size for name in weights)} if out is not None else {}))
+    folder = fetch(source.repo_id, source.revision, wanted, check=out is not None)
+    if source.asked != source.revision:  # so that it is found offline
+        ref = cache / "refs" / source.asked
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(source.revision)
+    return dataclasses.replace(source, folder=folder)
 
-    with hub_errors(source.repo_id, source.revision):
-        names = set(HfApi().list_repo_files(source.repo_id, revision=source.revision))
-    wanted = _companions(names) | _weights(source, names)
-    with hub_errors(source.repo_id, source.revision):
-        folder = snapshot_download(
-            source.repo_id,
-            revision=source.revision,
-            allow_patterns=[glob.escape(name) for name in sorted(wanted)],
-        )
-    return dataclasses.replace(source, folder=Path(folder))
+
+def check_space(needed: Mapping[Path, int]) -> None:
+    """Raises DijiangError where a disk has less free space than all that `needed` says of paths on it."""
+    disks: dict[int, tuple[Path, int]] = {}
+    for path, size in needed.items():
+        there = path.absolute()
+        while not there.exists():
+            there = there.parent
+        disk = there.stat().st_dev
+        disks[disk] = path, size + (disks[disk][1] if disk in disks else 0)
+        if (free := shutil.disk_usage(there).free) < disks[disk][1]:
+            total = f"{disks[disk][1] / 1e9:.1f} GB on the disk of {path}, which has {free / 1e9:.1f} GB"
+            raise DijiangError(f"no space left for {total}: free some, choose another --out, or set HF_HOME elsewhere")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -159,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise DijiangError(f"{path} is no readable JSON ({_one_line(error)}): get it again") from error
+        raise DijiangError(f"{path} is no readable JSON ({one_line(error)}): get it again") from error
     if not isinstance(content, dict):
         raise DijiangError(f"{path} holds no JSON object: get it again")
     return content
@@ -174,34 +206,25 @@ def read_index(path: Path) -> set[str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DijiangError(f"{path} names no weights: get it again")
-    return {str(name) for name in weight_map.values()}
+    names = {str(name) for name in weight_map.values()}
+    for name in sorted(names):
+        if Path(name).is_absolute() or ".." in re.split(r"[/\\]", name):
+            raise DijiangError(f"{path} names {name}, outside its folder: download the model again")
+    return names
 
 
-@contextmanager
-def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Tell any failure of the Hub client inside the block as one line about `repo_id`.
-
-    Raises:
-        DijiangError: whatever the client raised, with what to do about it and without any token.
-    """
-    try:
-        yield
-    except (_http_error(), OSError, RuntimeError, ValueError) as error:
-        raise DijiangError(_explain(error, repo_id, revision)) from error
-
-
-def _companions(names: set[str]) -> set[str]:
+def _companions(names: Collection[str]) -> set[str]:
     """The files beside the weights; an index belongs to its weights, and to those of other formats."""
     return {
         name
         for name in names
-        if "/" not in name
+        if is_plain(name)
         and any(fnmatchcase(name, pattern) for pattern in COMPANIONS)
         and not name.endswith(".index.json")
     }
 
 
-def _weights(source: Source, names: set[str]) -> set[str]:
+def _weights(source: Source, names: Collection[str]) -> set[str]:
     """The weight files that transformers would load, with their index if they have one."""
     for single in WEIGHTS:
         index = f"{single}.index.json"
@@ -209,10 +232,27 @@ def _weights(source: Source, names: set[str]) -> set[str]:
             return {single}
         if index in names:
             shards = read_index(_fetch(source, index))
-            if missing := sorted(shards - names):
+            if missing := sorted(shards.difference(names)):
                 raise DijiangError(f"{source} lacks {missing[0]}, which {index} names: ask its authors")
             return {index, *shards}
-    raise DijiangError(f"{source} has no {' or '.join(WEIGHTS)}: choose a transformers model")
+    where = (
+        " in the cache, and offline mode is on: unset HF_HUB_OFFLINE"
+        if _is_offline()
+        else ": choose a transformers model"
+    )
+    raise DijiangError(f"{source} has no {' or '.join(WEIGHTS)}{where}")
+
+
+def _modules(source: Source, names: Collection[str]) -> set[str]:
+    """Files of the further modules of a sentence-transformers model, in folders that its modules.json names."""
+    if "modules.json" not in names:
+        return set()
+    try:
+        modules = json.loads(_fetch(source, "modules.json").read_bytes())
+        folders = {each["path"] for each in modules if each["path"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DijiangError(f"modules.json of {source} can't be read ({one_line(error)}): get it again") from error
+    return {name for name in names if name.rpartition("/")[0] in folders and name.endswith(MODULE_FILES)}
 
 
 def _fetch(source: Source, name: str) -> Path:
@@ -222,72 +262,47 @@ def _fetch(source: Source, name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    with hub_errors(source.repo_id, source.revision):
+    repo_id = source.repo_id
+    with hub_errors(repo_id, source.revision):
         try:
-            return Path(hf_hub_download(source.repo_id, name, revision=source.revision))
+            return Path(patiently(lambda: hf_hub_download(repo_id, name, revision=source.revision)))
         except RemoteEntryNotFoundError as error:
             raise DijiangError(f"{source} has no {name}: choose a transformers model") from error
 
 
-def _http_error() -> type[Exception]:
-    """The base of all HTTP errors of the client, which comes from httpx or, in newer clients, httpx2."""
-    from huggingface_hub.errors import HfHubHTTPError
+def _is_offline() -> bool:
+    from huggingface_hub import constants
 
-    return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
-
-
-def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
-    from huggingface_hub import constants, errors
-
-    page = f"{constants.ENDPOINT}/{repo_id}"
-    cause: BaseException | None = error
-    while cause is not None:  # the client wraps what happened, at times twice
-        match cause:
-            case errors.GatedRepoError():  # before RepositoryNotFoundError, its base
-                return f"{repo_id} is gated: ask for access at {page}, then run `hf auth login` or set HF_TOKEN"
-            case errors.RepositoryNotFoundError():
-                return (
-                    f"{repo_id} is not on the Hub, or is private: check the name,"
-                    " or run `hf auth login` or set HF_TOKEN to see private repositories"
-                )
-            case errors.RevisionNotFoundError():
-                return f"{repo_id} has no revision {revision}: choose a branch, tag or commit from {page}"
-            case errors.OfflineModeIsEnabled():
-                return f"cannot reach the Hub for {repo_id}: offline mode is on; unset HF_HUB_OFFLINE"
-            case errors.BadRequestError():  # the client's own words around it are better
-                break
-            case errors.HfHubHTTPError():
-                return _explain_status(cause.response.status_code, cause.server_message or "", repo_id)
-            case _ if isinstance(cause, _http_error()):
-                return (
-                    f"cannot reach {constants.ENDPOINT} for {repo_id} ({type(cause).__name__}):"
-                    " check the connection, any proxy and HF_ENDPOINT, then try again"
-                )
-        cause = cause.__cause__
-    return f"the Hub client failed on {repo_id}: {_one_line(error)}"
+    return constants.HF_HUB_OFFLINE
 
 
-def _explain_status(status: int, said: str, repo_id: str) -> str:
-    reason = f" ({_one_line(said)})" if said else ""
-    if status == 401:
-        return f"the Hub wants a valid token for {repo_id}{reason}: run `hf auth login` or set HF_TOKEN"
-    if status == 403:
-        return f"this token may not do that to {repo_id}{reason}: run `hf auth login` with one that may"
-    if status in (409, 412):
-        return f"{repo_id} changed at the same time{reason}: try again"
-    if status == 429:
-        return f"the Hub limits how often {repo_id} may be asked for{reason}: try again in a few minutes"
-    if status >= 500:
-        return f"the Hub failed on {repo_id} with status {status}{reason}: try again later"
-    return f"the Hub refused the request for {repo_id} with status {status}{reason}"
+def _snapshot(source: Source) -> Path:
+    assert source.repo_id is not None and source.revision is not None
+    return cache_folder(source.repo_id) / "snapshots" / source.revision
 
 
-def _one_line(message: object, limit: int = 200) -> str:
-    """`message` on one line, without tokens that a server or proxy may have echoed."""
-    from huggingface_hub import get_token
+def _cached_commit(repo_id: str, asked: str) -> str:
+    """The commit that a branch, tag or commit had when it was last downloaded. Raises DijiangError."""
+    cache = cache_folder(repo_id)
+    if (cache / "snapshots" / asked).is_dir():
+        return asked
+    if is_plain(asked.replace("/", "-")) and ".." not in asked and (cache / "refs" / asked).is_file():
+        return (cache / "refs" / asked).read_text().strip()
+    raise DijiangError(f"{repo_id} at {asked} was not downloaded before, and offline mode is on: unset HF_HUB_OFFLINE")
 
-    text = " ".join(str(message).split())
-    if token := get_token():
-        text = text.replace(token, "***")
-    text = re.sub(r"\bhf_(oauth_\S+|[A-Za-z0-9]{16,})|(?<=Bearer )\S+", "***", text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+def _read_card(readme: Path) -> dict[str, Any]:
+    """What a model card on disk says that is inherited; nothing where there is none to read."""
+    try:
+        parts = parse(readme.read_text(encoding="utf-8")).parts
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return _inherited({name[:-1]: value for name, value in parts.items() if name.endswith(":")})
+
+
+def _inherited(card: Mapping[str, Any]) -> dict[str, Any]:
+    """License and languages, where they have the form that the Hub asks for."""
+    kept = {name: card[name] for name in INHERITED if isinstance(card.get(name), str)}
+    if isinstance(card.get("language"), list):
+        kept["language"] = [name for name in card["language"] if isinstance(name, str)]
+    return kept

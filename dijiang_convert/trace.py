@@ -7,7 +7,7 @@ function is what the kernel would get, so what can't be served is refused here, 
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,7 @@ class Notes:
         self.length = min(self.LENGTH, getattr(self.config, "max_position_embeddings", None) or self.LENGTH)
         self.names = {module: name for name, module in model.named_modules()}
         self.arguments: dict[nn.Module, dict[str, Any]] = {}  # of each module's call
+        self.classes: set[type] = set()  # of attention modules, as far as they take more arguments than they name
         self.rotary_dim = 0  # since the last call
         self.returns_cache = False
 
@@ -104,7 +105,8 @@ class Notes:
         """Raises Unsupported where the model can't run so."""
         try:
             self._run(_padding_mask)
-            self._run(_padding_mask, {seen.module for seen in self.calls})
+            if self._unmarked():  # in models of one layer; the classes are known now
+                self._run(_padding_mask)
         except Exception as error:
             if not self.calls and self.model._is_stateful:
                 raise Unsupported(
@@ -120,11 +122,13 @@ class Notes:
                 reason = f"{self.kind} reads or changes its attention mask itself, which linear attention has none of"
             raise Unsupported(reason) from error
 
-    def _run(self, mask_function: Callable[..., Any], marked: Collection[nn.Module] = ()) -> None:
-        """Runs it. Those ``marked`` get a keyword argument, as converted modules do."""
+    def _unmarked(self) -> set[type]:
+        """Classes of attention modules that handed no keyword argument on."""
+        return {type(s.module) for s in self.calls} - {type(s.module) for s in self.calls if s.marked}
+
+    def _run(self, mask_function: Callable[..., Any]) -> None:
         self.calls.clear()
         hooks = [m.register_forward_pre_hook(self._note_arguments, with_kwargs=True) for m in self.model.modules()]
-        hooks += [m.register_forward_pre_hook(_mark, with_kwargs=True) for m in marked if _takes_more(m)]
         AttentionInterface.register("dijiang_probe", self._note)
         AttentionMaskInterface.register("dijiang_probe", mask_function)
         sources = {source for m in self.model.modules() if (source := _rotary_source(m)) is not None}
@@ -155,8 +159,11 @@ class Notes:
         cache = cache_argument(self.model.forward)
         return inputs if cache is None else {**inputs, cache: DynamicCache(config=self.config), "use_cache": True}
 
-    def _note_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of every module. Those that are known to be attention get a keyword argument, as converted
+        ones do."""
         self.arguments[module] = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
+        return (args, {**kwargs, "dijiang": True}) if type(module) in self.classes else None
 
     def _noting_rotation(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def rotate(*args: Any, **kwargs: Any) -> Any:
@@ -177,6 +184,8 @@ class Notes:
     ) -> tuple[torch.Tensor, None]:
         heads = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
         name, marked = self.names[module], kwargs.pop("dijiang", False)
+        if _takes_more(module):
+            self.classes.add(type(module))
         arguments = {**kwargs, "mask": attention_mask}
         self.calls.append(_Seen(module, name, query, key, heads, arguments, self.rotary_dim, marked))
         self.rotary_dim = 0
@@ -258,7 +267,7 @@ class Notes:
         queries = seen.query.shape[2] if self.of_images else self.length
         if seen.key.shape[2] != queries or seen.key.shape[0] != 1:
             raise Unsupported(f"the attention of {self.kind} sees other keys than one a token")
-        if not seen.marked:
+        if type(seen.module) in self._unmarked():
             raise Unsupported(f"the attention module of {self.kind} hands nothing on to its attention function")
         mask = seen.arguments["mask"]
         if mask is not None and mask.shape != (1, queries):
@@ -291,12 +300,7 @@ class Notes:
         return seen.arguments.get("sliding_window") is not None
 
 
-def _mark(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "dijiang": True}
-
-
 def _takes_more(module: nn.Module) -> bool:
-    """Whether a module takes keyword arguments that it does not name."""
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values())
 
 

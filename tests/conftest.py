@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,8 @@ os.environ |= {
     "HF_TOKEN": _HUB.token,
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_XET": "1",  # the loopback Hub stores by LFS alone
-    "NO_PROXY": "127.0.0.1",
-    "no_proxy": "127.0.0.1",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
 }
 
 
@@ -46,6 +47,14 @@ os.environ |= {
 def hub() -> Hub:
     """The Hub that every client in this run talks to; tests share it, so each has repositories of its own."""
     return _HUB
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between tries, in seconds, which are taken down instead of being made."""
+    made: list[float] = []
+    monkeypatch.setattr(time, "sleep", made.append)
+    return made
 
 
 def pytest_unconfigure() -> None:

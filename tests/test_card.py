@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 from huggingface_hub import ModelCard
 
-from dijiang_convert.card import write_card
+from dijiang_convert.card import card_for, write_card
 from dijiang_convert.errors import DijiangError
+from dijiang_convert.quality import EVALUATION, add_quality, read_quality
+from tests.hub import Hub
 
 RECORD: dict[str, Any] = {
     "version": "0.1.0",
@@ -135,6 +139,186 @@ def test_card_is_rewritten(tmp_path: Path) -> None:
     first = card(tmp_path).text
     assert card(tmp_path).text == first
     assert card(tmp_path, RECORD | {"recipe": "pure"}).text != first
+
+
+def test_metadata_of_the_source_and_of_the_training(tmp_path: Path) -> None:
+    history = [{"stage": "logits", "datasets": ["b/two", "a/one"]}, {"stage": "more", "datasets": ["a/one"]}]
+    inherited = {"license": "other", "license_name": "llama", "license_link": "LICENSE", "language": ["en", "de"]}
+    data = card(tmp_path, RECORD | inherited | {"history": history}).data.to_dict()
+    assert {name: data[name] for name in inherited} == inherited
+    assert data["datasets"] == ["a/one", "b/two"]
+    assert card(tmp_path, RECORD | {"language": "en"}).data.to_dict()["language"] == "en"
+
+
+def test_versions(tmp_path: Path) -> None:
+    text = card(tmp_path, RECORD | {"made_with": {"torch": "2.13.0", "transformers": "5.24.0"}}).text
+    assert "| torch | `2.13.0` |" in text and "| transformers | `5.24.0` |" in text
+
+
+# ------------------------------------------------------------------------------------------------- what was measured
+
+FOUND = {
+    "perplexity": 12.5,
+    "baseline_perplexity": 12.0,
+    "perplexity_ratio": 1.0417,
+    "kl_divergence": 0.03,
+    "tokens": 9,
+}
+
+
+def test_quality(tmp_path: Path) -> None:
+    assert "It was not measured" in card(tmp_path).text
+    add_quality(tmp_path, "finetune", None, 4096, {"perplexity": 13, "untrained_perplexity": 40.0})
+    tasks = {"lambada": {"acc,none": 0.5, "acc_stderr,none": 0.01, "alias": "lambada"}}
+    add_quality(tmp_path, "eval", "emozilla/pg19-test", 100_000, FOUND, tasks)
+    made = card(tmp_path)
+    assert "It was not measured" not in made.text
+    assert "By `dijiang finetune` on 4,096 tokens of text that was held out:" in made.text
+    where = "[emozilla/pg19-test](https://huggingface.co/datasets/emozilla/pg19-test)"
+    assert f"By `dijiang eval` on 100,000 tokens of {where}:" in made.text
+    for row in ("| before training | 40 |", "| the original's | 12 |", "| lambada: acc | 0.5 |"):
+        assert row in made.text
+    results = made.data.eval_results
+    assert results is not None and made.data.model_name == "pythia-410m-dijiang"
+    found = {(each.dataset_type, each.metric_type): each.metric_value for each in results}
+    assert found == {
+        ("text", "perplexity"): 13.0,
+        ("text", "untrained_perplexity"): 40.0,
+        **{("emozilla/pg19-test", name): FOUND[name] for name in FOUND if name != "tokens"},
+        ("lambada", "acc"): 0.5,
+    }
+
+
+def test_a_newer_measurement_replaces_its_like(tmp_path: Path) -> None:
+    for value in (20.0, 10.0):
+        add_quality(tmp_path, "eval", "a/one", 5, {"perplexity": value})
+    add_quality(tmp_path, "eval", "a/two", 5, {"perplexity": 30.0})
+    assert [each["figures"]["perplexity"] for each in read_quality(tmp_path)] == [10.0, 30.0]
+
+
+def test_damaged_measurements_are_left_out(tmp_path: Path) -> None:
+    for content in ("{", "{}", '[1, {"by": "x"}]'):
+        (tmp_path / EVALUATION).write_text(content)
+        assert "## Quality" not in card(tmp_path).text
+
+
+def refusal(card: ModelCard, hub: Hub) -> str:
+    """What the Hub says against a card; here one that knows the same mistakes."""
+    body = json.dumps({"repoType": "model", "content": str(card)}).encode()
+    try:
+        with urlopen(Request(f"{hub.url}/api/validate-yaml", data=body)):
+            return ""
+    except HTTPError as error:
+        return error.read().decode()
+
+
+def test_the_hub_takes_the_metadata(tmp_path: Path, hub: Hub) -> None:
+    add_quality(tmp_path, "eval", "emozilla/pg19-test", 100_000, FOUND, {"lambada": {"acc,none": 0.5}})
+    add_quality(tmp_path, "finetune", None, 10, FOUND)
+    for language in ("en", ["en", "de"]):
+        history = [{"stage": "a", "datasets": ["a/b"]}]
+        assert refusal(card(tmp_path, RECORD | {"language": language, "history": history}), hub) == ""
+    made = card(tmp_path)
+    made.data.license = "mine"
+    assert "license" in refusal(made, hub)
+
+
+# --------------------------------------------------------------------------------------------- what a person edited
+
+
+def edited(folder: Path, *changes: tuple[str, str]) -> None:
+    text = (folder / "README.md").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    (folder / "README.md").write_text(text)
+
+
+MINE = (
+    ("license: apache-2.0", "license: mit\nthumbnail: cat.png"),  # changed and added
+    ("library_name: transformers\n", ""),  # removed
+    ("## Citation", "## For whom\n\nFor cats.\n\n## Citation"),
+    ("Recalling details from far back is its weak point.", "It forgets."),
+)
+
+
+def check_mine(text: str) -> None:
+    data = ModelCard(text).data.to_dict()
+    assert data["license"] == "mit" and data["thumbnail"] == "cat.png" and "library_name" not in data
+    assert text.count("For cats.") == 1 and text.index("## For whom") < text.index("## Citation")
+    assert "It forgets." in text and "weak point" not in text
+
+
+def test_edits_stay(tmp_path: Path) -> None:
+    card(tmp_path)
+    edited(tmp_path, *MINE)
+    add_quality(tmp_path, "eval", None, 5, FOUND)
+    made = card(tmp_path, RECORD | {"recipe": "pure"})
+    check_mine(made.content)
+    assert "| recipe | `pure` |" in made.text and "## Quality" in made.text  # the rest is new
+    assert made.text.index("## How it was made") < made.text.index("## Quality") < made.text.index("## Limits")
+    assert card(tmp_path, RECORD | {"recipe": "pure"}).content == made.content
+
+
+def test_a_section_that_was_removed_stays_so(tmp_path: Path) -> None:
+    text = card(tmp_path).content
+    start, end = text.index("## Limits"), text.index("## Citation")
+    (tmp_path / "README.md").write_text(text[:start] + text[end:])
+    for _ in range(2):
+        assert "\n## Limits" not in card(tmp_path, RECORD | {"recipe": "pure"}).content
+
+
+def test_a_part_of_ours_that_is_no_longer_written_goes(tmp_path: Path) -> None:
+    add_quality(tmp_path, "eval", None, 5, FOUND)
+    assert "model-index" in card(tmp_path).content
+    (tmp_path / EVALUATION).unlink()
+    text = card(tmp_path).content
+    assert "model-index" not in text and "## Quality" not in text
+
+
+def test_a_card_that_is_all_a_persons(tmp_path: Path) -> None:
+    mine = "---\nlicense: mit\n---\n\n# Mine\n\n```\n## no heading\n```\n\n## Use\n\nLike this.\n\n## Use\n\nOr so.\n"
+    (tmp_path / "README.md").write_text(mine.replace("\n", "\r\n"))
+    text = card(tmp_path).content
+    assert "license: mit" in text and "# Mine" in text and "DiJiang linear attention\n" not in text.splitlines()[0]
+    assert text.index("## no heading") < text.index("Like this.") < text.index("Or so.") < text.index("## Limits")
+    assert card(tmp_path).content == text
+
+
+def test_edits_on_the_hub_stay(tmp_path: Path, hub: Hub) -> None:
+    """Of a card that was pushed, edited there, and is pushed again from another checkpoint."""
+    path = tmp_path / "README.md"
+    card(tmp_path)
+    there = card_for("me/x", path, None)
+    assert 'checkpoint = "me/x"' in there
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "README.md").write_text(there)
+    edited(tmp_path / "web", *MINE)
+    web = (tmp_path / "web" / "README.md").read_text()
+
+    card(tmp_path, RECORD | {"recipe": "pure"})
+    again = card_for("me/x", path, web)
+    check_mine(again)
+    assert "| recipe | `pure` |" in again and 'checkpoint = "me/x"' in again
+    assert card_for("me/x", path, again) == again  # the second push changes nothing
+
+    edited(tmp_path, ("## Use", "## Use\n\nHere."))
+    assert "Here." in card_for("me/x", path, again)
+
+
+def test_edits_here_and_on_the_hub(tmp_path: Path) -> None:
+    card(tmp_path)
+    path = tmp_path / "README.md"
+    edited(tmp_path, ("## Limits", "## Limits\n\nFirst."))
+    there = card_for("me/x", path, None)
+    edited(tmp_path, ("First.", "Second."))
+    assert "Second." in card_for("me/x", path, there)  # nobody changed it there since
+    there = card_for("me/x", path, there)
+    assert "Third." in card_for("me/x", path, there.replace("Second.", "Third."))  # nobody changed it here since
+    edited(tmp_path, ("Second.", "Fourth."))
+    with pytest.raises(DijiangError) as call:
+        card_for("me/x", path, there.replace("Second.", "Third."))
+    assert str(call.value) == "README.md: Limits was edited here and on the Hub in me/x: make both the same"
 
 
 def test_folder_without_config(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dijiang_convert import checkpoint
 from dijiang_convert.checkpoint import (
     DTYPES,
     INDEX,
@@ -27,6 +26,7 @@ from dijiang_convert.checkpoint import (
     weight_files,
     write_safetensors,
     write_shards,
+    write_trained,
 )
 from dijiang_convert.errors import DijiangError
 
@@ -507,10 +507,6 @@ def test_a_full_disk(where: str, code: int, tmp_path: Path, monkeypatch: pytest.
     assert tree(tmp_path) == ["one.safetensors", "two.safetensors"]
 
 
-def test_free_space_of_a_folder_to_come(tmp_path: Path) -> None:
-    assert 0 < checkpoint.free_space(tmp_path / "not" / "there" / "yet") < 1 << 62
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -527,3 +523,70 @@ def test_what_is_no_checkpoint(content: str | None, expected: str, tmp_path: Pat
     assert expected in message(call)
     with pytest.raises(DijiangError, match="no checkpoint folder"):
         read_checkpoint(tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------------------------------------- trained checkpoints
+
+
+def trained(
+    folder: Path, source: dict[str, dict[str, torch.Tensor]], saved: dict[str, torch.Tensor], *aliases: str
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What lies in the files of a trained checkpoint, by their names. ``aliases``: "name=another"."""
+    for name in ("source", "saved", "out"):
+        (folder / name).mkdir()
+    weight_map = {}
+    for file, state in source.items():
+        save_file(state, folder / "source" / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(state, file)
+    (folder / "source" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    save_file(saved, folder / "saved" / "model.safetensors", {"format": "pt"})
+    other = dict(pair.split("=") for pair in aliases)
+    write_trained(folder / "out", folder / "saved", folder / "source", lambda name: [name, other.get(name, name)])
+    index = json.loads((folder / "out" / INDEX).read_text())
+    files = {path.name: load_file(path) for path in weight_files(folder / "out")}
+    assert index["weight_map"] == {name: file for file, state in files.items() for name in state}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for state in files.values() for t in state.values())
+    return files
+
+
+def number(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full((3,), value, dtype=dtype)
+
+
+def test_a_file_that_training_left_alone_keeps_its_bytes(tmp_path: Path) -> None:
+    source = {"model-1.safetensors": {"a": number(1), "b": number(2)}, "model-2.safetensors": {"c": number(3)}}
+    files = trained(tmp_path, source, {"a": number(1), "b": number(2), "c": number(4)})
+    assert [sorted(state) for state in files.values()] == [["a", "b"], ["c"]]
+    first = tmp_path / "out" / "model-00001-of-00002.safetensors"
+    assert first.read_bytes() == (tmp_path / "source" / "model-1.safetensors").read_bytes()
+    assert files["model-00002-of-00002.safetensors"]["c"].tolist() == [4, 4, 4]
+
+
+def test_a_file_is_split_into_what_stayed_and_what_changed(tmp_path: Path) -> None:
+    source = {"model-1.safetensors": {"a": number(1), "b": number(2), "junk": number(9)}}
+    for i, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        files = trained(tmp_path / name, source, {"a": number(1), "b": number(5 + i)})
+        assert [sorted(state) for state in files.values()] == [["a", "junk"], ["b"]]
+    one, two = ((tmp_path / name / "out" / "model-00001-of-00002.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_the_sources_dtype_stays_where_the_tensor_does(tmp_path: Path) -> None:
+    source = {"model-1.safetensors": {"a": number(0.1), "b": number(0.1)}}
+    half = torch.bfloat16
+    files = trained(tmp_path, source, {"a": number(0.1, half), "b": number(0.2, half)})
+    assert [t.dtype for state in files.values() for t in state.values()] == [torch.float32, half]
+
+
+def test_tied_weights_that_the_source_holds_twice_change_together(tmp_path: Path) -> None:
+    source = {"model-1.safetensors": {"embed": number(1), "head": number(1), "a": number(2)}}
+    files = trained(tmp_path, source, {"embed": number(7), "a": number(2)}, "head=embed")
+    assert [sorted(state) for state in files.values()] == [["a"], ["embed", "head"]]
+    assert files["model-00002-of-00002.safetensors"]["head"].tolist() == [7, 7, 7]
+
+
+def test_names_that_the_source_does_not_have_are_written_as_saved(tmp_path: Path) -> None:
+    source = {"model-1.safetensors": {"gamma": number(1), "a": number(2)}}
+    files = trained(tmp_path, source, {"weight": number(1), "a": number(2)})
+    assert [sorted(state) for state in files.values()] == [["a", "weight"]]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -300,7 +302,7 @@ def test_a_converted_checkpoint_does_not_convert_again(sources: Path, tmp_path: 
 
 
 def test_no_space(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["dijiang_convert.convert"], "free_space", lambda path: 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(DijiangError, match="no space left for"):
         convert(str(sources / "llama"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -378,7 +380,9 @@ def test_push(hub: Hub, sources: Path, tmp_path: Path) -> None:
     assert result.pushed == f"{hub.url}/convert/pushed"
     held = hub.files("convert/pushed")
     assert held.keys() - {".gitattributes"} == {path.name for path in (tmp_path / "out").iterdir()}
-    assert all(data == (tmp_path / "out" / name).read_bytes() for name, data in held.items() if name[0] != ".")
+    same = {name for name in held if name[0] != "." and held[name] == (tmp_path / "out" / name).read_bytes()}
+    assert held.keys() - same == {".gitattributes", "README.md"}  # the card tells its repository's name
+    assert b'checkpoint = "convert/pushed"' in held["README.md"]
 
 
 # ------------------------------------------------------------------------------------------------------- memory

@@ -26,7 +26,7 @@ from dijiang_convert.demo import MODEL
 from dijiang_convert.distill import contexts as contexts_module
 from dijiang_convert.distill import data as data_module
 from dijiang_convert.distill.chat import chat_tokens
-from dijiang_convert.distill.corpus import Chat, Piece, Source, Sources, parse_source
+from dijiang_convert.distill.corpus import Chat, Piece, Source, Sources, hub_names, parse_source
 from dijiang_convert.distill.data import Rows, token_rows
 from dijiang_convert.models import load_tokenizer
 from tests.hub import Hub
@@ -864,3 +864,12 @@ def test_the_command_line_takes_several_corpora(
     assert done.stderr == (
         "error: a.jsonl@lots: no such file, and 'lots' is no weight: after the @ give a number above 0\n"
     )
+
+
+def test_data_sets_of_the_hub_are_told_from_texts_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "texts").mkdir()
+    names = ["owner/name", "owner/split:train@3", "my/texts", "books/*.txt@2", "owner/books.jsonl", "~/mine"]
+    assert hub_names(Sources(names)) == ["owner/name", "owner/split"]
+    assert hub_names(["owner/name", "documents"]) == []  # given as they are

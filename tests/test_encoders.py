@@ -4,6 +4,7 @@ each type is checked by tests/sweep.)"""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -111,6 +112,18 @@ def test_every_head_and_further_module_comes_along(converted: Path) -> None:
     assert (converted / "2_Dense/model.safetensors").is_file()
 
 
+def test_the_card_tells_how_to_load_it(source: Path, converted: Path, tmp_path: Path) -> None:
+    card = (converted / "README.md").read_text()
+    assert "pipeline_tag: sentence-similarity" in card and "library_name: sentence-transformers" in card
+    assert "SentenceTransformer(checkpoint, trust_remote_code=True)" in card
+    assert "grow linearly with length" in card
+    plain = shutil.copytree(source, tmp_path / "plain")
+    (plain / "modules.json").unlink()
+    convert(str(plain), tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "pipeline_tag: fill-mask" in card and "AutoModelForMaskedLM.from_pretrained" in card
+
+
 def test_modules_with_code_of_their_own_or_elsewhere_are_refused(source: Path, tmp_path: Path) -> None:
     for change, expected in ({"type": "custom.Pooler"}, "custom.Pooler"), ({"path": "../other"}, "../other"):
         folder = write_bert(tmp_path / expected.strip("./"))
@@ -120,13 +133,20 @@ def test_modules_with_code_of_their_own_or_elsewhere_are_refused(source: Path, t
         assert not (tmp_path / "out").exists()
 
 
-def test_tensors_that_its_class_leaves_out_are_no_damage(tmp_path: Path) -> None:
-    """Checkpoints of BERT for masked words have a pooler that the class for them does not use."""
+def test_old_checkpoints_of_bert(tmp_path: Path) -> None:
+    """They have a pooler that the class for masked words does not use, positions, and old names for norms."""
     folder = write_bert(tmp_path / "bert", "BertForPreTraining")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
-    convert(str(folder), tmp_path / "out")
-    assert load_converted(tmp_path / "out").dtype == torch.float32
+    weights = load_file(folder / "model.safetensors")
+    old = {k.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): v for k, v in weights.items()}
+    old["bert.embeddings.position_ids"] = torch.arange(SEQ_LEN)[None]
+    save_file(old, folder / "model.safetensors", {"format": "pt"})
+    convert(str(folder), tmp_path / "out", settings=["window=8"])
+    same = transformers.BertForMaskedLM.from_pretrained(folder).eval()
+    inputs = batch()
+    found = load_converted(tmp_path / "out", "softmax").eval()(**inputs).logits
+    torch.testing.assert_close(found, same(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_decoder_without_a_language_head_converts(tmp_path: Path) -> None:

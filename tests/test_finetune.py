@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config
 
 from dijiang_convert import DijiangError, convert, evaluate, finetune
-from dijiang_convert.checkpoint import read_shard, weight_files
+from dijiang_convert.checkpoint import INDEX, read_shard, weight_files
 from dijiang_convert.demo import MODEL
 from dijiang_convert.demo_text import documents
 from dijiang_convert.distill import trainer
 from dijiang_convert.models import load_any, load_converted, load_tokenizer
+from dijiang_convert.push import push
+from tests.hub import Hub
+from tests.sources_on_disk import TOKENS, VOCABULARY, write_source
 
 SEQ_LEN = 128
 SHORT = {"seq_len": SEQ_LEN, "tokens": 6000}
@@ -55,6 +59,57 @@ def tuned(converted: Path, text: str, tmp_path_factory: pytest.TempPathFactory) 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {t.name: t.load() for path in weight_files(folder) for t in read_shard(path)}
+
+
+def test_what_did_not_change_stays_in_files_of_its_own(converted: Path, tuned: Path, hub: Hub) -> None:
+    """So that the next result of the same source uploads what LoRA changed, and no more."""
+    before, after = tensors(converted), tensors(tuned)
+    assert before.keys() == after.keys()  # also the source's own names
+    stayed = {name for name in before if torch.equal(before[name], after[name])}
+    files = {path.name: {t.name for t in read_shard(path)} for path in weight_files(tuned)}
+    assert stayed and len(files) == 3
+    assert [names <= stayed for names in files.values()] == [True, False, False]
+    assert all(names <= stayed or not names & stayed for names in files.values())
+    assert json.loads((tuned / INDEX).read_text())["weight_map"] == {
+        name: file for file, names in files.items() for name in names
+    }
+
+    size = {path.name: path.stat().st_size for path in weight_files(tuned)}
+    push(tuned, "finetune/pushed")
+    other = weight_files(tuned)[1]
+    data = bytearray(other.read_bytes())
+    data[-1] ^= 1
+    other.write_bytes(data)
+    sent = hub.bytes_received
+    push(tuned, "finetune/another")
+    small = sum(path.stat().st_size for path in tuned.iterdir() if path.is_file() and path.suffix != ".safetensors")
+    assert size[other.name] <= hub.bytes_received - sent < size[other.name] + small + 1_000_000
+    data[-1] ^= 1
+    other.write_bytes(data)
+
+
+def test_names_without_prefix_and_weights_held_twice_survive_training(text: str, tmp_path: Path) -> None:
+    """As GPT-2 is on the Hub, and as some hold their tied embedding."""
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=256, **TOKENS)
+    weights = write_source(tmp_path / "source", config) / "model.safetensors"
+    state = {name.removeprefix("transformer."): t for name, t in load_file(weights).items()}
+    save_file({**state, "lm_head.weight": state["wte.weight"].clone()}, weights, {"format": "pt"})
+    convert(str(tmp_path / "source"), tmp_path / "converted")
+    finetune(tmp_path / "converted", tmp_path / "out", data=text, tokens=600, seq_len=64, train="full", report=False)
+    before, after = tensors(tmp_path / "converted"), tensors(tmp_path / "out")
+    assert before.keys() == after.keys() > {"wte.weight", "lm_head.weight", "h.0.ln_1.weight"}
+    assert torch.equal(after["wte.weight"], after["lm_head.weight"])
+    loaded = load_converted(tmp_path / "out").state_dict()
+    assert torch.equal(loaded["transformer.wte.weight"], after["wte.weight"])
+    assert torch.equal(loaded["transformer.h.0.ln_1.weight"], after["h.0.ln_1.weight"])
+    assert not torch.equal(after["wte.weight"], before["wte.weight"])
+
+
+def test_nothing_to_train_is_told_first(tmp_path: Path) -> None:
+    convert(str(MODEL), tmp_path / "none", layers="none")
+    with pytest.raises(DijiangError, match="no layer of .*none was converted"):
+        finetune(tmp_path / "none", data=["text"])
+    assert [path.name for path in tmp_path.iterdir()] == ["none"]
 
 
 def test_every_loss_is_recorded_and_falls(converted: Path, text: str, tmp_path: Path) -> None:
@@ -237,7 +292,7 @@ def test_paper_and_window_only_train(text: str, tmp_path: Path) -> None:
         result = finetune(tmp_path / recipe, data=text, seq_len=SEQ_LEN, tokens=4000)
         assert all(math.isfinite(stage.last_loss) for stage in result.stages)
         model = load_converted(result.out)
-        assert load_file(Path(result.out) / "model.safetensors") if recipe == "window-only" else model
+        assert tensors(Path(result.out)) if recipe == "window-only" else model
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

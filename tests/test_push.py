@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from safetensors.numpy import save
 
+from dijiang_convert.card_parts import Card, merge, parse
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.push import PushResult, push
 from tests.hub import Hub
@@ -22,6 +27,7 @@ INDEX = "model.safetensors.index.json"
 CODE = ("configuration_dijiang.py", "modeling_dijiang.py")
 TEXTS = ("config.json", "tokenizer.json", "merges.txt", "README.md", "LICENSE")
 ALLOWED = {*TEXTS, INDEX, *SHARDS, *CODE, "loss.png"}
+NUMBERS = itertools.count()  # for repositories of their own
 
 
 @pytest.fixture
@@ -31,8 +37,9 @@ def checkpoint(tmp_path: Path) -> Path:
     dijiang = {"version": "0.1.0", "source": "EleutherAI/pythia-70m", "recipe": "default", "layers": [0]}
     (folder / "config.json").write_text(json.dumps({"model_type": "dijiang_gpt_neox", "dijiang": dijiang}))
     weight_map = {}
+    number = next(NUMBERS)  # no two tests push the same weights: the Hub would have them already
     for i, shard in enumerate(SHARDS):
-        (folder / shard).write_bytes(save({f"layer.{i}": np.full((16, 16), i, dtype=np.float32)}))
+        (folder / shard).write_bytes(save({f"layer.{i}": np.full((16, 16), 10 * number + i, dtype=np.float32)}))
         weight_map[f"layer.{i}"] = shard
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     for name in CODE:
@@ -40,8 +47,9 @@ def checkpoint(tmp_path: Path) -> Path:
     (folder / "tokenizer.json").write_text("{}")
     (folder / "merges.txt").write_text("a b\n")
     (folder / "LICENSE").write_text("Apache\n")
-    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n\nA model.\n")
-    (folder / "loss.png").write_bytes(b"\x89PNG")
+    card = parse("---\nlibrary_name: transformers\n---\n\nA model.\n")
+    (folder / "README.md").write_text(merge(card, Card({}), "").text())
+    (folder / "loss.png").write_bytes(b"\x89PNG %d" % number)
     return folder
 
 
@@ -92,6 +100,19 @@ def test_only_allowed_files_leave(checkpoint: Path, hub: Hub) -> None:
         path.write_text("private")
     push(str(checkpoint), "push/allowed")
     assert set(hub.files("push/allowed")) == ALLOWED | {".gitattributes"}
+
+
+def test_modules_of_sentence_transformers_come_along(checkpoint: Path, hub: Hub) -> None:
+    (checkpoint / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
+    (checkpoint / "1_Pooling").mkdir()
+    (checkpoint / "1_Pooling" / "config.json").write_text("{}")
+    (checkpoint / "1_Pooling" / ".hidden.json").write_text("{}")
+    push(checkpoint, "push/modules")
+    assert set(hub.files("push/modules")) == ALLOWED | {".gitattributes", "modules.json", "1_Pooling/config.json"}
+    (checkpoint / "modules.json").write_text('[{"path": "../secrets"}]')
+    (checkpoint.parent / "secrets").mkdir()
+    with pytest.raises(DijiangError, match="names ../secrets, no folder in it"):
+        push(checkpoint, "push/modules")
 
 
 def test_second_push_transfers_nothing(checkpoint: Path, hub: Hub) -> None:
@@ -176,7 +197,7 @@ def test_single_weight_file(checkpoint: Path, hub: Hub) -> None:
         ("no config", "is not a converted checkpoint"),
         ("not converted", "is not a converted checkpoint"),
         ("no shard", f"lacks {SHARDS[1]}, which {INDEX} names"),
-        ("shard outside", "lacks ../secret.safetensors"),
+        ("shard outside", "names ../secret.safetensors, outside its folder"),
         ("no index", f"has neither {INDEX} nor model.safetensors"),
         ("empty index", "names no weights"),
         ("broken index", "is no readable JSON"),
@@ -245,22 +266,16 @@ def test_failing_upload_commits_nothing(checkpoint: Path, hub: Hub) -> None:
     assert push(checkpoint, "push/broken").bytes_uploaded == size(checkpoint, *ALLOWED)
 
 
-def test_commit_of_someone_else_meanwhile_is_not_mixed_in(
-    checkpoint: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commit_of_someone_else_meanwhile_is_not_mixed_in(checkpoint: Path, hub: Hub) -> None:
     push(checkpoint, "push/race")
     (checkpoint / "merges.txt").write_text("c d\n")
     repo = hub.repos["push/race"]
-    module = sys.modules[push.__module__]
-    compare = module._same
 
-    def compare_slowly(path: Path, remote: RepoFile | None) -> bool:
-        if len(hub.history("push/race")) == 2:
+    def someone(when: str, method: str, path: str) -> None:
+        if when == "arrived" and "/preupload/" in path and len(hub.history("push/race")) == 2:
             repo.commit("main", "Someone else's", repo.at("main").files)
-        return compare(path, remote)
 
-    monkeypatch.setattr(module, "_same", compare_slowly)
-    with pytest.raises(DijiangError) as call:
+    with hub.watching(someone), pytest.raises(DijiangError) as call:
         push(checkpoint, "push/race")
     assert "changed at the same time" in message(call) and "try again" in message(call)
     assert hub.history("push/race")[0].message == "Someone else's"
@@ -268,11 +283,202 @@ def test_commit_of_someone_else_meanwhile_is_not_mixed_in(
     assert hub.files("push/race")["merges.txt"] == b"c d\n"
 
 
+# -------------------------------------------------------------------------------------- a network that fails
+
+MOMENTS = (
+    ("arrived", "/api/repos/create"),
+    ("done", "/api/repos/create"),
+    ("arrived", "/preupload/"),
+    ("arrived", "/objects/batch"),
+    ("arrived", "/lfs/"),
+    ("done", "/lfs/"),
+    ("arrived", "/lfs-verify"),
+    ("arrived", "/api/validate-yaml"),
+    ("arrived", "/commit/"),
+    ("done", "/commit/"),
+    ("arrived", "/tag/"),
+    ("done", "/tag/"),
+)
+
+
+@pytest.mark.parametrize("moment", range(len(MOMENTS)), ids=[f"{when} {path}" for when, path in MOMENTS])
+def test_a_killed_push_is_run_again(moment: int, checkpoint: Path, hub: Hub) -> None:
+    """Killed at any moment it leaves the old version or the new one, and then ends in one right commit."""
+    repo, (when, where) = f"push/killed-{moment}", MOMENTS[moment]
+    child: subprocess.Popen[bytes]
+    begun = threading.Event()
+
+    def kill(now: str, method: str, path: str) -> None:
+        if now == when and where in path and begun.wait(10):
+            child.kill()
+            child.wait()
+
+    code = f"from dijiang_convert.push import push; push({str(checkpoint)!r}, {repo!r}, tag='v1')"
+    with hub.watching(kill):
+        child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        begun.set()
+        assert child.wait(60) == -signal.SIGKILL
+    if repo in hub.repos:
+        assert set(hub.files(repo)) in ({".gitattributes"}, ALLOWED | {".gitattributes"})
+    with hub.lock:
+        there = {f"/lfs/{oid}" for oid in hub.objects}
+        hub.requests.clear()
+    push(checkpoint, repo, tag="v1")
+    assert not there & {request.path for request in hub.requests}  # what had arrived is not sent again
+    assert [commit.message for commit in hub.history(repo)] == ["Upload DiJiang checkpoint", "initial commit"]
+    assert {name: data for name, data in hub.files(repo, "v1").items() if name != ".gitattributes"} == {
+        name: (checkpoint / name).read_bytes() for name in ALLOWED
+    }
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/repos/create", "/api/models/*/tree/*", "/api/models/*/branch/*", "/api/models/*/refs", "*/preupload/*",
+        "*/objects/batch", "/lfs/", "/lfs-verify", "*/commit/*", "*/tag/*",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("status", [429, 503, 0])
+def test_failures_that_pass_are_waited_out(
+    status: int, path: str, checkpoint: Path, hub: Hub, waits: list[float]
+) -> None:
+    repo = f"push/passing-{next(NUMBERS)}"
+    with hub.failing(path, status, headers={"Retry-After": "2"}, times=2) as fault:
+        result = push(checkpoint, repo, revision="dev", tag="v1")
+    assert fault.met == 2 and waits
+    assert set(hub.files(repo, "v1")) == ALLOWED | {".gitattributes"}
+    assert len(hub.history(repo, "dev")) == 2 and result.commit == hub.history(repo, "dev")[0].sha
+    assert hub.repos[repo].tags == {"v1": result.commit}
+
+
+@pytest.mark.parametrize("status", [0, 500, 503])
+def test_a_commit_whose_answer_was_lost_is_found(status: int, checkpoint: Path, hub: Hub, waits: list[float]) -> None:
+    repo = f"push/lost-{status}"
+    with hub.failing("*/commit/*", status, late=True, times=1) as fault:
+        result = push(checkpoint, repo)
+    assert fault.met == 1 and len(hub.history(repo)) == 2
+    assert result.commit == hub.history(repo)[0].sha and result.bytes_uploaded == size(checkpoint, *ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "told"),
+    [
+        ("/api/repos/create", 401, "the Hub wants a valid token for REPO (out of order): run `hf auth login`"),
+        ("/api/repos/create", 403, "this token may not do that to REPO (out of order): run `hf auth login`"),
+        ("*/commit/*", 403, "this token may not do that to REPO (out of order)"),
+        ("*/commit/*", 409, "REPO changed at the same time (out of order): try again"),
+        ("*/commit/*", 413, "the Hub refused the request for REPO with status 413 (out of order)"),
+        ("*/commit/*", 500, "the Hub failed on REPO with status 500 (out of order): try again later"),
+        ("/lfs/", 403, "this token may not do that to REPO (out of order)"),
+        ("/lfs/", 500, "the Hub failed on REPO with status 500 (out of order): try again later"),
+        ("*/objects/batch", 429, "the Hub limits how often REPO may be asked for (out of order): try again"),
+    ],
+)
+def test_what_a_person_is_told(
+    path: str, status: int, told: str, checkpoint: Path, hub: Hub, waits: list[float]
+) -> None:
+    repo = f"push/told-{next(NUMBERS)}"
+    with hub.failing(path, status), pytest.raises(DijiangError) as call:
+        push(checkpoint, repo)
+    assert told.replace("REPO", repo) in message(call)
+    push(checkpoint, repo)
+    assert len(hub.history(repo)) == 2
+
+
+def test_large_files_go_in_parts(checkpoint: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "part_size", 500)
+    large = save({"layer.0": np.arange(1000, dtype=np.float32)})
+    (checkpoint / SHARDS[0]).write_bytes(large)
+    before = hub.bytes_received
+    hub.requests.clear()
+    push(checkpoint, "push/parts")
+    assert hub.files("push/parts")[SHARDS[0]] == large
+    assert hub.bytes_received - before == size(checkpoint, *ALLOWED)
+    parts = [request for request in hub.requests if request.path.startswith("/lfs-part/")]
+    assert len(parts) >= -(-len(large) // 500)
+
+
+def test_a_part_that_fails_is_sent_again(
+    checkpoint: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+) -> None:
+    monkeypatch.setattr(hub, "part_size", 500)
+    (checkpoint / SHARDS[0]).write_bytes(save({"layer.0": np.arange(999, dtype=np.float32)}))
+    with hub.failing("/lfs-part/*/2", 500, times=1), hub.failing("/lfs-complete/", 0, times=1):
+        push(checkpoint, "push/parts-failing")
+    assert hub.files("push/parts-failing")[SHARDS[0]] == (checkpoint / SHARDS[0]).read_bytes()
+
+
+def test_what_the_hub_leaves_out_is_told(checkpoint: Path, hub: Hub) -> None:
+    hub.add_repo("push/ignoring", {".gitignore": "merges.txt\n"})
+    with pytest.raises(DijiangError) as call:
+        push(checkpoint, "push/ignoring")
+    assert message(call) == "push/ignoring left out merges.txt: see whether a .gitignore there names it"
+
+
+# ------------------------------------------------------------------------------------------------------ tags
+
+
+def test_tag(checkpoint: Path, hub: Hub) -> None:
+    first = push(checkpoint, "push/tagged", tag="v1")
+    assert hub.repos["push/tagged"].tags == {"v1": first.commit}
+    hub.requests.clear()
+    assert push(checkpoint, "push/tagged", tag="v1").bytes_uploaded == 0
+    assert not any(request.method == "POST" and "/tag/" in request.path for request in hub.requests)
+    assert hf_hub_download("push/tagged", "config.json", revision="v1")
+
+    (checkpoint / "merges.txt").write_text("c d\n")
+    before = hub.bytes_received
+    with pytest.raises(DijiangError) as call:
+        push(checkpoint, "push/tagged", tag="v1")
+    told = f"push/tagged has this tag on another commit, {first.commit[:12]}: choose another --tag"
+    assert message(call) == told and hub.bytes_received == before
+    second = push(checkpoint, "push/tagged", tag="v2")
+    assert hub.repos["push/tagged"].tags == {"v1": first.commit, "v2": second.commit}
+
+
+# ------------------------------------------------------------------------------- what must not leave the machine
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("secret", ["hf_" + "aB3" * 11 + "x", "the client's own"])
+def test_tokens_do_not_leave(name: str, secret: str, checkpoint: Path, hub: Hub) -> None:
+    path = checkpoint / name
+    path.touch()
+    secret = hub.token if secret == "the client's own" else secret
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"token": secret}) if before.startswith("{") else before + secret)
+    hub.requests.clear()
+    with pytest.raises(DijiangError) as call:
+        push(checkpoint, "push/secrets")
+    assert message(call) == f"{name} of {checkpoint} holds a Hub token: take it out, then push"
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_local_paths_do_not_leave(name: str, checkpoint: Path, hub: Hub) -> None:
+    path = checkpoint / name
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | {"_name_or_path": str(checkpoint)}))
+    with pytest.raises(DijiangError) as call:
+        push(checkpoint, f"push/paths-{name.split('.')[0]}")
+    assert f"{name} of {checkpoint} tells of {checkpoint} on this machine" in message(call)
+    assert not any(repo.startswith("push/paths") for repo in hub.repos)
+    path.write_text(json.dumps(content | {"_name_or_path": "/fsx/of/its/authors"}))  # not of this machine
+    push(checkpoint, f"elsewhere/{name.split('.')[0]}")
+
+
 def test_invalid_card_is_told_in_one_line(checkpoint: Path, hub: Hub) -> None:
     (checkpoint / "README.md").write_text("---\nlicense: [unclosed\n---\n")
     with pytest.raises(DijiangError) as call:
         push(checkpoint, "push/card-invalid")
-    assert "Invalid metadata in README.md" in message(call)
+    assert "README.md has metadata that is no YAML" in message(call) and "push/card-invalid" not in hub.repos
+
+
+def test_a_card_that_the_hub_refuses_is_told_in_one_line(checkpoint: Path, hub: Hub) -> None:
+    (checkpoint / "README.md").write_text("---\nlicense: mine\n---\n")
+    with pytest.raises(DijiangError) as call:
+        push(checkpoint, "push/card-refused")
+    assert '"license" must be one of' in message(call)
 
 
 def test_loopback_hub_lists_what_it_holds(hub: Hub) -> None:

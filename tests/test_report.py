@@ -26,6 +26,7 @@ from dijiang_convert.distill.log import TrainingLog, read_log
 from dijiang_convert.models import load_tokenizer
 from dijiang_convert.probe import Probe, hold_out, in_common, select
 from dijiang_convert.push import push
+from dijiang_convert.quality import read_quality
 from tests.hub import Hub
 
 SEQ_LEN = 128
@@ -322,6 +323,16 @@ def test_the_card_shows_the_plots_that_are_there(tuned: Path, tmp_path: Path) ->
     (tmp_path / "copy" / "plots" / "transfer.png").unlink()
     write_card(tmp_path / "copy")
     assert "transfer.png" not in (tmp_path / "copy" / "README.md").read_text()
+
+
+def test_the_card_tells_the_quality_that_the_report_shows(tuned: Path) -> None:
+    (measured,) = read_quality(tuned)
+    assert measured["by"] == "finetune" and measured["dataset"] is None and measured["tokens"] > 0
+    figures = {name: f"{value:.4g}" for name, value in measured["figures"].items()}
+    shown = re.findall(r"<td>(?:original|before|after)</td><td>([\d.]+)</td>", (tuned / "report.html").read_text())
+    assert [figures[f"{name}perplexity"] for name in ("baseline_", "untrained_", "")] == shown
+    readme = (tuned / "README.md").read_text()
+    assert f"| the original's | {figures['baseline_perplexity']} |" in readme and "model-index:" in readme
 
 
 def test_push_sends_the_plots_and_keeps_the_text_at_home(tuned: Path, hub: Hub) -> None:

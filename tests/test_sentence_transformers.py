@@ -35,7 +35,7 @@ def test_it_encodes_alone_and_in_a_batch_alike_and_is_saved(tmp_path: Path) -> N
     texts = ["A ship.", documents("train")[0][:400], "The sea was calm that day."]
     together = model.encode(texts)
     np.testing.assert_allclose(together, np.concatenate([model.encode([text]) for text in texts]), atol=1e-5)
-    assert 1e-3 < np.abs(together[1] - source.encode(texts)[1]).max()  # far beyond the window: it is the kernel's
+    assert np.abs(together[1] - source.encode(texts)[1]).max() > 1e-3  # far beyond the window: it is the kernel's
     model.save_pretrained(str(tmp_path / "saved"))
     again = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
     np.testing.assert_array_equal(again.encode(texts), together)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from dijiang_convert import hub as hub_module
 from dijiang_convert.errors import DijiangError
-from dijiang_convert.sources import ALIASES, Source, download, hub_errors, is_hub_id, read_config, resolve
+from dijiang_convert.hub import hub_errors
+from dijiang_convert.sources import ALIASES, Source, download, is_hub_id, read_config, resolve
 from tests.hub import Hub
 
 CONFIG = json.dumps({"model_type": "gpt_neox", "hidden_size": 8})
@@ -101,8 +104,8 @@ def test_revision_is_pinned_to_its_commit(hub: Hub) -> None:
 def test_license_comes_from_the_model_card(hub: Hub) -> None:
     hub.add_repo("sources/licensed", BASE | {"README.md": "---\nlicense: apache-2.0\n---\n\nA model.\n"})
     hub.add_repo("sources/unlicensed", BASE)
-    assert resolve("sources/licensed").license == "apache-2.0"
-    assert resolve("sources/unlicensed").license is None
+    assert resolve("sources/licensed").card.get("license") == "apache-2.0"
+    assert resolve("sources/unlicensed").card.get("license") is None
 
 
 def test_near_miss_of_an_alias_is_suggested() -> None:
@@ -314,7 +317,7 @@ def test_missing_revision(hub: Hub) -> None:
         (418, "status 418"),
     ],
 )
-def test_refusals_of_the_hub(status: int, told: str, hub: Hub) -> None:
+def test_refusals_of_the_hub(status: int, told: str, hub: Hub, waits: list[float]) -> None:
     failing = hub.failing("/api/models/sources/refused", status, "first\nsecond")
     with failing, pytest.raises(DijiangError) as call:
         resolve("sources/refused")
@@ -363,6 +366,26 @@ except DijiangError as error:
     )
 
 
+def test_a_hub_that_was_there_is_waited_for(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
+    """And one that never was is told at once: it is rather a wrong address."""
+    lost = importlib.import_module(hub_module._http_error().__module__.partition(".")[0]).ConnectError("no route")
+    for reached in (False, True):
+        monkeypatch.setattr(hub_module, "_reached", reached)
+        answers: list[BaseException | str] = [lost, lost, "there"]
+
+        def call(answers: list[BaseException | str] = answers) -> str:
+            if isinstance(answer := answers.pop(0), str):
+                return answer
+            raise answer
+
+        if reached:
+            assert hub_module.patiently(call) == "there" and waits == [1, 2]
+        else:
+            with pytest.raises(type(lost)):
+                hub_module.patiently(call)
+            assert waits == []
+
+
 def test_unreachable_hub() -> None:
     endpoint = "http://127.0.0.1:9"
     done = resolve_elsewhere("resolve('o/n')", HF_ENDPOINT=endpoint)
@@ -370,12 +393,19 @@ def test_unreachable_hub() -> None:
     assert done.stdout.count("\n") == 1
 
 
-@pytest.mark.parametrize("code", ["resolve('o/n')", "read_config(Source('n', 'o/n', '0' * 40, None))"])
-def test_offline_mode(code: str) -> None:
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("resolve('o/n')", "o/n at main was not downloaded before, and offline mode is on: unset HF_HUB_OFFLINE"),
+        (
+            "read_config(Source('n', 'o/n', '0' * 40, None))",
+            "cannot reach the Hub for o/n: offline mode is on; unset HF_HUB_OFFLINE",
+        ),
+    ],
+)
+def test_offline_mode(code: str, told: str) -> None:
     done = resolve_elsewhere(code, HF_HUB_OFFLINE="1")
-    told = "cannot reach the Hub for o/n: offline mode is on; unset HF_HUB_OFFLINE"
-    assert done.stdout.startswith(told), done.stderr
-    assert done.stdout.count("\n") == 1
+    assert done.stdout == f"{told}\n", done.stderr
 
 
 def test_import_is_light() -> None:

@@ -1,6 +1,7 @@
 """finetune, eval, generate, bench and demo from the command line: one JSON object each, with the promised fields."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,22 @@ def test_finetune(converted: str, text: str, tmp_path: Path, monkeypatch: pytest
     for stage in result["stages"]:
         assert {"name", "tokens", "first_loss", "last_loss", "seconds"} <= stage.keys()
         assert {"tokens_per_second", "peak_memory_bytes"} <= stage.keys()
+
+
+def test_eval_saves_its_figures_in_the_card(converted: str, text: str, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(converted, folder)
+    before = (folder / "README.md").read_text()
+    options = ["--baseline", str(MODEL), "--data", text, "--seq-len", "256", "--max-tokens", "1000"]
+    result = run("eval", str(folder), *options)
+    assert (folder / "README.md").read_text() == before
+    assert run("eval", str(folder), *options, "--save") == result
+    readme = (folder / "README.md").read_text()
+    for name, title in (("perplexity", "perplexity"), ("top1_agreement", "same choice as the original")):
+        assert f"| {title} | {result[name]:.4g} |" in readme
+    assert text not in readme and str(tmp_path) not in readme
+    done = CliRunner().invoke(app, ["eval", str(MODEL), *options, "--save"])
+    assert done.exit_code == 1 and "is not converted yet" in done.stderr
 
 
 def test_eval_alone_and_against_the_original(converted: str, text: str) -> None:

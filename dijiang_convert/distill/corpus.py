@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ..errors import DijiangError
-from ..sources import HUB_TIMEOUT, hub_errors
+from ..hub import TIMEOUT, hub_errors
 
 HELD_OUT = {"valid", "validation", "val", "test", "dev", "eval", "evaluation"}  # in names of files and splits
 COLUMNS = ("text", "messages", "tools")
@@ -119,6 +119,12 @@ def parse_source(text: str) -> Source:
     if not (name and 0 < share < math.inf):
         raise DijiangError(f"{text}: no such file, and {weight!r} is no weight: after the @ give a number above 0")
     return Source(name, share)
+
+
+def hub_names(corpus: Sequence[str]) -> list[str]:
+    """Those of its sources that are data sets on the Hub; none of documents that were given."""
+    found = [parse_source(text).name for text in corpus] if isinstance(corpus, Sources) else []
+    return [name.partition(":")[0] for name in found if not os.path.exists(name) and _is_hub_name(name)]
 
 
 def _is_hub_name(name: str) -> bool:
@@ -246,7 +252,7 @@ def _hub_rows(name: str, order: random.Random | None, held_out: bool) -> Iterato
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as errors it raises as well
     path, _, config = name.partition(":")
     with hub_errors(f"datasets/{path}"):
-        HfApi().dataset_info(path, timeout=HUB_TIMEOUT)  # it says why a data set can't be reached, `datasets` does not
+        HfApi().dataset_info(path, timeout=TIMEOUT)  # it says why a data set can't be reached, `datasets` does not
         try:
             splits = datasets.load_dataset(path, config or None, streaming=True)
             aside = [split for split in splits if _set_aside(str(split))]

@@ -61,7 +61,8 @@ def open_images(data: Any, folder: Path, config: Any, held_out: bool = False) ->
     Raises DijiangError: no images, or no processor.
     """
     files = image_files([data] if isinstance(data, str) else list(data))
-    aside = [file for file in files if not HELD_OUT.isdisjoint(part.lower() for part in file.parts)]
+    top = os.path.commonpath([file.parent for file in files])
+    aside = [f for f in files if not HELD_OUT.isdisjoint(part.lower() for part in f.relative_to(top).parts[:-1])]
     aside = aside or files[::HELD_SHARE]
     chosen = aside if held_out else [file for file in files if file not in {*aside}]
     if not chosen:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMode
@@ -250,7 +250,9 @@ def attach(model: nn.Module, kernel: Kernel, layers: Layers) -> list[str]:
     for name, module in list(model.named_modules()):
         is_attention = (type(module).__name__, attention_name(name)) == (layers.attention_class, layers.attention_name)
         index = layer_index(name, module)
-        if is_attention and index in layers.layers:
+        if hasattr(module, "dijiang"):  # of a head whose body is a converted model itself
+            converted.append(name)
+        elif is_attention and index in layers.layers:
             apply_rotary = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
             module.dijiang = DiJiangAttention(kernel, layers, None if index in layers.unrotated else apply_rotary)
             module.dijiang.arguments = parameter_names(type(module).forward)
@@ -324,6 +326,7 @@ class DiJiangMixin:
     _keep_in_fp32_modules_strict: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        _register_body(type(self), config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         kernel, layers = read_section(config)
         attach(self, kernel, layers)  # type: ignore[arg-type]
@@ -368,6 +371,20 @@ class DiJiangMixin:
             elif GenerationMode.ASSISTED_GENERATION in args and cache.get_seq_length() > 0:
                 # transformers feeds the whole prompt to it again
                 raise ValueError("assisted decoding starts from an empty cache: leave the filled one out")
+
+
+def _register_body(model_class: Any, config: Any) -> None:
+    """Heads that serve many types ask AutoModel for their body by the config: it gets the converted one. (By the class
+    of this very config: dynamic loading gives models and configs modules of their own.)"""
+    source_config = model_class.source_config
+    body: Any = MODEL_MAPPING.get(source_config, None)
+    if not isinstance(body, type) or issubclass(model_class, body):
+        return
+    suffix = "" if body.config_class is source_config else f"Of{source_config.__name__}"  # type: ignore[attr-defined]
+    converted = getattr(sys.modules[__name__], f"DiJiang{body.__name__}{suffix}")
+    AutoModel.register(type(config), converted, exist_ok=True)
+    if type(config).__module__.startswith("transformers_modules."):
+        converted.register_for_auto_class("AutoModel")  # so that what is loaded by it saves its code, too
 
 
 def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -420,6 +437,8 @@ def _is_ours(mask: Tensor, count: int) -> bool:
 def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
     """Whether a call is one that `_in_segments` answers: tokens in, logits or hidden states out, no gradient."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_causal(model.config):
+        return False
+    if not model.can_generate() and model.base_model is not model:  # a head that judges the whole
         return False
     asked = {name for name, value in given.items() if value is not None and value is not False}
     tokens, keep, mask = given.get("input_ids"), given.get("logits_to_keep", 0), given.get("attention_mask")
@@ -487,7 +506,12 @@ def __getattr__(name: str) -> type:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     source_config: Any = getattr(transformers, config) if config else base.config_class
     config_class = getattr(sys.modules[read_section.__module__], f"DiJiang{source_config.__name__}")
-    namespace = {"__module__": __name__, "config_class": config_class, "forward": _checked(base.forward)}
+    namespace = {
+        "__module__": __name__,
+        "config_class": config_class,
+        "source_config": source_config,
+        "forward": _checked(base.forward),
+    }
     globals()[name] = type(name, (DiJiangMixin, base), namespace)
     # transformers renames checkpoint keys by class name or model type: ours are new to it, and follow the source's.
     for own, source in ((name, base.__name__), (config_class.model_type, source_config.model_type)):

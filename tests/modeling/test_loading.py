@@ -160,13 +160,34 @@ except ValueError as error:
 (out / "found.json").write_text(json.dumps(found))
 """
 
+OTHER_HEADS = """
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-def run(script: str, out: Path, *arguments: Path) -> dict[str, Any]:
+long = ids.repeat(1, 20)[:1]  # of 3,000 tokens
+with torch.no_grad():
+    for auto in (AutoModelForTokenClassification, AutoModelForSequenceClassification):
+        model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+        body = model.base_model
+        kernels = [name for name, _ in model.named_modules() if name.endswith(".dijiang")]
+        hooks = [len(module._forward_pre_hooks) for module in model.modules() if hasattr(module, "dijiang")]
+        found[auto.__name__] = {
+            "body": type(body).__name__, "kernels": len(kernels), "hooks": hooks,
+            "shape": list(model(long).logits.shape),
+            "as_body": (body(long).last_hidden_state - AutoModel.from_pretrained(folder, trust_remote_code=True)
+                        .eval()(long).last_hidden_state).abs().max().item(),
+        }
+AutoModel.from_pretrained(folder, trust_remote_code=True).save_pretrained(out / "saved")
+found["saved"] = sorted(path.name for path in (out / "saved").glob("*.py"))
+(out / "found.json").write_text(json.dumps(found))
+"""
+
+
+def run(script: str, out: Path, *arguments: Path, offline: bool = True) -> dict[str, Any]:
     """What a script wrote down, run where neither this package nor its tests are."""
     out.mkdir(parents=True, exist_ok=True)
     torch.save(tokens(2, 150), out / "ids.pt")
     folder, *rest = arguments
-    environment = {**os.environ, "HF_MODULES_CACHE": str(out / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_MODULES_CACHE": str(out / "modules"), "HF_HUB_OFFLINE": str(int(offline))}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
         [sys.executable, "-P", "-c", textwrap.dedent(PREAMBLE + script), str(folder), str(out), *map(str, rest)],
@@ -314,6 +335,17 @@ def test_versions_do_not_mix(tmp_path: Path) -> None:
     assert found["first_stays"] and found["first_again"] and found["second_again"]
     assert len(set(found["files"])) == 2
     assert "another DiJiang version" in found["cache"]
+
+
+def test_heads_that_serve_many_types(tmp_path: Path) -> None:
+    """They make their body through AutoModel; and what judges a whole text sees it as a whole, however long it is."""
+    found = run(OTHER_HEADS, tmp_path / "out", checkpoint("llama"))
+    for name, shape in (
+        ("AutoModelForTokenClassification", [1, 3000, 2]),
+        ("AutoModelForSequenceClassification", [1, 2]),
+    ):
+        assert found[name] == {"body": "DiJiangLlamaModel", "kernels": 2, "hooks": [1, 1], "shape": shape, "as_body": 0}
+    assert "modeling_dijiang.py" in found["saved"]
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.17.3"])
