@@ -34,7 +34,13 @@ class Stream:
     """The contexts of one source, and how many tokens it has given. Documents have their `ends`, unless ``bare``."""
 
     def __init__(
-        self, source: Source, number: int, tokenizer: PreTrainedTokenizerBase, size: int, held_out: bool, bare: bool
+        self,
+        source: Source,
+        number: int,
+        tokenizer: PreTrainedTokenizerBase,
+        size: int,
+        held_out: bool,
+        bare: bool = False,
     ) -> None:
         self.source, self.number, self.tokenizer, self.size, self.held_out = source, number, tokenizer, size, held_out
         self.taken = 0  # tokens
