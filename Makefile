@@ -13,7 +13,7 @@ test: $(VENV)/.installed
 
 # The code of checkpoints, and conversion, with the oldest transformers that pyproject.toml allows.
 test-oldest: $(VENV)-oldest/.installed
-	$(VENV)-oldest/bin/python -m pytest tests/modeling tests/test_architecture.py tests/test_convert.py
+	$(VENV)-oldest/bin/python -m pytest tests/modeling tests/test_architecture.py tests/test_convert.py tests/test_encoders.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
