@@ -29,7 +29,7 @@ from dijiang_convert import convert, evaluate, finetune
 from dijiang_convert.distill.images import open_images
 from dijiang_convert.models import load_any, silence
 
-RECIPES = {"text": ("encoder", "default", "pure", "window-only"), "vit": ("encoder", "window-only")}
+RECIPES = {"text": ("encoder", "default", "pure", "window-only"), "vit": ("encoder",)}
 ROW, MASKED = 512, 0.2
 SIDE, PATCH = 64, 4
 
