@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A file of tests shares what it makes first: it stays in one process.
+IN_PARALLEL := --numprocesses auto --dist loadfile
 
 .PHONY: demo test test-oldest lint types check sweep hub clean
 
@@ -9,11 +11,11 @@ demo: $(VENV)/.installed
 	$(BIN)/dijiang demo --force
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 # The code of checkpoints, and conversion, with the oldest transformers that pyproject.toml allows.
 test-oldest: $(VENV)-oldest/.installed
-	$(VENV)-oldest/bin/python -m pytest tests/modeling tests/test_architecture.py tests/test_convert.py
+	$(VENV)-oldest/bin/python -m pytest $(IN_PARALLEL) tests/modeling tests/test_architecture.py tests/test_convert.py tests/test_encoders.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -40,7 +42,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable . pytest
+	$(VENV)-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable . pytest pytest-xdist
 	touch $@
 
 clean:

@@ -27,7 +27,7 @@ REFUSED = {
     "falcon": "does not route its attention through AttentionInterface",
     "mamba": "is recurrent: it has no attention to convert",
     "doge": "reads or changes its attention mask itself",
-    "zamba": "runs the same attention module several times a token",
+    "zamba": "attention and a recurrent state at once",
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -95,9 +96,11 @@ def make(kind: str, folder: str) -> Answer:
     target = Path(folder)
     model_class = getattr(transformers, HEADS[kind])
     try:
-        if not model_class._can_set_attn_implementation():  # whatever its config is like
+        try:
+            config = tiny_encoder(kind)
+        except StrictDataclassError:  # of a model in stages, whose sizes are lists
             examine({"model_type": kind, "architectures": [model_class.__name__]})
-        config = tiny_encoder(kind)
+            raise
         architecture, layers, settings = choose({**config.to_dict(), "architectures": [model_class.__name__]})
     except Unsupported as error:
         return {"refused": str(error)}
