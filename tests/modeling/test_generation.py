@@ -108,9 +108,21 @@ def test_prompt_in_pieces(model: Any, padded: int, implementation: str | None) -
 def test_embeddings_as_prompt(model: Any, padded: int) -> None:
     ids, mask = tokens(2, PROMPT), torch.ones(2, PROMPT, dtype=torch.long)
     mask[0, :padded] = ids[0, :padded] = 0
-    embedded = model.get_input_embeddings()(ids).detach()
-    found = model.generate(inputs_embeds=embedded, attention_mask=mask, **GREEDY)
+    found = model.generate(inputs_embeds=_embedded(model, ids), attention_mask=mask, **GREEDY)
     assert torch.equal(found, uncached(model, ids, attention_mask=mask)[:, PROMPT:])
+
+
+def test_embeddings_turn_after_turn(model: Any) -> None:
+    """The whole text so far as embeddings, with the cache of the call before."""
+    ids, tail = tokens(2, PROMPT), tokens(2, 30, seed=2)
+    first = model.generate(inputs_embeds=_embedded(model, ids), return_dict_in_generate=True, **GREEDY)
+    ids = torch.cat([ids, first.sequences, tail], 1)
+    found = model.generate(inputs_embeds=_embedded(model, ids), past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(found, uncached(model, ids)[:, ids.shape[1] :])
+
+
+def _embedded(model: Any, ids: Tensor) -> Tensor:
+    return model.get_input_embeddings()(ids).detach()
 
 
 # --------------------------------------------------------------------------------------------------------- strategies
