@@ -99,6 +99,8 @@ def _evaluate(
     if other is not None and model.main_input_name == "input_ids" and _vocabulary(other) != _vocabulary(model):
         raise DijiangError(f"{baseline} has another vocabulary than {checkpoint}: give the model it was converted from")
     if model.main_input_name == "pixel_values":
+        if seq_len is not None:
+            raise DijiangError(f"--seq-len {seq_len} is of no use here: {checkpoint} takes images")
         return _evaluate_images(checkpoint, model, other, data, max_tokens)
     tokenizer = load_tokenizer(checkpoint)
     length = seq_len or min(getattr(model.config.get_text_config(), "max_position_embeddings", 2048), 2048)

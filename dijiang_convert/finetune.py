@@ -142,9 +142,13 @@ def finetune(
     tokenizer = None if of_images else load_tokenizer(folder)
     if not of_language:
         check_objectives(plan)
+        if tokenizer is None and seq_len is not None:
+            raise DijiangError(f"--seq-len {seq_len} is of no use here: an image has {image_tokens(parsed)} tokens")
         if tokenizer is None:
             plan = tuple(dataclasses.replace(stage, seq_len=image_tokens(parsed)) for stage in plan)
-        elif seq_len is None:  # most encoders have a short context, and recipes are for decoders
+        elif seq_len is None and not any(
+            "seq_len" in each for each in settings
+        ):  # most encoders have a short context, and recipes are for decoders
             plan = fit_rows(plan, min(source_context(parsed), tokenizer.model_max_length))
         if cache_teacher is not None:
             raise DijiangError("--cache-teacher keeps next tokens, and this model predicts none: leave it out")

@@ -204,6 +204,8 @@ def test_the_verbs_of_decoders_refuse(converted: Path) -> None:
         evaluate(converted, baseline=str(converted), data=TEXTS, tasks=["piqa"])
     with pytest.raises(DijiangError, match="cache_teacher|--cache-teacher"):
         finetune(converted, data=TEXTS, cache_teacher=8)
+    with pytest.raises(DijiangError, match="transfer: seq_len 512 is beyond the original's context of 128"):
+        finetune(converted, data=TEXTS, settings=["seq_len=512"])
     with pytest.raises(DijiangError, match="cross_entropy needs a model that predicts"):
         finetune(converted, data=TEXTS, settings=["distill.objective=cross_entropy"])
 
@@ -336,5 +338,9 @@ def test_images_that_are_none_are_told(vit: Path, tmp_path: Path) -> None:
         finetune(vit / "converted", tmp_path / "out", data=str(tmp_path))
     with pytest.raises(DijiangError, match="can't read .*a.png"):
         evaluate(vit / "converted", baseline=str(vit / "vit"), data=str(tmp_path))
+    with pytest.raises(DijiangError, match="--seq-len 64 is of no use here: an image has 145 tokens"):
+        finetune(vit / "converted", tmp_path / "out", data=str(tmp_path), seq_len=64)
+    with pytest.raises(DijiangError, match="--seq-len 64 is of no use here"):
+        evaluate(vit / "converted", baseline=str(vit / "vit"), data=str(tmp_path), seq_len=64)
     with pytest.raises(DijiangError, match="give a folder of them with --data"):
         evaluate(vit / "converted", baseline=str(vit / "vit"))
