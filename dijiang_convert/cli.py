@@ -260,18 +260,32 @@ def bench(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or any causal language model.")],
     baseline: Baseline = None,
     lengths: Annotated[str, typer.Option(help="Tokens in the prompt.")] = "1024,4096",
-    batch_size: Annotated[int, typer.Option(min=1)] = 1,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw decode speed against length.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Prompts at a time; several as 1,16.")] = "1",
+    decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after the prompt.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Figures are medians of so many turns.")] = 3,
+    via: Annotated[str, typer.Option(help="forward, or generate: time generate() as a user calls it.")] = "forward",
+    against: Annotated[str | None, typer.Option(help="fla: one layer's attention beside its kernel; CUDA.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … [default: a GPU if there is one]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Run in float32, float16 or bfloat16.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw speed against length.")] = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> Any:
-    """Time prefill and decoding by length."""
-    if not all(part.strip().isdigit() for part in lengths.split(",")):
-        raise typer.BadParameter(f"--lengths {lengths!r}: give numbers with commas between")
+    """Time prefill and decoding by length, and measure memory."""
     from .benchmark import benchmark
 
-    numbers = [int(part) for part in lengths.split(",")]
-    return benchmark(checkpoint, baseline=baseline, lengths=numbers, batch_size=batch_size, plot=plot), _show_bench
+    result = benchmark(
+        checkpoint, baseline=baseline, lengths=_numbers("--lengths", lengths),
+        batch_sizes=_numbers("--batch-size", batch_size), decode_tokens=decode_tokens, repeats=repeats, via=via,
+        against=against, device=device, dtype=dtype, plot=plot,
+    )  # fmt: skip
+    return result, _show_bench
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise typer.BadParameter(f"{option} {text!r}: give numbers with commas between")
+    return [int(part) for part in text.split(",")]
 
 
 @command("inspect")
@@ -377,12 +391,28 @@ def _show_eval(r: Any) -> None:
 
 
 def _show_bench(r: Any) -> None:
-    rows = []
-    for x in r.rows:
-        decode = x.decode_tokens_per_second
-        speeds = [f"{x.prefill_tokens_per_second:,.0f}", "" if decode is None else f"{decode:,.1f}"]
-        rows.append([x.model, f"{x.length:,}", *speeds, _size(x.cache_bytes)])
-    _table("model", "length", rows, "prefill tokens/s", "decode tokens/s", "cache")
+    from .benchmark import ratios
+
+    times, rows = ratios(r.rows), []
+    several = len({x.batch_size for x in r.rows}) > 1
+
+    def tokens(x: Any) -> str:
+        return f"{x.batch_size} × {x.length:,}" if several else f"{x.length:,}"
+
+    for x in sorted(r.rows, key=lambda x: (x.batch_size, x.length, x.model)):
+        decode, first = x.decode_tokens_per_second, x.time_to_first_token_seconds
+        beside = times.get((x.batch_size, x.length), (None, None)) if x.model == "dijiang" else (None, None)
+        prefill_ratio, decode_ratio = ("" if t is None else f" {t:.2f}×" for t in beside)
+        rows.append([
+            x.model, tokens(x), f"{x.prefill_tokens_per_second:,.0f}{prefill_ratio}",
+            "" if decode is None else f"{decode:,.1f}{decode_ratio}", "" if first is None else _duration(first),
+            _size(x.cache_bytes), _size(x.peak_memory_bytes),
+        ])  # fmt: skip
+    _table("model", "tokens", rows, "prefill /s", "decode /s", "1st token", "cache", "memory")
+    if r.attention:
+        alone = sorted(r.attention, key=lambda x: (x.batch_size, x.length, x.seconds))
+        _table("attention alone", "tokens", [[x.model, tokens(x), _duration(x.seconds)] for x in alone], "time")
+    print(f"tokens a second, and times softmax's; {r.device}, {r.dtype}")
 
 
 def _show_pushed(r: Any) -> None:
@@ -398,6 +428,10 @@ def _table(first: str, second: str, rows: list[list[str]], *more: str) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
 def _size(count: int) -> str:
