@@ -199,16 +199,23 @@ def draw_panels(panels: dict[str, dict[str, dict[int, float]]], path: Path) -> N
 
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name, speeds in sorted(lines.items()):
-            softmax = name.startswith("softmax")
-            axes.plot(sorted(speeds), [speeds[n] for n in sorted(speeds)], "s--" if softmax else "o-", label=name)
-            beside = lines.get(", ".join(["softmax", *name.split(", ")[1:]]), {})
-            for n in () if softmax else speeds.keys() & beside.keys():
-                text = f"{speeds[n] / beside[n]:.1f} ×"
+        colors: dict[str, str] = {}  # softmax's line has that of the other model of its batch size
+        for i, (name, speeds) in enumerate(sorted(lines.items())):
+            model, _, batch = name.partition(", ")
+            color = colors.get(batch, "gray") if model == "softmax" and batch else f"C{i}"
+            colors[batch] = color
+            style, lengths = "s--" if model == "softmax" else "o-", sorted(speeds)
+            axes.plot(lengths, [speeds[n] for n in lengths], style, color=color, label=name)
+            beside = {} if model == "softmax" else lines.get(f"softmax, {batch}" if batch else "softmax", {})
+            for n in speeds.keys() & beside.keys():
+                ratio = speeds[n] / beside[n]
+                text = f"{ratio:.1f} ×" if ratio >= 1 else f"{ratio:.2f} ×"
                 axes.annotate(text, (n, speeds[n]), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        ticks = sorted({n for speeds in lines.values() for n in speeds})
         axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
         axes.set(xlabel="tokens in the context", ylabel="tokens a second", title=title)
         axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
         axes.legend()
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)

@@ -30,9 +30,9 @@ def chosen_device(name: str | None) -> torch.device:
     if name is None:
         return default_device()
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DijiangError(f"no device {name!r} here: --device takes cpu, or cuda where PyTorch sees a GPU") from error
 
 

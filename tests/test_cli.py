@@ -250,6 +250,7 @@ def test_other_verbs_on_what_is_no_checkpoint(arguments: list[str], expected: st
         ["eval", "a", "--max-tokens", "1"],
         ["bench", "a", "--lengths", "long"],
         ["bench", "a", "--lengths", ""],
+        ["bench", "a", "--batch-size", "1,"],
         ["generate", "a", "b", "--temperature", "-1"],
     ],
 )

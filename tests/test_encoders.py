@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dijiang_convert import DijiangError, benchmark, convert, evaluate, finetune, generate, inspect
+from dijiang_convert.attention_speed import time_attention
 from dijiang_convert.checkpoint import read_checkpoint
 from dijiang_convert.demo_text import documents
 from dijiang_convert.distill import trainer
@@ -214,6 +215,10 @@ def test_bench_times_a_pass_and_inspect_names_no_cache(source: Path, converted: 
     rows = benchmark(converted, baseline=str(source), lengths=(64, 128), repeats=1).rows
     assert {(row.model, row.length) for row in rows} == {(m, n) for m in ("dijiang", "softmax") for n in (64, 128)}
     assert all(r.decode_tokens_per_second is None and r.prefill_tokens_per_second > 0 for r in rows)
+    with pytest.raises(DijiangError, match="predicts no next token: --via generate has nothing to time"):
+        benchmark(converted, via="generate")
+    with pytest.raises(DijiangError, match="this model attends to both sides"):
+        time_attention(load_any(str(converted)), [(1, 8)], 1, kernel=print)
     found = inspect(str(source))
     assert found.supported and found.layers_converted == 2
     assert found.state_bytes == 0 and found.kv_cache_bytes_at is None
