@@ -52,7 +52,7 @@ def time_forward(model: PreTrainedModel, ids: Tensor, decode_tokens: int) -> Pas
         return Pass(seconds(model.device, lambda: model(input_ids=ids)), None, [], 0)
     cache = DynamicCache(config=model.config.get_text_config())
     start = now(model.device)
-    logits = model(input_ids=ids, logits_to_keep=1, **_state(model, cache)).logits
+    logits = model(input_ids=ids, logits_to_keep=1, **with_cache(model, cache)).logits
     prefill = now(model.device) - start
     token = logits[:, -1:].argmax(-1)
     first_token = now(model.device) - start
@@ -65,7 +65,7 @@ def time_decoding(model: PreTrainedModel, cache: DynamicCache, token: Tensor, to
     after each, as `generate()` does to see whether it is the last."""
     steps, start = [], now(model.device)
     for _ in range(tokens):
-        token = model(input_ids=token, **_state(model, cache)).logits[:, -1:].argmax(-1)
+        token = model(input_ids=token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
         end = now(model.device)
         steps.append(end - start)
         start = end
@@ -96,7 +96,8 @@ class _Clock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def _state(model: PreTrainedModel, cache: DynamicCache) -> dict[str, Any]:
+def with_cache(model: PreTrainedModel, cache: DynamicCache) -> dict[str, Any]:
+    """The arguments that hand a model its cache."""
     return {str(cache_argument(model.forward)): cache, "use_cache": True}
 
 
