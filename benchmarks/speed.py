@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--recipes", nargs="+", default=["default", "pure"])
-    parser.add_argument("--repeats", type=int, default=3, help="turns; decoding and attention alone take more")
+    parser.add_argument("--repeats", type=int, default=3, help="turns; decoding and attention alone take two more")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the lengths, few turns: does it run?")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
@@ -75,8 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     }  # fmt: skip
     for name, measure in (
         ("prefill", lambda: time_prefill(models, prefill, repeats)),
-        ("decode", lambda: time_decode(models, decode, 2 * repeats + 1)),
-        ("attention", lambda: time_attention(prefill, 2 * repeats + 1, config.num_attention_heads, head_dim(config))),
+        ("decode", lambda: time_decode(models, decode, repeats + 2)),
+        ("attention", lambda: time_attention(prefill, repeats + 2, config.num_attention_heads, head_dim(config))),
     ):
         content[name] = measure()
         print(name, *map(json.dumps, content[name]), sep="\n", flush=True)
