@@ -11,11 +11,12 @@ from typing import Any
 from dijiang_convert.benchmark import draw_panels
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.fidelity import report
+from benchmarks import encoders
+from benchmarks.fidelity import beyond, positions, report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-FIDELITY_ROWS = ("default", "lolcats", "sinks", "window-only", "pure", "gsa", "hedgehog", "paper")
+SHORT_ROWS = ("default", "lolcats", "sinks", "window-only", "pure", "gsa", "hedgehog", "paper")
 Rows = list[dict[str, Any]]
 Speeds = dict[str, dict[int, float]]  # tokens a second, by model and length
 
@@ -32,27 +33,33 @@ def main() -> None:
 def parts() -> dict[tuple[str, str], str]:
     """What belongs between the marks, by file and mark."""
     speed = read("speed-cpu.json")
-    return {
+    found = {
         ("README.md", "speed"): f"{setting(speed)}\n\n{speed_table(speed)}",
-        ("README.md", "stories"): fidelity("stories"),
-        ("README.md", "books"): fidelity("books"),
         ("docs/speed.md", "cpu"): f"{setting(speed)}\n\n{speed_table(speed)}\n{growth_table(speed)}",
         ("docs/speed.md", "attention"): attention_table(speed["attention"]),
+        ("docs/encoders.md", "encoders"): encoders.table(read("encoders.json")["rows"]),
     }
+    for name in ("stories", "books"):
+        runs = report.load([RESULTS / f"fidelity-{name}.jsonl"])
+        found |= {
+            ("README.md", name): fidelity([run for run in runs if in_short(run)], report.SHORT),
+            ("docs/recipes.md", name): fidelity(runs, report.COLUMNS),
+            ("docs/recipes.md", f"positions-{name}"): positions.table(read(f"positions-{name}.json")),
+            ("docs/long-context.md", f"beyond-{name}"): beyond.table(read(f"beyond-{name}.json")),
+        }
+    return found
 
 
 def read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
 
 
-def fidelity(name: str) -> str:
-    """The short tables of runs with 100,000 tokens and more."""
-    runs = [
-        run
-        for run in report.load([RESULTS / f"fidelity-{name}.jsonl"])
-        if run["budget"] >= 100_000 and run["row"].removesuffix(":window=16") in FIDELITY_ROWS
-    ]
-    return f"The original's perplexity is {runs[0]['original']:.2f}.\n\n{report.table(runs, report.SHORT)}\n"
+def in_short(run: dict[str, Any]) -> bool:
+    return run["budget"] >= 100_000 and run["row"].removesuffix(":window=16") in SHORT_ROWS
+
+
+def fidelity(runs: Rows, columns: tuple[str, ...]) -> str:
+    return f"The original's perplexity is {runs[0]['original']:.2f}.\n\n{report.table(runs, columns)}\n"
 
 
 def setting(content: dict[str, Any]) -> str:

@@ -105,7 +105,7 @@ def layer_call(model: PreTrainedModel, ids: Tensor) -> tuple[DiJiangAttention, t
         raise _Found
 
     handle = layer.register_forward_pre_hook(stop)
-    with suppress(_Found):
-        model(input_ids=ids, use_cache=False)
+    with suppress(_Found):  # asked for hidden states, the model reads a long prompt as one piece
+        model(input_ids=ids, use_cache=False, output_hidden_states=True)
     handle.remove()
     return layer, found[0]

@@ -4,6 +4,7 @@ Softmax models run as transformers runs them: SDPA, and the cache that `generate
 """
 
 import os
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -19,13 +20,13 @@ T = TypeVar("T")
 
 
 class Pass(NamedTuple):
-    """Seconds of a prompt's pass, ``first_token`` until its next token is known (None of an encoder, which has none),
-    and of each token decoded after that; and the bytes of the cache in the end."""
+    """Seconds of a prompt's pass, until its next token is known, and of each token decoded after that; the bytes of the
+    cache in the end. Encoders have no next token."""
 
     prefill: float
-    first_token: float | None
-    steps: list[float]
-    cache_bytes: int
+    first_token: float | None = None
+    decode: float | None = None
+    cache_bytes: int = 0
 
 
 def now(device: torch.device) -> float:
@@ -47,16 +48,17 @@ def random_ids(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
 
 @torch.inference_mode()
 def time_forward(model: PreTrainedModel, ids: Tensor, decode_tokens: int) -> Pass:
-    """A prompt [B, N] and some tokens more, greedily, by calling the model. Encoders make one pass."""
+    """A prompt [B, N] and some tokens more, greedily, by calling the model; the median of its steps."""
     if not generates(model):
-        return Pass(seconds(model.device, lambda: model(input_ids=ids)), None, [], 0)
+        return Pass(seconds(model.device, lambda: model(input_ids=ids)))
     cache = DynamicCache(config=model.config.get_text_config())
     start = now(model.device)
     logits = model(input_ids=ids, logits_to_keep=1, **with_cache(model, cache)).logits
     prefill = now(model.device) - start
     token = logits[:, -1:].argmax(-1)
     first_token = now(model.device) - start
-    return Pass(prefill, first_token, time_decoding(model, cache, token, decode_tokens), cache_bytes(cache))
+    steps = time_decoding(model, cache, token, decode_tokens)
+    return Pass(prefill, first_token, statistics.median(steps) if steps else None, cache_bytes(cache))
 
 
 @torch.inference_mode()
@@ -73,16 +75,19 @@ def time_decoding(model: PreTrainedModel, cache: DynamicCache, token: Tensor, to
 
 
 def time_generate(model: PreTrainedModel, ids: Tensor, decode_tokens: int) -> Pass:
-    """The same through `generate()`, as a user calls it: with all that it does beside calling the model."""
+    """The same through `generate()`, as a user calls it: with all that it does beside calling the model; the mean of its
+    steps, so that what it prepares for the first of them counts."""
+    if not generates(model):
+        return time_forward(model, ids, decode_tokens)
     clock, start = _Clock(), now(model.device)
     out = model.generate(  # type: ignore[operator]
         ids, attention_mask=torch.ones_like(ids), do_sample=False, return_dict_in_generate=True,
         max_new_tokens=decode_tokens + 1, min_new_tokens=decode_tokens + 1,
         stopping_criteria=StoppingCriteriaList([clock]),
     )  # fmt: skip
-    first, *later = clock.times
-    steps = [b - a for a, b in zip([first, *later], later, strict=False)]
-    return Pass(first - start, first - start, steps, cache_bytes(out.past_key_values))
+    first, last = clock.times[0], clock.times[-1]
+    decode = (last - first) / decode_tokens if decode_tokens else None
+    return Pass(first - start, first - start, decode, cache_bytes(out.past_key_values))
 
 
 class _Clock(StoppingCriteria):
