@@ -75,8 +75,8 @@ def time_decoding(model: PreTrainedModel, cache: DynamicCache, token: Tensor, to
 
 
 def time_generate(model: PreTrainedModel, ids: Tensor, decode_tokens: int) -> Pass:
-    """The same through `generate()`, as a user calls it: with all that it does beside calling the model; the mean of its
-    steps, so that what it prepares for the first of them counts."""
+    """The same through `generate()`, as a user calls it, with all that it does beside calling the model; the mean of
+    its steps, so that what it prepares for the first of them counts."""
     if not generates(model):
         return time_forward(model, ids, decode_tokens)
     clock, start = _Clock(), now(model.device)
