@@ -84,7 +84,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=1))
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        args.out.write_text(json.dumps({f"{args.gigabytes:.0f} GB": result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

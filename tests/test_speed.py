@@ -132,3 +132,6 @@ def test_tables_tell_times_softmaxs_speed() -> None:
         ]
     ).splitlines()[2:]
     assert line == "| 8 | 300 ms | 200 ms | 1.50 × |"
+    found = {"bytes": 2e9, "cp_seconds": 2.0, "convert_seconds": 5.0, "startup_seconds": 3.5, "peak_memory_bytes": 4e8}
+    (line,) = readme.conversion_table({"cores": 2, "2 GB": found}).splitlines()[2:]
+    assert line == "| 2.0 GB | 2.0 s | 5.0 s | 2.50 × | 3.5 s |  | 400.0 MB |"
