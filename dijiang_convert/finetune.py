@@ -31,7 +31,7 @@ from .distill.teacher_cache import CachedRows
 from .distill.teacher_cache import cache_teacher as write_cache
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
-from .estimate import StageCost, free_memory, plan_costs, timed, told, warning
+from .estimate import StageCost, free_memory, plan_costs, told, warning
 from .likeness import Likeness
 from .models import (
     converted_config,
@@ -63,6 +63,7 @@ from .quality import EVALUATION, add_quality
 from .recipe import Recipe, Stage, parse_recipe
 from .report import LOG, REPORT, write_report
 from .sources import is_hub_id, read_config, resolve
+from .trial import timed
 
 
 @dataclass(frozen=True)
