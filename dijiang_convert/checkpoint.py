@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,10 @@ import torch
 from .errors import DijiangError
 from .sources import read_index, read_json
 
+if sys.platform == "linux":
+    import fcntl
+
+FICLONE = 0x40049409  # ioctl_ficlone(2)
 INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -217,27 +222,34 @@ def write_shards(
     new: dict[str, torch.Tensor],
     dtype: torch.dtype | None,
     progress: Callable[[int], None],
-) -> int:
+    link: bool = False,
+) -> str | None:
     """Lays out a checkpoint: the source's shards, byte for byte unless ``dtype`` or their format asks for a rewrite,
-    one small shard of ``new`` tensors, and the index. Returns how many numbers it holds in all.
+    one small shard of ``new`` tensors, and the index. With ``link`` the source's shards are linked, none is copied or
+    rewritten, and it returns how, as `link_file` does.
 
     The files are always named as shards: transformers ignores an index beside a file named model.safetensors.
     ``progress`` is called with every number of bytes written.
+
+    Raises DijiangError where a shard can't be linked.
     """
     total = len(shards) + bool(new)
     weight_map: dict[str, str] = {}
-    numbers = size = 0
+    size = 0
+    linked: set[str] = set()
     for i, shard in enumerate(shards, start=1):
         name = _shard_name(i, total)
         tensors = read_shard(shard)
-        if shard.suffix == ".safetensors" and dtype is None:
+        if link:
+            linked.add(link_file(shard, folder / name))
+            progress(shard.stat().st_size)
+        elif shard.suffix == ".safetensors" and dtype is None:
             _copy(shard, folder / name, progress)
         else:
             write_safetensors(folder / name, tensors, dtype)
             progress(shard.stat().st_size)
         for t in tensors:
             weight_map[t.name] = name
-            numbers += _product(t.shape)
             size += _product(t.shape) * _target_dtype(t, dtype).itemsize
     if new:
         name = _shard_name(total, total)
@@ -246,11 +258,10 @@ def write_shards(
             raise DijiangError(f"the source has a tensor named {clash[0]} already: is it converted?")
         write_safetensors(folder / name, in_memory(new))
         weight_map |= dict.fromkeys(new, name)
-        numbers += sum(t.numel() for t in new.values())
         size += sum(t.nbytes for t in new.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX, index)
-    return numbers
+    return next((how for how in ("hard link", "reflink") if how in linked), None)
 
 
 def write_trained(folder: Path, saved: Path, source: Path, aliases: Callable[[str], Iterable[str]]) -> None:
@@ -319,6 +330,37 @@ def _copy(source: Path, target: Path, progress: Callable[[int], None], chunk: in
                 raise DijiangError(f"{source} became shorter while it was copied: download the model again")
             left -= done
             progress(done)
+
+
+def link_file(source: Path, target: Path) -> str:
+    """Gives the file ``source`` a second name without copying it, and says how: "reflink" where the file system has
+    them (either file can be changed and the other stays), else "hard link" (both are one file).
+
+    Raises DijiangError where there is neither, as between file systems.
+    """
+    source = source.resolve()  # in the Hub's cache names are links to the files
+    try:
+        _reflink(source, target)
+        return "reflink"
+    except OSError:
+        target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+        return "hard link"
+    except OSError as error:
+        raise DijiangError(
+            f"can't link {source} into {target.parent.parent} ({error.strerror}): "
+            "choose an --out on the source's file system, or leave out --link"
+        ) from None
+
+
+def _reflink(source: Path, target: Path) -> None:
+    """A file of its own that shares the other's blocks until one is written to. Raises OSError where there is no such
+    thing."""
+    if sys.platform != "linux":
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    with source.open("rb") as reading, target.open("xb") as writing:
+        fcntl.ioctl(writing.fileno(), FICLONE, reading.fileno())
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -120,6 +120,7 @@ def convert(
     push: Push = None,
     private: Private = False,
     force: Force = False,
+    link: Annotated[bool, typer.Option("--link", help="Link the source's weights: no copy, no space.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and write nothing.")] = False,
     json_output: Json = False,
     debug: Debug = False,
@@ -129,7 +130,7 @@ def convert(
 
     result = convert(
         source, out, recipe=recipe, revision=revision, dtype=dtype, layers=layers, settings=settings or (),
-        push=push, private=private, force=force, dry_run=dry_run,
+        push=push, private=private, force=force, dry_run=dry_run, link=link,
     )  # fmt: skip
 
     def show(r: Any) -> None:
@@ -138,6 +139,9 @@ def convert(
             f"{verb} {r.out}: {r.layers_converted} layers converted by recipe {r.recipe}, "
             f"{r.new_parameters:,} new parameters of {r.total_parameters:,}, {r.seconds:.1f} s"
         )
+        if r.linked:
+            note = ": change no weight file of either folder in place" if r.linked == "hard link" else ""
+            print(f"weights are {r.linked}s to the source's{note}")
         _show_pushed(r)
         if not r.dry_run:
             print(f"next: dijiang finetune {r.out}")

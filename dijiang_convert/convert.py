@@ -54,7 +54,10 @@ LARGE_JSON = ("tokenizer.json", "vocab.json")  # which name no code
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What `convert` did, or with ``dry_run`` would do. ``seconds`` is wall-clock time."""
+    """What `convert` did, or with ``dry_run`` would do. ``seconds`` is wall-clock time.
+
+    linked: "reflink" or "hard link", where the source's weights were linked and not copied.
+    """
 
     out: str
     source: str
@@ -66,6 +69,7 @@ class ConvertResult:
     seconds: float
     dry_run: bool = False
     pushed: str | None = None
+    linked: str | None = None
 
 
 def convert(
@@ -81,6 +85,7 @@ def convert(
     private: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    link: bool = False,
 ) -> ConvertResult:
     """Swaps the attention of a pretrained decoder or encoder for a DiJiang kernel.
 
@@ -97,6 +102,8 @@ def convert(
         push: a Hub repository to push the result to; ``private`` makes it a private one.
         force: replace ``out`` if it exists.
         dry_run: check everything that can be without downloading weights, and write nothing.
+        link: take no space for the source's weights: their files become reflinks where the file system has them, else
+            hard links, which are the source's own files: nothing here ever writes into one.
 
     Raises:
         DijiangError: with one line that says what is wrong and what to do. Nothing half-written is left behind.
@@ -104,6 +111,8 @@ def convert(
     start = time.perf_counter()
     if dtype is not None and dtype not in DTYPES:
         raise DijiangError(f"no dtype {dtype!r}: give one of {', '.join(DTYPES)}")
+    if link and dtype is not None:
+        raise DijiangError("--link keeps the source's files and --dtype rewrites them: leave one of them out")
     chosen = load_recipe(recipe or "default", settings)
     found = resolve(source, revision)
     config = read_config(found)
@@ -127,8 +136,9 @@ def convert(
         seconds=0.0,
         dry_run=dry_run,
     )
+    linked = None
     if not dry_run:
-        found = download(found, target)
+        found = download(found, target, linked=link)
         assert found.folder is not None
         if architecture.model_class.main_input_name == "input_ids":
             _check_tokenizer(found.folder)
@@ -136,17 +146,19 @@ def convert(
         shards = weight_files(found.folder)
         for shard in shards:
             read_shard(shard)  # a truncated file is found before anything is written
+        if link and shards[0].suffix != ".safetensors":
+            raise DijiangError(f"--link keeps the source's files, and {shards[0].name} must be rewritten: leave it out")
         size = sum(shard.stat().st_size for shard in shards)
-        check_space({target: size})
+        check_space({target: 0 if link else size})
         with new_folder(target, force) as folder:
             with bytes_bar("converting", size) as advance:
-                write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance)
+                linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link)
             copy_companions(found.folder, folder)
             write_json(folder / "config.json", converted_config(config, architecture, chosen, found, dtype))
             write_code(folder)
             write_card(folder)
     pushed = push_result(target, push, private) if push and not dry_run else None
-    return dataclasses.replace(result, seconds=time.perf_counter() - start, pushed=pushed)
+    return dataclasses.replace(result, seconds=time.perf_counter() - start, pushed=pushed, linked=linked)
 
 
 def converted_config(
