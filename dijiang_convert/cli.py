@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,6 +93,19 @@ def _fail(message: str, debug: bool) -> None:
     raise typer.Exit(1) from None
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """Around a verb's imports. What torch and transformers make of them stays, a million objects that the garbage
+    collector would look through again and again: without it `dijiang inspect` takes a quarter less time."""
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
+
+
 def _resume_hint(name: str) -> str:
     return "; go on with --resume" if name == "finetune" else ""
 
@@ -126,7 +141,8 @@ def convert(
     debug: Debug = False,
 ) -> Any:
     """Swap softmax attention for a DiJiang kernel."""
-    from .convert import convert
+    with loading():
+        from .convert import convert
 
     result = convert(
         source, out, recipe=recipe, revision=revision, dtype=dtype, layers=layers, settings=settings or (),
@@ -180,8 +196,9 @@ def finetune(
     debug: Debug = False,
 ) -> Any:
     """Distil the original's behaviour into a converted checkpoint."""
-    from .distill.corpus import Sources
-    from .finetune import finetune
+    with loading():
+        from .distill.corpus import Sources
+        from .finetune import finetune
 
     result = finetune(
         checkpoint, out, data=Sources(data) if data else None, tokens=tokens, stages=stage or (), skip=skip or (),
@@ -220,7 +237,8 @@ def evaluate(
     debug: Debug = False,
 ) -> Any:
     """Measure perplexity on held-out text, and how close the original is."""
-    from .evaluate import evaluate
+    with loading():
+        from .evaluate import evaluate
 
     names = [task for task in tasks.split(",") if task]
     result = evaluate(
@@ -240,7 +258,8 @@ def generate(
     debug: Debug = False,
 ) -> Any:
     """Stream text."""
-    from .generate import generate
+    with loading():
+        from .generate import generate
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
@@ -289,7 +308,8 @@ def inspect(
     debug: Debug = False,
 ) -> Any:
     """Tell what a conversion would do, from the config alone."""
-    from .inspect import inspect
+    with loading():
+        from .inspect import inspect
 
     result = inspect(source, recipe=recipe, revision=revision, layers=layers, settings=settings or ())
 
@@ -320,7 +340,8 @@ def push(
     debug: Debug = False,
 ) -> Any:
     """Upload a checkpoint to the Hub, with its model card."""
-    from .push import push
+    with loading():
+        from .push import push
 
     result = push(checkpoint, repo, private=private, revision=revision, tag=tag)
     return result, lambda r: print(f"{r.url}: {_size(r.bytes_uploaded)} in commit {r.commit[:12]}")
@@ -336,7 +357,8 @@ def demo(
     debug: Debug = False,
 ) -> Any:
     """Run the whole job on an embedded small model."""
-    from .demo import demo
+    with loading():
+        from .demo import demo
 
     result = demo(out, recipe=recipe, tokens=tokens, force=force)
 
