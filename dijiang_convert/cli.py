@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,9 +101,11 @@ def loading() -> Iterator[None]:
         yield
         return
     gc.disable()
-    yield
-    gc.freeze()
-    gc.enable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _resume_hint(name: str) -> str:
@@ -141,13 +143,18 @@ def convert(
     debug: Debug = False,
 ) -> Any:
     """Swap softmax attention for a DiJiang kernel."""
-    with loading():
-        from .convert import convert
+    from .files import copy_file
+    from .head_start import head_start
 
-    result = convert(
-        source, out, recipe=recipe, revision=revision, dtype=dtype, layers=layers, settings=settings or (),
-        push=push, private=private, force=force, dry_run=dry_run, link=link,
-    )  # fmt: skip
+    copies = not (dry_run or link or dtype)
+    with head_start(source, out, force) if copies else nullcontext(copy_file) as lay:
+        with loading():
+            from .convert import convert
+
+        result = convert(
+            source, out, recipe=recipe, revision=revision, dtype=dtype, layers=layers, settings=settings or (),
+            push=push, private=private, force=force, dry_run=dry_run, link=link, lay=lay,
+        )  # fmt: skip
 
     def show(r: Any) -> None:
         verb = "would write" if r.dry_run else "wrote"

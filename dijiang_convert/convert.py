@@ -23,8 +23,9 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from . import __version__
 from .architecture import Architecture, check_kernel, examine
 from .card import write_card
-from .checkpoint import check_out, new_folder, read_shard, weight_files, write_json, write_shards
+from .checkpoint import read_shard, write_json, write_shards
 from .errors import DijiangError, Unsupported
+from .files import Lay, check_out, copy_file, default_out, new_folder, weight_files
 from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS, Kernel
 from .modeling.modeling_dijiang import attach
 from .progress import bytes_bar, console
@@ -86,6 +87,7 @@ def convert(
     force: bool = False,
     dry_run: bool = False,
     link: bool = False,
+    lay: Lay = copy_file,
 ) -> ConvertResult:
     """Swaps the attention of a pretrained decoder or encoder for a DiJiang kernel.
 
@@ -104,6 +106,7 @@ def convert(
         dry_run: check everything that can be without downloading weights, and write nothing.
         link: take no space for the source's weights: their files become reflinks where the file system has them, else
             hard links, which are the source's own files: nothing here ever writes into one.
+        lay: what copies the source's weights; see `head_start`, which has looked for space, too.
 
     Raises:
         DijiangError: with one line that says what is wrong and what to do. Nothing half-written is left behind.
@@ -120,7 +123,7 @@ def convert(
     if recipe is None and not architecture.layers.causal:
         chosen = load_recipe("encoder", settings)
     check_kernel(chosen.kernel, architecture)
-    target = Path(out) if out is not None else Path(f"{found.name}-dijiang")
+    target = Path(out) if out is not None else default_out(found.name)
     check_out(target, force)
     if push is not None:
         check_push(push)
@@ -149,10 +152,10 @@ def convert(
         if link and shards[0].suffix != ".safetensors":
             raise DijiangError(f"--link keeps the source's files, and {shards[0].name} must be rewritten: leave it out")
         size = sum(shard.stat().st_size for shard in shards)
-        check_space({target: 0 if link else size})
+        check_space({target: 0 if link or lay is not copy_file else size})
         with new_folder(target, force) as folder:
             with bytes_bar("converting", size) as advance:
-                linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link)
+                linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link, lay)
             copy_companions(found.folder, folder)
             write_json(folder / "config.json", converted_config(config, architecture, chosen, found, dtype))
             write_code(folder)

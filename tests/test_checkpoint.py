@@ -17,21 +17,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dijiang_convert import checkpoint
+from dijiang_convert import files
 from dijiang_convert.checkpoint import (
     DTYPES,
     INDEX,
     in_memory,
-    link_file,
-    new_folder,
     read_checkpoint,
     read_shard,
-    weight_files,
     write_safetensors,
     write_shards,
     write_trained,
 )
 from dijiang_convert.errors import DijiangError
+from dijiang_convert.files import link_file, new_folder, weight_files
 
 
 def message(call: pytest.ExceptionInfo[DijiangError]) -> str:
@@ -474,7 +472,7 @@ def no_reflinks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(checkpoint, "_reflink", refuse)
+    monkeypatch.setattr(files, "_reflink", refuse)
 
 
 @pytest.mark.usefixtures("no_reflinks")

@@ -17,9 +17,10 @@ import torch
 import yaml
 
 from dijiang_convert import DijiangError
-from dijiang_convert.checkpoint import read_shard, weight_files
+from dijiang_convert.checkpoint import read_shard
 from dijiang_convert.distill import processes, schedule, trainer
 from dijiang_convert.distill.attention_transfer import normalized_error
+from dijiang_convert.files import weight_files
 from dijiang_convert.paths import ACCELERATE
 from dijiang_convert.recipe import Stage
 from tests import scale_worker
