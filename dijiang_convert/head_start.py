@@ -1,5 +1,6 @@
 """A conversion's copying, begun while Python imports torch: the disk has a few seconds less to do afterwards."""
 
+import os
 import shutil
 import tempfile
 import threading
@@ -20,12 +21,11 @@ def head_start(source: str, out: Path | None, force: bool) -> Iterator[Lay]:
     Nothing is begun where a conversion would be refused, which it tells itself, or has to rewrite the weights. What was
     not taken when the block ends is removed.
     """
-    target = out if out is not None else default_out(Path(source).resolve().name)
-    shards = _wanted(Path(source).expanduser(), target, force)
-    if not shards:
+    begun = _begin(Path(os.path.expanduser(source)), out, force)
+    if begun is None:
         yield copy_file
         return
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    shards, folder = begun
     copied, stopped, pool = dict.fromkeys(shards, 0), threading.Event(), ThreadPoolExecutor(1)
 
     def copy(shard: Path) -> None:
@@ -54,14 +54,18 @@ def head_start(source: str, out: Path | None, force: bool) -> Iterator[Lay]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wanted(source: Path, target: Path, force: bool) -> list[Path]:
-    """The files to copy; none where a conversion would not get that far, as far as that is quickly told."""
-    if not (source / "config.json").is_file() or not target.parent.is_dir():
-        return []
+def _begin(source: Path, out: Path | None, force: bool) -> tuple[list[Path], Path] | None:
+    """The files to copy, and where to; None where a conversion would not get that far, as far as that is quickly
+    told."""
+    target = out if out is not None else default_out(source.resolve().name)
+    if not (source / "config.json").is_file():
+        return None
     try:
         check_out(target, force)
         shards = weight_files(source)
         check_space({target: sum(shard.stat().st_size for shard in shards)})
+        if shards[0].suffix != ".safetensors":
+            return None
+        return shards, Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     except (DijiangError, OSError):
-        return []
-    return shards if shards[0].suffix == ".safetensors" else []
+        return None

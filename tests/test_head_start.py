@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,7 +99,14 @@ def out_is_there(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(source, source.parent / "out")
 
 
-@pytest.mark.parametrize("spoil", [no_space, pickled, no_config, no_shard, out_is_there])
+def can_not_write(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+
+
+@pytest.mark.parametrize("spoil", [no_space, pickled, no_config, no_shard, out_is_there, can_not_write])
 def test_nothing_begins_where_a_conversion_would_not(
     spoil: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
