@@ -22,7 +22,7 @@ from dijiang_convert import DijiangError, benchmark, convert, evaluate, finetune
 from dijiang_convert.attention_speed import time_attention
 from dijiang_convert.checkpoint import read_checkpoint
 from dijiang_convert.demo_text import documents
-from dijiang_convert.distill import trainer
+from dijiang_convert.distill import schedule
 from dijiang_convert.distill.attention import original
 from dijiang_convert.distill.attention_transfer import attention_transfer_loss, transferring
 from dijiang_convert.distill.data import token_rows
@@ -44,7 +44,7 @@ MODULES = [
 @pytest.fixture(autouse=True, scope="module")
 def few_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "LEAST_STEPS", 8)
+        patch.setattr(schedule, "LEAST_STEPS", 8)
         yield
 
 

@@ -15,7 +15,7 @@ from dijiang_convert import benchmark, convert, demo, generate
 from dijiang_convert.cli import app
 from dijiang_convert.demo import MODEL
 from dijiang_convert.demo_text import documents
-from dijiang_convert.distill import trainer
+from dijiang_convert.distill import schedule
 from dijiang_convert.models import load_any
 from dijiang_convert.timing import cache_bytes
 
@@ -43,7 +43,7 @@ def run(*arguments: str) -> dict[str, Any]:
 
 
 def test_finetune(converted: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "LEAST_STEPS", 4)
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 4)
     result = run(
         "finetune", converted, "--data", text, "--tokens", "3000", "--seq-len", "128", "--out", str(tmp_path / "out")
     )
@@ -164,7 +164,7 @@ def test_bench_refuses_nonsense(converted: str) -> None:
 
 
 def test_demo_is_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "LEAST_STEPS", 2)
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 2)
     monkeypatch.setitem(demo.__globals__, "LENGTHS", (64, 256))
     monkeypatch.setitem(demo.__globals__, "EVAL_TOKENS", 2000)
     monkeypatch.setitem(benchmark.__globals__, "WARMUP_LENGTH", 16)
