@@ -136,8 +136,10 @@ class DiJiangAttention(nn.Module):
         """The same, so many tokens at a time that their features and weights stay in the processor's cache."""
         length, size = q.shape[2], self.kernel.chunk_size
         if length > 1 and self.kernel.far:
-            maps = (self.q_features, self.k_features)
-            call = call._replace(matrices=tuple(each.matrix(call.scaling, accumulation_dtype(q)) for each in maps))
+            q_matrix, k_matrix = (
+                x.matrix(call.scaling, accumulation_dtype(q)) for x in (self.q_features, self.k_features)
+            )
+            call = call._replace(matrices=(q_matrix, k_matrix))
         cache = DiJiangCacheLayer(self.kernel.window) if call.cache is None else call.cache
         whole = length - length % size  # chunks, and then the rest
         bounds = sorted({*range(0, whole, max(PIECE // (q[:, :, 0].numel() * size), 1) * size), whole, length, 0})
@@ -145,12 +147,12 @@ class DiJiangAttention(nn.Module):
             return self._forward(q, k, v, mask, call)
         out = v.new_empty(v.shape[0], length, q.shape[1], v.shape[3]).transpose(1, 2)
         for start, end in itertools.pairwise(bounds):
-            piece = slice(start, end)
-            part = call._replace(
-                cache=cache,
-                hidden_states=None if call.hidden_states is None else call.hidden_states[:, piece],
-                cos_sin=None if call.cos_sin is None else tuple(x[..., piece, :] for x in call.cos_sin),
-            )
+            piece, part = slice(start, end), call._replace(cache=cache)
+            if call.hidden_states is not None:
+                part = part._replace(hidden_states=call.hidden_states[:, piece])
+            if call.cos_sin is not None:
+                cos, sin = call.cos_sin
+                part = part._replace(cos_sin=(cos[..., piece, :], sin[..., piece, :]))
             of_piece = None if mask is None else mask[:, piece]
             out[:, :, piece] = self._forward(q[:, :, piece], k[:, :, piece], v[:, :, piece], of_piece, part)
         return out
@@ -243,11 +245,12 @@ class DiJiangAttention(nn.Module):
         """One token, in place: the oldest one leaves the window for the state, the new one takes its slot."""
         kernel, static = self.kernel, isinstance(cache, StaticDiJiangCacheLayer)
         exact: dict[str, Any] = {"scaling": call.scaling, "softcap": call.softcap, "sink": call.sink}
+        if not static:
+            cache.make_writable()
         old = cache.replace_oldest(new) if static else cache.oldest_token(new)
         if kernel.far and static:
             cache.set_state(self._absorb(cache.state, old, call))
         elif kernel.far:
-            cache.make_writable()
             fk, gk = self._key_features(old, call, normalized=not kernel.normalize)
             decays = (self._log_decay(old.gates), self._feature_decay(old.code))
             absorb_one(cache.state, fk, gk, self._per_state_head(old.v), *decays, cache.padding(old.valid))
@@ -255,12 +258,12 @@ class DiJiangAttention(nn.Module):
             cache.replace_oldest(new)
         cache.trim_trail()
         keys, values, *_, valid = cache.tokens(ordered=False)
-        valid = valid if static else cache.padding(valid)
+        padding = valid if static else cache.padding(valid)
         if not kernel.far:
-            return attend_window(q, keys, values, valid=valid, **exact)[0]
+            return attend_window(q, keys, values, valid=padding, **exact)[0]
         return attend_one(
             q, self._per_state_head(keys), self._per_state_head(values),
-            *self._query_features(far_q, call, normalized=static or not kernel.normalize), cache.state, valid=valid,
+            *self._query_features(far_q, call, normalized=static or not kernel.normalize), cache.state, valid=padding,
             normalize=kernel.normalize, **exact,
         )  # fmt: skip
 
@@ -329,12 +332,12 @@ class DiJiangAttention(nn.Module):
                 "the attention module got no hidden_states: convert with kernel.selective false, kernel.decay_rank 0"
             )
         x = accumulated(hidden_states)
-        x = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        norm = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6).rsqrt()
         gates = code = None
         if self.kernel.selective:
-            gates = (x @ self.selection.to(x.dtype).mT).unflatten(-1, (-1, 2)).transpose(1, 2)
+            gates = (x @ self.selection.to(x.dtype).mT * norm).unflatten(-1, (-1, 2)).transpose(1, 2)
         if self.kernel.decay_rank:
-            code = (x @ self.decay_down.to(x.dtype).mT)[:, None]
+            code = (x @ self.decay_down.to(x.dtype).mT * norm)[:, None]
         return gates, code
 
     def _log_decay(self, gates: Tensor | None) -> Tensor | None:
@@ -399,8 +402,6 @@ class DiJiangAttention(nn.Module):
 def _gradless(q: Tensor) -> bool:
     """Whether this runs now, on a CPU, and nothing asks for a gradient: then values may be looked at."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and q.device.type == "cpu"
-
-
 
 
 def _bounded_decay(start: Tensor, moved: Tensor, bound: float) -> Tensor:

@@ -183,9 +183,8 @@ class DiJiangCacheLayer(CacheLayerMixin):
     def replace_oldest(self, new: Tokens) -> Any:
         """Puts one real token in the place of the oldest."""
         if self.window > 0:
-            for kept, x in zip(self.oldest_token(new), new, strict=True):
-                if kept is not None:
-                    kept.copy_(x)
+            parts = iter(x for x in new if x is not None)
+            self.oldest_token(new).map(lambda x, dim: x.copy_(next(parts)))
             self.oldest = (self.oldest + 1) % self.window
             if self.oldest == 0:
                 self.is_padded = None

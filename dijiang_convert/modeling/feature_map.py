@@ -113,11 +113,11 @@ class FeatureMap(nn.Module):
         return y.transpose(0, 1)[:, :, None]
 
     def _with_bias(self, y: Tensor) -> Tensor:
-        return y + self.bias.to(y.dtype)[:, None] if self.kernel.learned_features else y
+        return y.add_(self.bias.to(y.dtype)[:, None]) if self.kernel.learned_features else y
 
     def _norm(self, x: Tensor, scaling: float) -> Tensor:
         """a‖x̂‖²"""
-        return x.square().sum(-1) * (scaling * self.norm_weight.to(x.dtype))[:, None]
+        return torch.linalg.vector_norm(x, dim=-1).square() * (scaling * self.norm_weight.to(x.dtype))[:, None]
 
     def matrix(self, scaling: float, dtype: torch.dtype) -> Tensor:
         """√s (T C + W), and the negative of it below if signed: [H, F, D]."""

@@ -113,7 +113,7 @@ def prefill(
     far = (fq @ fk.mT).mul_(weight[..., None, :])
     seen = repeated(lower.expand(1, 1, 1, size, size))
     if window == 0:
-        read += far.mul_(seen) @ v_windows
+        read.flatten(0, 2).baddbmm_(far.mul_(seen).flatten(0, 2), v_windows.flatten(0, 2))
     else:
         k_windows = k.unfold(2, window + size, size).mT.contiguous()  # [B, G, n, w + C, D]
         near = of_queries(q * scaling) @ k_windows.mT
@@ -129,7 +129,8 @@ def prefill(
         weights = near.sub_(scale[..., None]).clamp_(min=LEAST_EXPONENT).exp_()
         share = (far_scale - scale).exp_()[..., None]
         weights[..., :size].addcmul_(far, seen * share)
-        read = read.mul_(share).add_(weights @ v_windows)
+        read *= share
+        read.flatten(0, 2).baddbmm_(weights.flatten(0, 2), v_windows.flatten(0, 2))
         if sink is not None:
             read[..., -1] += (of_sink - scale).exp_()
 
@@ -149,8 +150,8 @@ def absorb_one(
     feature_decay: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> None:
-    """`absorb` of one key, in place. fk [B, G, 1, F], gk [B, G, 1], v [B, G, 1, V], valid [B, 1] or None if it is real in
-    every row."""
+    """`absorb` of one key, in place. fk [B, G, 1, F], gk [B, G, 1], v [B, G, 1, V], valid [B, 1] or None where it is
+    real in every row."""
     s, m = state
     decays = (log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[..., 0], feature_decay)
     gk = gk[..., 0].to(m.dtype)
