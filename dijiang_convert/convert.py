@@ -42,6 +42,7 @@ MODELING_FILES = (
     "feature_map.py",
     "linear_attention.py",
     "packing.py",
+    "inference.py",
     "cache.py",
 )
 # Of a source's files these don't come along: weights are laid out anew, and the card tells of the new model.
