@@ -406,7 +406,8 @@ def _gradless(q: Tensor) -> bool:
 
 def _bounded_decay(start: Tensor, moved: Tensor, bound: float) -> Tensor:
     """−e^{start + moved} where that is small, never less than −bound: its sums over a chunk stay exact in float32."""
-    return torch.sigmoid(moved + (start - math.log(bound))) * -bound
+    x = moved + (start - math.log(bound))
+    return x.sigmoid() * -bound if torch.is_grad_enabled() else x.sigmoid_().mul_(-bound)
 
 
 def _padding_first(valid: Tensor) -> Tensor | None:

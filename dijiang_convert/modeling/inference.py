@@ -5,10 +5,11 @@ With a window w and chunks of C, the queries of a chunk see the w + C keys that 
 of these, key j weighs as far for query i where j ≤ i; all other weights are near ones. So near and far share one
 matrix of weights [C, w + C], one product with the values and one denominator. All keys before are in the state.
 
-The far weights of a chunk have one scale, where `chunked` has a running maximum for each query. That is exact unless
-they span more than float32 does: then the denominator tells, and `prefill` gives up.
+Far weights have one scale for all queries of a piece, where `chunked` has a running maximum for each, and near weights
+are masked only after the exponential. That is exact unless they span more than float32 does: then decays or a
+denominator tell, it is tried again with pieces of one chunk, and at last `prefill` gives up.
 
-Shape legend as in `linear_attention`; L queries, n chunks of C = L / n, R = H / G queries a key/value head.
+Shape legend as in `linear_attention`; L queries, C to a chunk, R = H / G queries a key/value head.
 """
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from .linear_attention import FLOOR, FarState, accumulated, per_key, rescaled, with_ones
 
-# Weights below e^−87 leave float32's normal numbers, where the processor is slow. They count as so much instead, which
-# is lost in rounding if a query's weights add up to LEAST_TOTAL. (The largest is about 1.)
-LEAST_EXPONENT, LEAST_TOTAL = -87.0, 1e-28
+# What a query's weights add up to at least, where what float32 can't hold of the smallest does not count.
+LEAST_TOTAL = 1e-28
+# The most that the state may decay by in a piece, as a power of e: keys' features grow by as much in between.
+MOST_DECAY = 40.0
 
 
 def prefill(
@@ -50,95 +52,134 @@ def prefill(
     Returns the output [B, H, L, V] (accumulation dtype) and the state after the first L keys, or None where the scales
     of keys span too much for this form.
     """
+    queries, kv_heads = q.shape[2], k.shape[1]
+    if state is None:
+        state = FarState.empty(q.shape[0], kv_heads, fk.shape[-1], v.shape[-1], v)
+    far = {"fk": fk, "gk": gk, "feature_decay": feature_decay}
+    if log_decay is not None:
+        far["log_decay"] = per_key(log_decay, gk)
+
+    def piece(start: int, end: int, state: FarState) -> tuple[Tensor, FarState] | None:
+        now, seen = slice(start, end), slice(start, end + window)
+        of_piece = {name: None if x is None else x[:, :, now] for name, x in far.items()}
+        return _piece(
+            q[:, :, now], k[:, :, seen], v[:, :, seen], fq[:, :, now], gq[:, :, now], **of_piece,
+            scaling=scaling, window=window, softcap=softcap, sink=sink, mask=None if mask is None else mask[:, seen],
+            state=state, chunk_size=chunk_size,
+        )  # fmt: skip
+
+    whole = piece(0, queries, state)
+    if whole is not None or queries <= chunk_size:
+        return whole
+    outs = []
+    for start in range(0, queries, chunk_size):
+        done = piece(start, start + chunk_size, state)
+        if done is None:
+            return None
+        outs.append(done[0])
+        state = done[1]
+    return torch.cat(outs, 2), state
+
+
+def _piece(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fq: Tensor,
+    gq: Tensor,
+    fk: Tensor,
+    gk: Tensor,
+    *,
+    scaling: float,
+    window: int,
+    softcap: float | None,
+    sink: Tensor | None,
+    log_decay: Tensor | None = None,
+    feature_decay: Tensor | None,
+    mask: Tensor | None,
+    state: FarState,
+    chunk_size: int,
+) -> tuple[Tensor, FarState] | None:
+    """`prefill` with one scale. log_decay: of each key."""
     batch, heads, queries, _ = q.shape
     kv_heads, size = k.shape[1], min(chunk_size, queries)
-    repeats, chunks = heads // kv_heads, queries // size
-    q, k, v = accumulated(q), accumulated(k), accumulated(v)
-    real = None if mask is None else mask.bool()
-    absorbed = None if real is None else real[:, None, :queries].unflatten(2, (chunks, size))  # [B, 1, n, C]
-    if state is None:
-        state = FarState.empty(batch, kv_heads, fk.shape[-1], v.shape[-1], v)
+    repeats = heads // kv_heads
 
-    def of_keys(x: Tensor) -> Tensor:
-        """[B, G, L, …] → [B, G, n, C, …]."""
-        return x.unflatten(2, (chunks, size))
+    def of_state(x: Tensor) -> Tensor:
+        """A head's row, [B, G, …], beside others, [B · G, …]."""
+        return x.flatten(0, 1)
 
-    def of_queries(x: Tensor) -> Tensor:
-        """[B, H, L, …] → [B, G, n, R · C, …]."""
-        return x.unflatten(2, (chunks, size)).unflatten(1, (kv_heads, repeats)).transpose(2, 3).flatten(3, 4)
-
-    def repeated(x: Tensor) -> Tensor:
-        """What belongs to a place in the chunk, [B, G, n, C, …], for each query there, [B, G, n, R · C, …]."""
-        return x if repeats == 1 else torch.cat([x] * repeats, 3)
-
-    # Scales: key j weighs e^{gq_i + h_j − Λ_i} for query i, Λ what the state has decayed by since the chunk began.
-    h, far_scale = of_keys(gk.to(v.dtype)), of_queries(gq)
-    total = torch.zeros_like(h[..., -1])
-    if log_decay is not None:
-        lam = of_keys(-per_key(log_decay, gk.to(v.dtype)))
-        lam = (lam if absorbed is None else lam * absorbed).cumsum(-1)
-        h, far_scale, total = h + lam, far_scale - repeated(lam), lam[..., -1]
+    q, k, v = accumulated(q) * scaling, of_state(accumulated(k)), of_state(with_ones(v))
+    (s, m), fk, gk = map(of_state, state), of_state(fk), of_state(gk.to(v.dtype))
+    log_decay, feature_decay = (None if x is None else of_state(x) for x in (log_decay, feature_decay))
+    real = None if mask is None else mask.bool().repeat_interleave(kv_heads, 0)
+    absorbed = None if real is None else real[:, :queries]
     if absorbed is not None:
-        h = h.masked_fill(~absorbed, FLOOR)
-    end, gate, rest = _scales(h.amax(-1), total, state.m)
-    far_scale = far_scale + end[..., None]
-    weight = (h - end[..., None]).exp_()  # of each key
+        gk = gk.masked_fill(~absorbed, FLOOR)
+        log_decay = None if log_decay is None else log_decay * absorbed
+        feature_decay = None if feature_decay is None else feature_decay * absorbed[..., None]
+
+    # Scales: key j weighs e^{gq_i + h_j − Λ_i} for query i, Λ what the state has decayed by since the piece began.
+    lam = torch.zeros_like(gk) if log_decay is None else log_decay.cumsum(1).neg_()
+    left = None if feature_decay is None else _cumulative(feature_decay, size)
+    if lam[:, -1].amax() > MOST_DECAY or (left is not None and left[:, -1].amin() < -MOST_DECAY):
+        return None
+    h = gk + lam
+    top = torch.maximum(m, h.amax(1))
+    weight = (h - top[:, None]).exp_()  # of each key
     if absorbed is not None:
         weight *= absorbed
+    far_scale = gq.unflatten(1, (kv_heads, repeats)) + (top[:, None] - lam).view(batch, kv_heads, 1, queries)
+    far_scale = far_scale.flatten(1, 2)
+    s = s * (m - top).exp()[:, None, None]
+    v_far = v[:, :queries] * weight[..., None]
 
-    # Features: a query's shrink by what the chunk has lost so far, a key's grow.
-    fq, fk, left = of_queries(fq), of_keys(fk), None
-    lower = torch.ones(size, size, dtype=v.dtype).tril()
-    if feature_decay is not None:
-        lost = of_keys(feature_decay)
-        left = (lower @ (lost if absorbed is None else lost * absorbed[..., None])).exp_()  # cumsum would be slower
-        fq, fk = fq * repeated(left), fk / left
-
-    # The state that each chunk starts from, and what its queries read there.
-    v_windows = v.new_empty(batch, kv_heads, chunks, window + size, v.shape[-1] + 1)
-    v_windows[..., :-1] = v.unfold(2, window + size, size).mT
-    v_windows[..., -1] = 1
-    added = fk.mT @ (v_windows[..., :size, :] * weight[..., None])
-    factor = gate[..., None, None]
-    if left is not None:  # and what features lost in the chunk before
-        factor = factor * F.pad(left[:, :, :-1, -1], (0, 0, 1, 0), value=1.0)[..., None]
-    starts, s = torch.empty_like(added), state.s
-    for n in range(chunks):
-        s = torch.mul(s, factor[:, :, n], out=starts[:, :, n]) + added[:, :, n]
+    # Features: a query's shrink by what each has lost so far, a key's grow.
     if left is not None:
-        s *= left[:, :, -1, -1, :, None]
-    read = fq @ starts  # [B, G, n, R · C, V + 1]
+        left.exp_()
+        fq = (fq.unflatten(1, (kv_heads, repeats)) * left.view(batch, kv_heads, 1, queries, -1)).flatten(1, 2)
+        fk = fk / left
 
-    # The keys at hand.
-    far = (fq @ fk.mT).mul_(weight[..., None, :])
-    seen = repeated(lower.expand(1, 1, 1, size, size))
-    if window == 0:
-        read.flatten(0, 2).baddbmm_(far.mul_(seen).flatten(0, 2), v_windows.flatten(0, 2))
-    else:
-        k_windows = k.unfold(2, window + size, size).mT.contiguous()  # [B, G, n, w + C, D]
-        near = of_queries(q * scaling) @ k_windows.mT
-        if softcap is not None:
-            near = near.div_(softcap).tanh_().mul_(softcap)
-        near += repeated(_beyond(window, size, v.dtype).expand(1, 1, 1, size, -1))
-        if real is not None:
-            near.masked_fill_(~real.unfold(1, window + size, size)[:, None, :, None], FLOOR)
-        scale = torch.maximum(near.amax(-1), far_scale)
-        if sink is not None:
-            of_sink = sink.to(v.dtype).view(kv_heads, 1, repeats, 1).expand(-1, chunks, -1, size).flatten(2)
-            scale = torch.maximum(scale, of_sink)
-        weights = near.sub_(scale[..., None]).clamp_(min=LEAST_EXPONENT).exp_()
-        share = (far_scale - scale).exp_()[..., None]
-        weights[..., :size].addcmul_(far, seen * share)
-        read *= share
-        read.flatten(0, 2).baddbmm_(weights.flatten(0, 2), v_windows.flatten(0, 2))
-        if sink is not None:
-            read[..., -1] += (of_sink - scale).exp_()
+    of_sink = None
+    if sink is not None:
+        of_sink = sink.to(v.dtype).view(1, heads, 1).expand(batch, -1, size).reshape(-1, repeats * size)
+    lower, band = _masks(window, size, repeats, v.dtype)
+    out, least = v.new_empty(batch, heads, queries, v.shape[-1] - 1), v.new_ones(())
+    for start in range(0, queries, size):
+        keys, seen = slice(start, start + size), slice(start, start + size + window)
+        q_n, fq_n, scale_n = (
+            x[:, :, keys].reshape(batch * kv_heads, repeats * size, *x.shape[3:]) for x in (q, fq, far_scale)
+        )
+        read = fq_n @ s  # [B · G, R · C, V + 1]
+        far = (fq_n @ fk[:, keys].mT).mul_(weight[:, None, keys])
+        if window == 0:
+            read.baddbmm_(far.mul_(lower), v[:, seen])
+        else:
+            near = q_n @ k[:, seen].mT
+            if softcap is not None:
+                near = near.div_(softcap).tanh_().mul_(softcap)
+            scale = torch.maximum(near.amax(-1), scale_n)
+            if of_sink is not None:
+                scale = torch.maximum(scale, of_sink)
+            weights = near.sub_(scale[..., None]).exp_().mul_(band)
+            if real is not None:
+                weights *= real[:, None, seen]
+            share = (scale_n - scale).exp_()[..., None]
+            weights[..., :size].addcmul_(far, lower * share)
+            read.mul_(share).baddbmm_(weights, v[:, seen])
+            if of_sink is not None:
+                read[..., -1] += (of_sink - scale).exp_()
+        s.baddbmm_(fk[:, keys].mT, v_far[:, keys])
+        denominator = read[..., -1:]
+        least = torch.minimum(least, denominator.amin())
+        out[:, :, keys] = (read[..., :-1] / denominator).view(batch, heads, size, -1)
 
-    total = read[..., -1:]
-    if not total.amin() >= LEAST_TOTAL:
+    if not least >= LEAST_TOTAL:
         return None
-    out = (read[..., :-1] / total).unflatten(3, (repeats, size)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return out, rescaled(s, *rest)
+    if left is not None:
+        s *= left[:, -1, :, None]
+    shape = (batch, kv_heads)
+    return out, rescaled(s.unflatten(0, shape), top.view(shape), lam[:, -1].view(shape))
 
 
 def absorb_one(
@@ -174,21 +215,17 @@ def absorb_one(
     m.copy_(top)
 
 
-def _scales(peaks: Tensor, total: Tensor, m: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """The largest scale of each chunk's keys and the state before it, [B, G, n]; what the state is multiplied by to get
-    there; and after the last chunk that scale and what it has lost since.
-
-    peaks: the largest of a chunk's own keys. total: what it loses. m: the scale of the state before all."""
-    end, gate, lost = [], [], torch.zeros_like(m)
-    for peak, total_n in zip(peaks.unbind(-1), total.unbind(-1), strict=True):
-        top = torch.maximum(m - lost, peak)
-        gate.append((m - top - lost).exp())  # m − top first: it is exact
-        end.append(top)
-        m, lost = top, total_n
-    return torch.stack(end, -1), torch.stack(gate, -1), (m, lost)
+def _cumulative(x: Tensor, size: int) -> Tensor:
+    """x.cumsum(1) of [A, L, F], L whole chunks, as products with chunks of so many: several times as fast."""
+    lower = torch.ones(size, size, dtype=x.dtype).tril_()
+    sums = lower @ x.unflatten(1, (-1, size))  # [A, L / C, C, F]
+    before = F.pad(sums[:, :-1, -1].cumsum(1), (0, 0, 1, 0))
+    return sums.add_(before[:, :, None]).flatten(1, 2)
 
 
-def _beyond(window: int, size: int, dtype: torch.dtype) -> Tensor:
-    """−∞ where key j of w + C is not among the window's of query i: i < j ≤ i + w. [C, w + C]."""
-    i, j = torch.arange(size)[:, None], torch.arange(window + size)[None]
-    return torch.zeros(size, window + size, dtype=dtype).masked_fill_((j <= i) | (j > i + window), FLOOR)
+def _masks(window: int, size: int, repeats: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """1 where a chunk's query i sees one of its w + C keys j, else 0: the far ones among the first C (j ≤ i),
+    [R · C, C], and the near ones (i < j ≤ i + w), [R · C, w + C]."""
+    i, j = torch.arange(size)[:, None], torch.arange(window + size)
+    near = (j > i) & (j <= i + window)
+    return (j[:size] <= i).to(dtype).repeat(repeats, 1), near.to(dtype).repeat(repeats, 1)
