@@ -40,6 +40,7 @@ MODELING_FILES = (
     "attention.py",
     "feature_map.py",
     "linear_attention.py",
+    "accelerated.py",
     "packing.py",
     "cache.py",
 )

@@ -11,6 +11,7 @@ import transformers
 if TYPE_CHECKING:
     # Makes dynamic loading treat all files as one: they are hashed together. Each is named, since transformers too old
     # for this code copies no others, and would fail over them before it can be told its age below.
+    from .accelerated import triton_available  # noqa: F401
     from .attention import DiJiangAttention  # noqa: F401
     from .cache import DiJiangCacheLayer  # noqa: F401
     from .feature_map import FeatureMap  # noqa: F401
