@@ -41,6 +41,7 @@ MODELING_FILES = (
     "feature_map.py",
     "linear_attention.py",
     "accelerated.py",
+    "chunk_kernels.py",
     "packing.py",
     "cache.py",
 )
