@@ -42,6 +42,8 @@ MODELING_FILES = (
     "linear_attention.py",
     "accelerated.py",
     "chunk_kernels.py",
+    "near_kernels.py",
+    "fla_kernels.py",
     "packing.py",
     "cache.py",
 )
