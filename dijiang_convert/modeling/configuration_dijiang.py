@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .attention import DiJiangAttention  # noqa: F401
     from .cache import DiJiangCacheLayer  # noqa: F401
     from .chunk_kernels import prefill  # noqa: F401
-    from .fla_kernels import train  # noqa: F401
     from .feature_map import FeatureMap  # noqa: F401
+    from .fla_kernels import train  # noqa: F401
     from .linear_attention import FarState  # noqa: F401
     from .modeling_dijiang import DiJiangMixin  # noqa: F401
     from .near_kernels import near_attention  # noqa: F401
