@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError("near_kernels needs triton: ask accelerated.triton_available before importing it") from error
 
-from .chunk_kernels import padded, precision
+from .chunk_kernels import chunk_size, padded, precision
 
 LOWEST = tl.constexpr(FLOOR)
 
@@ -69,12 +69,11 @@ class _NearAttention(torch.autograd.Function):
 
 
 def _options(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int, softcap: float | None) -> dict[str, Any]:
-    exact = v.dtype == torch.float32  # products without tensor cores need more registers
     return {
         "scaling": scaling, "softcap": softcap, "queries": q.shape[2], "keys": k.shape[2], "heads": q.shape[1],
         "kv_heads": k.shape[1], "WINDOW": window, "DIM": q.shape[3], "VALUES": v.shape[3], "PRECISION": precision(v),
-        "BLOCK": 64 if max(q.shape[3], v.shape[3]) <= 64 and not exact else 32, "BLOCK_D": padded(q.shape[3]),
-        "BLOCK_V": padded(v.shape[3]), "num_warps": 8 if exact else 4, "num_stages": 1,
+        "BLOCK": chunk_size(v.dtype) if max(q.shape[3], v.shape[3]) <= 64 else 32, "BLOCK_D": padded(q.shape[3]),
+        "BLOCK_V": padded(v.shape[3]), "num_warps": 8 if v.dtype == torch.float32 else 4, "num_stages": 1,
     }  # fmt: skip
 
 

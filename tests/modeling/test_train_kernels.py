@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dijiang_convert.modeling import accelerated, linear_attention
 from dijiang_convert.modeling.linear_attention import FarState, absorb, chunked
@@ -22,6 +23,7 @@ from tests.modeling.test_linear_attention import (
     relative,
 )
 from tests.modeling.test_selective import decays, part_of
+from tests.models import load, tokens
 
 near_kernels = pytest.importorskip("dijiang_convert.modeling.near_kernels", exc_type=ImportError)
 TOLERANCE = 1e-5 if DEVICE == "cpu" else 5e-3  # flash-linear-attention multiplies in TF32 on a GPU
@@ -135,6 +137,19 @@ def test_bfloat16(train: Any) -> None:
     x["q"].requires_grad_()
     out, _ = chunked(**moved(x), scaling=SCALING, window=16)
     assert relative(out.detach().cpu(), expected) <= 2e-2
+
+
+def test_a_model_trains(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter of every kernel gets the gradient that plain torch gives it."""
+    found: dict[str, dict[str, Tensor]] = {}
+    ids = tokens(1, 40).to(DEVICE)
+    for mode in ("torch", "interpret"):
+        monkeypatch.setattr(accelerated, "MODE", mode)
+        model: Any = load("llama", "partial").to(DEVICE)
+        model(ids, labels=ids).loss.backward()
+        found[mode] = {name: t.grad.double() for name, t in model.named_parameters() if ".dijiang." in name}
+    for name, expected in found["torch"].items():
+        assert expected.any() and relative(found["interpret"][name], expected) <= 100 * TOLERANCE, name
 
 
 def test_without_flash_linear_attention_there_is_one_notice(monkeypatch: pytest.MonkeyPatch) -> None:
