@@ -129,14 +129,17 @@ def test_state_padding_and_sink(train: Any) -> None:
     assert relative(as_sums(FarState(*(t.detach().cpu() for t in found))), as_sums(last)) <= TOLERANCE
 
 
-def test_bfloat16(train: Any) -> None:
+@pytest.mark.parametrize("of", [None, "features"])
+def test_bfloat16(train: Any, of: str | None) -> None:
     x = inputs(70, batch=1, heads=2, kv_heads=1)
     for name in ("q", "k", "v"):
         x[name] = x[name].bfloat16()
-    expected, _ = chunked(**double(x), scaling=SCALING, window=16)
-    x["q"].requires_grad_()
-    out, _ = chunked(**moved(x), scaling=SCALING, window=16)
-    assert relative(out.detach().cpu(), expected) <= 2e-2
+    of_features = None if of is None else decays(x, of)["feature_decay"]
+    weight = torch.randn(1, 2, 70, 10)
+    reference = gradients("naive", double(x), None, weight, double(of_features), window=16)
+    found = gradients("chunked", moved(x), None, moved(weight), moved(of_features), window=16)
+    assert found["k"].dtype == torch.bfloat16
+    assert_gradients_close({name: t.cpu() for name, t in found.items()}, reference, 16, 2e-2)
 
 
 def test_a_model_trains(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
