@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def take_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors go to kernels. What is done to bfloat16, which numpy does not know, is done in float32 and rounded."""
+    """CPU tensors go to kernels. bfloat16, which numpy does not know, is computed with in float32 and rounded."""
     monkeypatch.setattr(accelerated, "MODE", "interpret")
     if DEVICE == "cuda":
         return
