@@ -44,6 +44,7 @@ MODELING_FILES = (
     "chunk_kernels.py",
     "near_kernels.py",
     "fla_kernels.py",
+    "feature_kernels.py",
     "packing.py",
     "cache.py",
 )

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .accelerated import feature_form
 from .configuration_dijiang import Kernel
-from .linear_attention import accumulated, softmax_with_lse
+from .linear_attention import accumulation_dtype, softmax_with_lse
 
 
 def dct_matrix(dim: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
@@ -75,17 +76,23 @@ class FeatureMap(nn.Module):
             init.constant_(self.norm_weight, float(kernel.frequency) ** 2 / (2 * self.head_dim))
 
     def forward(self, x: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        x = accumulated(x) * math.sqrt(scaling)
-        matrix = self.frequency.to(x.dtype)[..., None] * self.dct.to(x.dtype)  # T C, [H, D, D]
+        dtype = accumulation_dtype(x)
+        matrix = self.frequency.to(dtype)[..., None] * self.dct.to(dtype)  # T C, [H, D, D]
         if self.kernel.projection:
-            matrix = matrix + self.projection.to(x.dtype)
+            matrix = matrix + self.projection.to(dtype)
+        bias = self.bias.to(dtype) if self.kernel.learned_features else None
+        norm_weight = self.norm_weight.to(dtype) if self.scaled else None
+        form = feature_form(x, matrix, bias, norm_weight)
+        if form is not None:
+            return form(x, matrix, bias, norm_weight, scaling, self.kernel.signed)
+        x = x.to(dtype) * math.sqrt(scaling)
         y = x @ matrix.mT
         if self.kernel.signed:
             y = torch.cat([y, -y], -1)
-        if self.kernel.learned_features:
-            y = y + self.bias.to(x.dtype)[:, None]
-        if not self.scaled:
+        if bias is not None:
+            y = y + bias[:, None]
+        if norm_weight is None:
             return y.softmax(-1), y.new_zeros(y.shape[:-1])
         features, lse = softmax_with_lse(y)
-        norm = x.square().sum(-1) * self.norm_weight.to(x.dtype)[:, None]
+        norm = x.square().sum(-1) * norm_weight[:, None]
         return features, lse - math.log(self.features) - norm

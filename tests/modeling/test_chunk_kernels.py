@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from dijiang_convert.modeling import accelerated
+from dijiang_convert.modeling.configuration_dijiang import Kernel
+from dijiang_convert.modeling.feature_map import FeatureMap, dct_matrix
 from dijiang_convert.modeling.linear_attention import FarState, absorb, chunked, naive
 from tests.interpreter import DEVICE, take_kernels
 from tests.modeling.test_linear_attention import SCALING, double, inputs, keys_of, relative, unpadded
@@ -179,6 +181,26 @@ def test_what_the_kernels_leave_to_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(notices) == 1 and "pip install 'dijiang-convert[cuda]'" in notices[0]
 
 
+@pytest.mark.parametrize(("dim", "signed", "window"), [(12, True, 16), (40, False, 0), (5, True, 0), (16, False, 16)])
+def test_features(dim: int, signed: bool, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of queries, which have a log-scale only with a window."""
+    kernel = Kernel(window=window, signed=signed, frequency=1.5)
+    features = FeatureMap(3, dim, kernel, scaled=window > 0)
+    torch.manual_seed(0)
+    for parameter in features.parameters():
+        parameter.data = torch.randn_like(parameter)
+    features.dct.copy_(dct_matrix(dim))
+    x = 3 * torch.randn(2, 70, 3, dim).transpose(1, 2)
+    with torch.no_grad():
+        expected = features.double()(x.double(), 0.3)
+        mine = features.float().to(DEVICE)
+        assert accelerated.feature_form(x.to(DEVICE)) is not None
+        found = mine(x.to(DEVICE), 0.3)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32 and (a.cpu() - b).abs().max() <= 1e-5 * b.abs().max()
+    assert accelerated.feature_form(x.to(DEVICE), *mine.parameters()) is None  # which have gradients
+
+
 def test_a_model_prefills_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A padded batch and a second turn, on to tokens by the state that kernels left."""
     model: Any = load("llama", "partial").to(DEVICE)
@@ -211,7 +233,7 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-from dijiang_convert.modeling import chunk_kernels, near_kernels
+from dijiang_convert.modeling import chunk_kernels, feature_kernels, near_kernels
 
 class Driver:  # of no device: kernels are compiled as for one, and not run
     get_current_target = lambda self: GPUTarget("cuda", 80, 32)
@@ -229,6 +251,7 @@ fq, fk = torch.ones(1, 2, 40, 32), torch.ones(1, 1, 40, 32)
 options = {"scaling": 0.1, "window": 16, "softcap": 2.0, "mask": torch.ones(1, 40, dtype=torch.bool)}
 with torch.no_grad():
     decays = {"log_decay": -fk[..., 0], "feature_decay": -fk}
+    feature_kernels.feature_map(q, fq[0, :, :16, :16], fq[0, :, 0], fq[0, :, 0, 0], 0.1, signed=True)
     chunk_kernels.prefill(q, k, v, fq, fq[..., 0], fk, fk[..., 0], sink=torch.ones(2), **decays, **options)
 out, lse = near_kernels.near_attention(q, k, v, **options)
 (out.sum() + lse.sum()).backward()
@@ -241,5 +264,5 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     environment["PYTHONPATH"] = str(Path(accelerated.__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    names = {"along_chunks", "attend_chunk", "near_forward", "near_backward_q", "near_backward_kv"}
+    names = {"along_chunks", "attend_chunk", "near_forward", "near_backward_q", "near_backward_kv", "map_features"}
     assert set(done.stdout.split()) == names
