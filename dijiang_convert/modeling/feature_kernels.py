@@ -6,8 +6,6 @@ exact as float32.
 Shape legend: B batch, H heads, N tokens, D head_dim, F features (2·D, or D if not signed).
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -25,11 +23,12 @@ LOWEST = tl.constexpr(FLOOR)
 
 
 def feature_map(
-    x: Tensor, matrix: Tensor, bias: Tensor | None, norm_weight: Tensor | None, scaling: float, signed: bool
+    x: Tensor, matrix: Tensor, bias: Tensor | None, norm_weight: Tensor | None, signed: bool
 ) -> tuple[Tensor, Tensor]:
-    """softmax([y, −y] + D) [B, H, N, F] of y = √s x Mᵀ, and its log-scale [B, H, N], both in float32.
+    """softmax(x Mᵀ + D) [B, H, N, F] and its log-scale less a‖x‖² [B, H, N], both in float32.
 
-    x [B, H, N, D], matrix [H, D, D], bias [H, F] or None for 0, norm_weight [H] or None, and then the log-scale is 0.
+    x [B, H, N, D], matrix M [H, F, D], its second half the negative of the first if signed, bias D [H, F] or None for
+    0, norm_weight a [H] or None, and then the log-scale is 0.
     """
     batch, heads, length, dim = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -38,7 +37,7 @@ def feature_map(
     rows = 64 if dim <= 128 else 32
     with torch.cuda.device_of(x):
         map_features[triton.cdiv(length, rows), heads, batch](
-            x, matrix.contiguous(), bias, norm_weight, features, scale, math.sqrt(scaling), length, heads,
+            x, matrix.contiguous(), bias, norm_weight, features, scale, length, heads,
             x.stride(0), x.stride(1), x.stride(2),
             DIM=dim, SIGNED=signed, ROWS=rows, BLOCK_D=padded(dim), BLOCK_I=min(padded(dim), 32),
             num_warps=4 if dim <= 64 else 8, num_stages=2,
@@ -48,9 +47,10 @@ def feature_map(
 
 @triton.jit
 def map_features(  # type: ignore[no-untyped-def]
-    x, matrix, bias, norm_weight, features, scale, root, length, heads, x_b, x_h, x_t,
+    x, matrix, bias, norm_weight, features, scale, length, heads, x_b, x_h, x_t,
     DIM: tl.constexpr, SIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
+    COUNT: tl.constexpr = 2 * DIM if SIGNED else DIM
     row_h, row_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -60,12 +60,11 @@ def map_features(  # type: ignore[no-untyped-def]
     for block in range(0, DIM, BLOCK_I):
         i = block + tl.arange(0, BLOCK_I)
         at_x = row_b * x_b + row_h * x_h + at[:, None] * x_t + i[None, :]
-        x_c = tl.load(x + at_x, mask=is_token[:, None] & (i < DIM)[None, :], other=0.0).to(tl.float32) * root
-        at_m = (row_h * DIM + d[:, None]) * DIM + i[None, :]
+        x_c = tl.load(x + at_x, mask=is_token[:, None] & (i < DIM)[None, :], other=0.0).to(tl.float32)
+        at_m = (row_h * COUNT + d[:, None]) * DIM + i[None, :]
         m_c = tl.load(matrix + at_m, mask=at_d[:, None] & (i < DIM)[None, :], other=0.0)
         y = tl.dot(x_c, tl.trans(m_c), y, input_precision="tf32x3")
         norm += tl.sum(x_c * x_c, 1)
-    COUNT: tl.constexpr = 2 * DIM if SIGNED else DIM
     of_bias = row_h * COUNT + d
     plus = y
     if bias is not None:

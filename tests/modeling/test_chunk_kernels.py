@@ -261,7 +261,7 @@ fq, fk = torch.ones(1, 2, 40, 32), torch.ones(1, 1, 40, 32)
 options = {"scaling": 0.1, "window": 16, "softcap": 2.0, "mask": torch.ones(1, 40, dtype=torch.bool)}
 with torch.no_grad():
     decays = {"log_decay": -fk[..., 0], "feature_decay": -fk}
-    feature_kernels.feature_map(q, fq[0, :, :16, :16], fq[0, :, 0], fq[0, :, 0, 0], 0.1, signed=True)
+    feature_kernels.feature_map(q, fq[0, :, :32, :16], fq[0, :, 0], fq[0, :, 0, 0], signed=True)
     chunk_kernels.prefill(q, k, v, fq, fq[..., 0], fk, fk[..., 0], sink=torch.ones(2), **decays, **options)
 out, lse = near_kernels.near_attention(q, k, v, **options)
 (out.sum() + lse.sum()).backward()
