@@ -11,11 +11,17 @@ import transformers
 if TYPE_CHECKING:
     # Makes dynamic loading treat all files as one: they are hashed together. Each is named, since transformers too old
     # for this code copies no others, and would fail over them before it can be told its age below.
+    from .accelerated import triton_available  # noqa: F401
     from .attention import DiJiangAttention  # noqa: F401
     from .cache import DiJiangCacheLayer  # noqa: F401
+    from .chunk_kernels import prefill  # noqa: F401
+    from .feature_kernels import feature_map  # noqa: F401
     from .feature_map import FeatureMap  # noqa: F401
+    from .fla_kernels import train  # noqa: F401
+    from .inference import absorb_one  # noqa: F401
     from .linear_attention import FarState  # noqa: F401
     from .modeling_dijiang import DiJiangMixin  # noqa: F401
+    from .near_kernels import near_attention  # noqa: F401
     from .packing import packed_mask  # noqa: F401
 
 REQUIRES_TRANSFORMERS = "5.18.0"
