@@ -19,14 +19,13 @@ from transformers import initialization as init
 from .accelerated import wants_kernels
 from .cache import DiJiangCacheLayer, Kept, StaticDiJiangCacheLayer, Tokens, preceding
 from .configuration_dijiang import Kernel, Layers
-from .feature_map import FeatureMap
+from .feature_map import FeatureMap, Quick
 from .inference import absorb_one, prefill
 from .linear_attention import (
     FASTEST,
     FarState,
     absorb,
     accumulated,
-    accumulation_dtype,
     attend_one,
     attend_window,
     chunked,
@@ -40,7 +39,7 @@ class Call(NamedTuple):
 
     segments: [B, N], the document of each token where rows are packed (then there is no cache, and no padding).
     scaling, softcap, sink: of the source's logits, see `chunked`. causal: False for encoders.
-    matrices: of the feature maps of queries and keys, made once for all pieces of a prompt.
+    matrices: of feature maps, made once for all pieces of a prompt (see `Quick`).
     """
 
     cache: DiJiangCacheLayer | None
@@ -51,7 +50,7 @@ class Call(NamedTuple):
     softcap: float | None = None
     sink: Tensor | None = None
     causal: bool = True
-    matrices: tuple[Tensor | None, Tensor | None] = (None, None)
+    matrices: dict[FeatureMap, Tensor] | None = None
 
 
 class DiJiangAttention(nn.Module):
@@ -136,11 +135,7 @@ class DiJiangAttention(nn.Module):
     def _in_pieces(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         """The same, so many tokens at a time that their features and weights stay in the processor's cache."""
         length, size = q.shape[2], self.kernel.chunk_size
-        if length > 1 and self.kernel.far:
-            q_matrix, k_matrix = (
-                x.matrix(call.scaling, accumulation_dtype(q)) for x in (self.q_features, self.k_features)
-            )
-            call = call._replace(matrices=(q_matrix, k_matrix))
+        call = call._replace(matrices={} if length > 1 else None)
         cache = DiJiangCacheLayer(self.kernel.window) if call.cache is None else call.cache
         whole = length - length % size  # chunks, and then the rest
         bounds = sorted({*range(0, whole, max(PIECE // (q[:, :, 0].numel() * size), 1) * size), whole, length, 0})
@@ -236,7 +231,7 @@ class DiJiangAttention(nn.Module):
         absorbed = tokens.map(lambda x, dim: x.narrow(dim, 0, queries))
         return prefill(
             q, self._per_state_head(tokens.k), self._per_state_head(tokens.v),
-            *self._query_features(far_q, call, False), *self._key_features(absorbed, call, False),
+            *self._query_features(far_q, call, quick=True), *self._key_features(absorbed, call, quick=True),
             scaling=call.scaling, window=window, softcap=call.softcap, sink=call.sink,
             log_decay=self._log_decay(absorbed.gates), feature_decay=self._feature_decay(absorbed.code),
             mask=None if tokens.valid.all() else tokens.valid, state=past.state, chunk_size=size,
@@ -252,7 +247,7 @@ class DiJiangAttention(nn.Module):
         if kernel.far and static:
             cache.set_state(self._absorb(cache.state, old, call))
         elif kernel.far:
-            fk, gk = self._key_features(old, call, normalized=not kernel.normalize)
+            fk, gk = self._key_features(old, call, quick=kernel.normalize)
             decays = (self._log_decay(old.gates), self._feature_decay(old.code))
             absorb_one(cache.state, fk, gk, self._per_state_head(old.v), *decays, cache.padding(old.valid))
         if not static:
@@ -264,7 +259,7 @@ class DiJiangAttention(nn.Module):
             return attend_window(q, keys, values, valid=padding, **exact)[0]
         return attend_one(
             q, self._per_state_head(keys), self._per_state_head(values),
-            *self._query_features(far_q, call, normalized=static or not kernel.normalize), cache.state, valid=padding,
+            *self._query_features(far_q, call, quick=kernel.normalize and not static), cache.state, valid=padding,
             normalize=kernel.normalize, **exact,
         )  # fmt: skip
 
@@ -298,22 +293,17 @@ class DiJiangAttention(nn.Module):
     def _keeps_far_keys(self) -> bool:
         return self.kernel.far and (self.kernel.shift or self.apply_rotary is not None)
 
-    def _query_features(self, q: Tensor, call: Call, normalized: bool = True) -> tuple[Tensor, Tensor]:
-        """normalized: False for features that `FeatureMap.unnormalized` makes, of one token or of a piece."""
-        if normalized:
-            features, scale = self.q_features(q, call.scaling)
-        else:
-            features, scale = self.q_features.unnormalized(q, call.scaling, call.matrices[0])
+    def _query_features(self, q: Tensor, call: Call, quick: bool = False) -> tuple[Tensor, Tensor]:
+        features, scale = self.q_features(q, call.scaling, Quick(call.matrices) if quick else None)
         return features, scale + self.q_offset[:, None] if self.q_features.scaled else scale
 
-    def _key_features(self, tokens: Tokens, call: Call, normalized: bool = True) -> tuple[Tensor, Tensor]:
-        learned, keys = self.kernel.learned_features, tokens.far_keys
-        if normalized:
-            features, scale = self.k_features(keys, call.scaling)
-            scale = scale * self.k_strength[:, None] if learned else scale
+    def _key_features(self, tokens: Tokens, call: Call, quick: bool = False) -> tuple[Tensor, Tensor]:
+        strength = self.k_strength[:, None] if self.kernel.learned_features else 1.0
+        if quick:
+            features, scale = self.k_features(tokens.far_keys, call.scaling, Quick(call.matrices, strength))
         else:
-            strength = self.k_strength[:, None] if learned else 1.0
-            features, scale = self.k_features.unnormalized(keys, call.scaling, call.matrices[1], strength)
+            features, scale = self.k_features(tokens.far_keys, call.scaling)
+            scale = scale * strength
         if tokens.gates is not None:
             scale = scale + tokens.gates[..., 0]
         return self._per_state_head(features), self._per_state_head(scale)

@@ -9,6 +9,7 @@ Shape legend: B batch, H heads, N tokens, D head_dim, F features (2·D, or D if 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,17 @@ def quasi_random_normal(heads: int, dim: int, seed: int) -> Tensor:
     """t = Φ⁻¹(u), u a scrambled Sobol sequence, one of its dimensions a head (the paper's T). Shape [H, D]."""
     points = torch.quasirandom.SobolEngine(heads, scramble=True, seed=seed).draw(dim, dtype=torch.float32).T
     return torch.special.ndtri(points.double().clamp(1e-6, 1 - 1e-6)).float()
+
+
+class Quick(NamedTuple):
+    """Asks a `FeatureMap` for features without gradients, for where φ and g count by e^g φ alone.
+
+    matrices: what `FeatureMap.matrix` makes, kept here from one piece of a prompt to the next; None for a single token,
+    which makes none. strength: a number or [H, 1], what the log-scale of keys is multiplied by; None for queries.
+    """
+
+    matrices: "dict[FeatureMap, Tensor] | None" = None
+    strength: Tensor | float | None = None
 
 
 class FeatureMap(nn.Module):
@@ -75,7 +87,9 @@ class FeatureMap(nn.Module):
         if self.scaled:
             init.constant_(self.norm_weight, float(kernel.frequency) ** 2 / (2 * self.head_dim))
 
-    def forward(self, x: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, scaling: float, quick: Quick | None = None) -> tuple[Tensor, Tensor]:
+        if quick is not None:
+            return self._unnormalized(x, scaling, quick)
         matrix = self.matrix(scaling, accumulation_dtype(x))
         bias = self.bias if self.kernel.learned_features else None
         norm_weight = scaling * self.norm_weight if self.scaled else None
@@ -89,26 +103,26 @@ class FeatureMap(nn.Module):
         features, lse = softmax_with_lse(y)
         return features, lse - math.log(self.features) - self._norm(x, scaling)
 
-    def unnormalized(
-        self, x: Tensor, scaling: float, matrix: Tensor | None, strength: Tensor | float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The same in fewer passes, without gradients, for where φ and g count by e^g φ alone: features that don't sum
-        to 1, and a log-scale that makes up for it.
-
-        matrix: `matrix`; None for a single token, which makes none. strength: a number or [H, 1], what the log-scale of
-        keys is multiplied by first; None for queries (whose scale cancels if it is not `scaled`)."""
+    def _unnormalized(self, x: Tensor, scaling: float, quick: Quick) -> tuple[Tensor, Tensor]:
+        """The same e^g φ in fewer passes: features that don't sum to 1, and a log-scale that makes up for it."""
         x = accumulated(x)
-        y = self._with_bias(self._of_one(x, scaling) if matrix is None else x @ matrix.mT)
+        if quick.matrices is None:
+            y = self._of_one(x, scaling)
+        else:
+            if self not in quick.matrices:
+                quick.matrices[self] = self.matrix(scaling, x.dtype)
+            y = x @ quick.matrices[self].mT
+        y = self._with_bias(y)
         top = y.amax(-1)
         features = y.sub_(top[..., None]).exp_()
-        if strength is None:
+        if quick.strength is None:
             scale = top - math.log(self.features) - self._norm(x, scaling) if self.scaled else torch.zeros_like(top)
             return features, scale
         log_sum = features.sum(-1).log_()
         if not self.scaled:
             return features, -log_sum
         scale = top + log_sum - math.log(self.features) - self._norm(x, scaling)
-        return features, scale * strength - log_sum
+        return features, scale * quick.strength - log_sum
 
     def _of_one(self, x: Tensor, scaling: float) -> Tensor:
         """[y, −y] of one token [B, H, 1, D], from T, C and W as they are."""

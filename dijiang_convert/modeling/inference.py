@@ -55,17 +55,17 @@ def prefill(
     queries, kv_heads = q.shape[2], k.shape[1]
     if state is None:
         state = FarState.empty(q.shape[0], kv_heads, fk.shape[-1], v.shape[-1], v)
-    far = {"fk": fk, "gk": gk, "feature_decay": feature_decay}
     if log_decay is not None:
-        far["log_decay"] = per_key(log_decay, gk)
+        log_decay = per_key(log_decay, gk)
 
     def piece(start: int, end: int, state: FarState) -> tuple[Tensor, FarState] | None:
         now, seen = slice(start, end), slice(start, end + window)
-        of_piece = {name: None if x is None else x[:, :, now] for name, x in far.items()}
         return _piece(
-            q[:, :, now], k[:, :, seen], v[:, :, seen], fq[:, :, now], gq[:, :, now], **of_piece,
-            scaling=scaling, window=window, softcap=softcap, sink=sink, mask=None if mask is None else mask[:, seen],
-            state=state, chunk_size=chunk_size,
+            q[:, :, now], k[:, :, seen], v[:, :, seen], fq[:, :, now], gq[:, :, now], fk[:, :, now], gk[:, :, now],
+            scaling=scaling, window=window, softcap=softcap, sink=sink,
+            log_decay=None if log_decay is None else log_decay[:, :, now],
+            feature_decay=None if feature_decay is None else feature_decay[:, :, now],
+            mask=None if mask is None else mask[:, seen], state=state, chunk_size=chunk_size,
         )  # fmt: skip
 
     whole = piece(0, queries, state)
@@ -94,7 +94,7 @@ def _piece(
     window: int,
     softcap: float | None,
     sink: Tensor | None,
-    log_decay: Tensor | None = None,
+    log_decay: Tensor | None,
     feature_decay: Tensor | None,
     mask: Tensor | None,
     state: FarState,

@@ -12,6 +12,7 @@ from torch import Tensor
 from dijiang_convert.modeling import attention
 from dijiang_convert.modeling.cache import DiJiangCacheLayer
 from dijiang_convert.modeling.configuration_dijiang import Kernel
+from dijiang_convert.modeling.feature_map import Quick
 from dijiang_convert.modeling.inference import absorb_one, prefill
 from dijiang_convert.modeling.linear_attention import FarState, absorb, chunked
 from tests.modeling.test_feature_map import SCALING, feature_map
@@ -152,10 +153,9 @@ def test_unnormalized_features(changes: dict[str, Any], single: bool, size: floa
     """The same e^g φ; and of keys with a strength, e^{strength · g} φ."""
     made = feature_map(3, 8, Kernel(**changes)).double()
     x = size * torch.randn(2, 3, 1 if single else 9, 8, dtype=torch.float64)
-    matrix = None if single else made.matrix(SCALING, torch.float64)
     features, scale = made(x, SCALING)
     for strength in (None, 1.0, torch.tensor([[0.0], [0.5], [-1.0]])) if made.scaled else (1.0,):
-        found, of_found = made.unnormalized(x, SCALING, matrix, strength)
+        found, of_found = made(x, SCALING, Quick(None if single else {}, strength))
         times = 1.0 if strength is None else strength
         assert relative(found * (of_found - scale * times).exp()[..., None], features) <= 1e-10
 
