@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .cache import DiJiangCacheLayer, Kept, Tokens, preceding
+from .accelerated import triton_available
+from .cache import DiJiangCacheLayer, Kept, StaticDiJiangCacheLayer, Tokens, preceding
 from .configuration_dijiang import Kernel, Layers
 from .feature_map import FeatureMap
 from .linear_attention import FASTEST, FarState, absorb, accumulated, attend_one, attend_window, chunked
@@ -52,6 +53,7 @@ class DiJiangAttention(nn.Module):
         self.arguments: list[str] = []  # of the attention module's forward
         self.borrows = False  # keys and values of an earlier layer
         self.apply_rotary = apply_rotary if kernel.rotary == "remove" else None
+        self.turn: Tensor | None = None  # how that pairs numbers, once decoding has asked
         heads, kv_heads = layers.heads, layers.kv_heads
         if kernel.far:
             self.q_features = FeatureMap(heads, layers.head_dim, kernel, scaled=kernel.window > 0)
@@ -116,6 +118,11 @@ class DiJiangAttention(nn.Module):
             return self._forward(q, k, v, mask, call)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+        if triton_available(q) and q.shape[2] == 1 and isinstance(call.cache, StaticDiJiangCacheLayer):
+            from . import decode_kernels
+
+            if decode_kernels.decodes(self, q):
+                return self._decode_in_kernels(q, k, v, mask, call)
         far_q, far_k = self._without_rotation(q, k, call.cos_sin)
         if self.kernel.far and self.kernel.shift:
             far_q, far_k = self._shifted(far_q, far_k, mask, call)
@@ -189,6 +196,27 @@ class DiJiangAttention(nn.Module):
             q, self._per_state_head(keys), self._per_state_head(values), *self._query_features(far_q, scaling),
             cache.state, valid=valid, normalize=kernel.normalize, **exact,
         )  # fmt: skip
+
+    def _decode_in_kernels(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+        """One token with a static cache, where Triton's kernels run."""
+        from .decode_kernels import decode, rotation
+
+        assert isinstance(call.cache, StaticDiJiangCacheLayer)
+        far, turn = None, None
+        if self.borrows:
+            call.cache.update(k, v)
+        if self._keeps_far_keys and not torch.compiler.is_compiling() and not self.kernel.shift:
+            if self.turn is None and call.cos_sin is not None:  # once: later it may be part of a CUDA graph
+                self.turn = rotation(self.apply_rotary, *call.cos_sin, self.layers.rotary_dim)
+            turn = self.turn
+        if self._keeps_far_keys and turn is None:
+            far = self._without_rotation(q, k, call.cos_sin)
+            if self.kernel.shift:
+                far = self._shifted(*far, mask, call)
+        out = decode(self, call.cache, q, k, v, far, turn, mask, call)
+        if self.kernel.gate:
+            out = self._gated(out, call.hidden_states)
+        return out.to(v.dtype)
 
     def _absorb(self, state: FarState | None, old: Tokens, scaling: float) -> FarState:
         fk, gk = self._key_features(old, scaling)
