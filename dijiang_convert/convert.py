@@ -41,6 +41,8 @@ MODELING_FILES = (
     "feature_map.py",
     "linear_attention.py",
     "accelerated.py",
+    "decode_kernels.py",
+    "cuda_graph.py",
     "packing.py",
     "cache.py",
 )

@@ -74,9 +74,9 @@ def decode(
 
 def _parameters(child: Any) -> list[Tensor | None]:
     """In the order in which `_decode` unpacks them; None for what the kernel is without."""
-    of_q, of_k = child.q_features, child.k_features
-    names = ("frequency", "projection", "bias", "norm_weight")
-    found = [of_q.dct, *(getattr(features, name, None) for features in (of_q, of_k) for name in names)]
+    own = ("frequency", "projection", "bias", "norm_weight")
+    found = [child.q_features.dct]
+    found += [getattr(of, name, None) for of in (child.q_features, child.k_features) for name in own]
     decay = "log_decay" if child.kernel.decay == "retnet" else "decay"
     names = ("q_offset", "k_strength", decay, "selection", "decay_down", "decay_up", "feature_decay")
     return found + [getattr(child, name, None) for name in names]
@@ -341,10 +341,7 @@ def find_features(  # type: ignore[no-untyped-def]
             of_value = tl.load(ring_v + slot * V + value, mask=value < V, other=0.0)
             gates_at, code_at = slot * 2, (row_b * W + t) * RANK
             old_gates, old_code = ring_gates, ring_code
-            if ring_far is None:
-                old_far = ring_k + slot * D
-            else:
-                old_far = ring_far + slot * D
+            old_far = ring_k + slot * D if ring_far is None else ring_far + slot * D
             if g == 0:
                 tl.store(place + row_b, t.to(tl.int32))
         else:
@@ -472,16 +469,15 @@ def attend(  # type: ignore[no-untyped-def]
             result = read * tl.exp(peak)
         tl.store(out + query * V + value, result, mask=at_v)
 
-    if (head == 0) & (tl.program_id(2) == 0):
+    if W > 0 and (head == 0) & (tl.program_id(2) == 0):
         seen = tl.load(count + row_b)
         tl.debug_barrier()  # every thread has read it
         tl.store(count + row_b, seen + is_real)
-        if W > 0:
-            tl.store(ring_valid + row_b * W + t, 1, mask=t >= 0)
-            if RANK > 0:
-                r = tl.arange(0, BLOCK_R)
-                code = tl.load(new + row_b * (SELECTED + RANK) + SELECTED + r, mask=r < RANK, other=0.0)
-                tl.store(ring_code + (row_b * W + t) * RANK + r, code, mask=r < is_real * RANK)
+        tl.store(ring_valid + row_b * W + t, 1, mask=t >= 0)
+        if RANK > 0:
+            r = tl.arange(0, BLOCK_R)
+            code = tl.load(new + row_b * (SELECTED + RANK) + SELECTED + r, mask=r < RANK, other=0.0)
+            tl.store(ring_code + (row_b * W + t) * RANK + r, code, mask=r < is_real * RANK)
 
 
 @triton.jit
