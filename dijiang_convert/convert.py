@@ -43,6 +43,9 @@ MODELING_FILES = (
     "accelerated.py",
     "decode_kernels.py",
     "cuda_graph.py",
+    "chunk_kernels.py",
+    "near_kernels.py",
+    "fla_kernels.py",
     "packing.py",
     "cache.py",
 )

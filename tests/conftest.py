@@ -33,8 +33,8 @@ for name in (
 ):
     os.environ.pop(name, None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny here: threads only wait for each other
-if not torch.cuda.is_available():  # Triton's kernels run in its interpreter, which it must know when imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU then
 os.environ |= {
     "HF_ENDPOINT": _HUB.url,
     "HF_HOME": _HOME.name,

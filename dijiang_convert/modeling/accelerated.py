@@ -5,9 +5,13 @@ otherwise: ``torch`` keeps to plain torch, ``interpret`` takes CPU tensors to Tr
 ``TRITON_INTERPRET=1``, slow: for tests).
 """
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils import logging
 
@@ -38,6 +42,38 @@ def fla_available(x: Tensor) -> bool:
         return FLA and wants_kernels(x)
     _notice("flash-linear-attention is not installed: training runs linear attention in plain torch")
     return False
+
+
+def chunked_form(q: Tensor, v: Tensor, *others: Tensor | None) -> Callable[..., Any] | None:
+    """What computes `chunked` for q, features and all else by kernels, or None where plain torch does.
+
+    It does on CPUs, in float64, for heads too wide for a GPU's shared memory, on GPUs before compute capability 8.0
+    (and AMD's, where nothing was tried), and in graphs that torch.compile or torch.export make, which fuse for
+    themselves.
+    """
+    given = [x for x in (q, v, *others) if x is not None]
+    if not wants_kernels(q) or torch.compiler.is_compiling() or any(x.dtype == torch.float64 for x in given):
+        return None
+    if max(q.shape[-1], v.shape[-1]) > (128 if v.dtype == torch.float32 else 256):
+        return None
+    if q.is_cuda and not _is_recent(q.device):
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        if not fla_available(q):
+            return None
+        from .fla_kernels import train
+
+        return train
+    if not triton_available(q):
+        return None
+    from .chunk_kernels import prefill
+
+    return prefill
+
+
+@functools.cache
+def _is_recent(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _notice(message: str) -> None:

@@ -46,9 +46,8 @@ def prefill(
     feature_decay: Tensor | None = None,
     mask: Tensor | None = None,
     state: FarState | None = None,
-    chunk_size: int = CHUNK,
 ) -> tuple[Tensor, FarState]:
-    """Arguments as in `chunked`, causal and normalised; chunk_size is a power of two from 16.
+    """Arguments as in `chunked`, causal and normalised.
 
     Returns the output [B, H, N, V] in v's dtype, and the far state after all keys but the last ``window``.
     """
@@ -72,7 +71,7 @@ def prefill(
     feature_decay = None if feature_decay is None else feature_decay.contiguous()
     mask = None if mask is None else mask.to(torch.int8).contiguous()
 
-    chunks = triton.cdiv(queries, chunk_size)
+    chunks = triton.cdiv(queries, CHUNK)
     last = FarState(torch.empty_like(state.s, memory_format=torch.contiguous_format), torch.empty_like(state.m))
     starts = fk.new_empty(batch, kv_heads, chunks, features, value_dim, dtype=torch.float32)
     start_z = fk.new_empty(batch, kv_heads, chunks, features, dtype=torch.float32)
@@ -85,25 +84,31 @@ def prefill(
         "lam_g": 0 if log_decay is None else log_decay.stride(1),
         "lam_t": 0 if log_decay is None else log_decay.stride(2),
         "v_b": v.stride(0), "v_g": v.stride(1), "v_t": v.stride(2),
-        "FEATURES": features, "VALUES": value_dim, "CHUNK": chunk_size,
-        "PRECISION": "ieee" if v.dtype == torch.float32 else "tf32",
+        "FEATURES": features, "VALUES": value_dim, "CHUNK": CHUNK,
+        "PRECISION": precision(v),
     }  # fmt: skip
-    block_f, block_v = min(_padded(features), 64), min(_padded(value_dim), 64)
+    block_f, block_v = min(padded(features), 32), min(padded(value_dim), 64)
     along_chunks[triton.cdiv(features, block_f), triton.cdiv(value_dim, block_v), batch * kv_heads](
         **far, s=state.s.contiguous(), m=state.m.contiguous(), last_s=last.s, last_m=last.m,
-        kv_heads=kv_heads, chunks=chunks, BLOCK_F=block_f, BLOCK_V=block_v,
+        kv_heads=kv_heads, chunks=chunks, BLOCK_F=block_f, BLOCK_V=block_v, num_stages=2,
     )  # fmt: skip
     attend_chunk[chunks, heads, batch](
         **far, q=q, k=k, fq=fq, gq=gq, sink=sink, out=out, scaling=scaling, softcap=softcap,
         q_b=q.stride(0), q_h=q.stride(1), q_t=q.stride(2), k_b=k.stride(0), k_g=k.stride(1), k_t=k.stride(2),
         heads=heads, kv_heads=kv_heads, past=keys - queries, WINDOW=window, DIM=dim,
-        BLOCK_D=_padded(dim), BLOCK_V=_padded(value_dim), BLOCK_F=min(_padded(features), 32),
-        BLOCK_K=chunk_size, num_warps=4 if _padded(value_dim) <= 64 else 8,
+        BLOCK_D=padded(dim), BLOCK_V=padded(value_dim), BLOCK_F=16 if v.dtype == torch.float32 else 32,
+        BLOCK_K=CHUNK if max(dim, value_dim) <= 64 else 32,
+        num_warps=4 if padded(value_dim) <= 64 and v.dtype != torch.float32 else 8, num_stages=2,
     )  # fmt: skip
     return out, last
 
 
-def _padded(size: int) -> int:
+def precision(x: Tensor) -> str:
+    """How products take float32 factors: as they are for a float32 model, else with 10 bits of their own."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def padded(size: int) -> int:
     """The smallest power of two from 16, the least that a matrix product takes."""
     return max(triton.next_power_of_2(size), 16)
 
@@ -245,26 +250,27 @@ def attend_chunk(  # type: ignore[no-untyped-def]
         at_d = d < DIM
         of_q = row_b * q_b + row_h * q_h + place[:, None] * q_t + d[None, :]
         queries_c = tl.load(q + of_q, mask=is_query[:, None] & at_d[None, :], other=0.0)
-        lowest = past + n * CHUNK - WINDOW + 1
+        lowest = past + n * CHUNK - WINDOW + 1 + tl.arange(0, BLOCK_K).to(tl.int64)
         for block in range(0, CHUNK + WINDOW - 1, BLOCK_K):
-            at = lowest + block + tl.arange(0, BLOCK_K)
-            inside = (at >= 0) & (at < keys)
-            of_k = row_b * k_b + row_g * k_g + at[:, None] * k_t + d[None, :]
+            near = lowest + block
+            inside = (near >= 0) & (near < keys)
+            of_k = row_b * k_b + row_g * k_g + near[:, None] * k_t + d[None, :]
             keys_c = tl.load(k + of_k, mask=inside[:, None] & at_d[None, :], other=0.0)
-            values = tl.load(v + at[:, None] * v_t + of_v[None, :], mask=inside[:, None] & at_v[None, :], other=0.0)
+            of_near = near[:, None] * v_t + of_v[None, :]
+            values_c = tl.load(v + of_near, mask=inside[:, None] & at_v[None, :], other=0.0)
             if valid is not None:
-                inside = inside & (tl.load(valid + row_b * keys + at, mask=inside, other=0) != 0)
+                inside = inside & (tl.load(valid + row_b * keys + near, mask=inside, other=0) != 0)
             logits = tl.dot(queries_c, tl.trans(keys_c), input_precision=PRECISION) * scaling
             if softcap is not None:
                 logits = softcap * (2 * tl.sigmoid(2 * logits / softcap) - 1)
-            distance = past + place[:, None] - at[None, :]
+            distance = past + place[:, None] - near[None, :]
             seen = (distance >= 0) & (distance < WINDOW) & inside[None, :]
             logits = tl.where(seen, logits, LOWEST)
             new_peak = tl.maximum(peak, tl.max(logits, 1))
             weights = tl.where(seen, tl.exp(logits - new_peak[:, None]), 0.0)
             shrunk = tl.exp(peak - new_peak)
             far = far * shrunk[:, None]
-            far = tl.dot(weights.to(values.dtype), values, far, input_precision=PRECISION)
+            far = tl.dot(weights.to(values_c.dtype), values_c, far, input_precision=PRECISION)
             total, peak = total * shrunk + tl.sum(weights, 1), new_peak
         if sink is not None:
             logit = tl.load(sink + row_h).to(tl.float32)

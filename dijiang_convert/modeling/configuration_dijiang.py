@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from .accelerated import triton_available  # noqa: F401
     from .attention import DiJiangAttention  # noqa: F401
     from .cache import DiJiangCacheLayer  # noqa: F401
+    from .chunk_kernels import prefill  # noqa: F401
     from .cuda_graph import GraphedStep  # noqa: F401
     from .decode_kernels import decode  # noqa: F401
     from .feature_map import FeatureMap  # noqa: F401
+    from .fla_kernels import train  # noqa: F401
     from .linear_attention import FarState  # noqa: F401
     from .modeling_dijiang import DiJiangMixin  # noqa: F401
+    from .near_kernels import near_attention  # noqa: F401
     from .packing import packed_mask  # noqa: F401
 
 REQUIRES_TRANSFORMERS = "5.18.0"

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .accelerated import chunked_form
+
 # Stands for −∞ where a difference of two of them must be 0, not NaN.
 FLOOR = -1e30
 # −log of what a feature may keep at least of its sums when a key enters. Over a chunk it adds up to a power of e that
@@ -186,9 +188,16 @@ def chunked(
         normalize: False drops the denominator (the published formulation); needs window = 0.
 
     Returns:
-        The output [B, H, N, V] (accumulation dtype) and the far state after all keys but the last ``window``: of the
-        last key's document.
+        The output [B, H, N, V] (accumulation dtype; kernels of `accelerated` give v's) and the far state after all keys
+        but the last ``window``: of the last key's document.
     """
+    if fq is not None and causal and normalize and segments is None:
+        form = chunked_form(q, v, k, fq, gq, fk, gk, sink, log_decay, feature_decay)
+        if form is not None:
+            return form(
+                q, k, v, fq, gq, fk, gk, scaling=scaling, window=window, softcap=softcap, sink=sink,
+                log_decay=log_decay, feature_decay=feature_decay, mask=mask, state=state,
+            )  # fmt: skip
     queries, keys = q.shape[2], k.shape[2]
     valid = torch.ones(q.shape[0], keys, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
     past = keys - queries

@@ -1,0 +1,175 @@
+"""The Triton kernels against the definition in float64: on a GPU, or on the CPU through Triton's interpreter.
+
+The interpreter runs one program after the other in numpy, so shapes are small, and only a compiler finds some errors of
+typing: the last test compiles the kernels for a GPU, which needs none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dijiang_convert.modeling import accelerated
+from dijiang_convert.modeling.linear_attention import FarState, absorb, chunked, naive
+from tests.modeling.test_linear_attention import SCALING, double, inputs, keys_of, relative, unpadded
+from tests.modeling.test_selective import decays, part_of
+
+chunk_kernels = pytest.importorskip("dijiang_convert.modeling.chunk_kernels", exc_type=ImportError)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`chunked` takes the kernels on the CPU too."""
+    monkeypatch.setattr(accelerated, "MODE", "interpret")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk_kernels, "CHUNK", 16)
+
+
+def moved(x: Any) -> Any:
+    """x on the device, where it is a tensor or some of it is."""
+    if isinstance(x, dict):
+        return {name: moved(t) for name, t in x.items()}
+    if isinstance(x, FarState):
+        return FarState(x.s.to(DEVICE), x.m.to(DEVICE))
+    return x.to(DEVICE) if isinstance(x, Tensor) else x
+
+
+@torch.no_grad()
+def run(x: dict[str, Tensor], **options: Any) -> tuple[Tensor, FarState]:
+    """By `chunked`, which must have taken the kernels: they give v's dtype."""
+    form = accelerated.chunked_form(x["q"].to(DEVICE), x["v"].to(DEVICE))
+    assert form is chunk_kernels.prefill
+    out, state = chunked(**moved(x), scaling=SCALING, **moved(options))
+    assert state is not None and out.dtype == x["v"].dtype
+    return out.cpu(), FarState(state.s.cpu(), state.m.cpu())
+
+
+def reference_of(x: dict[str, Tensor], **options: Any) -> Tensor:
+    options = {name: double(t) if isinstance(t, Tensor) else t for name, t in options.items()}
+    return naive(**double(x), scaling=SCALING, **options)
+
+
+def as_sums(state: FarState) -> Tensor:
+    return state.s.double() * state.m.double().exp()[..., None, None]
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "of"),
+    [(1, 16, None), (63, 0, None), (63, 16, "both"), (130, 0, "both"), (130, 1, "keys"), (130, 64, "features")],
+)
+def test_values_and_state(length: int, window: int, of: str | None) -> None:
+    x = inputs(length, heads=2, kv_heads=1)
+    given = {} if of is None else decays(x, of)
+    out, state = run(x, window=window, **given)
+    assert relative(out, reference_of(x, window=window, **given)) <= 1e-5
+    passed = max(length - window, 0)
+    expected = FarState.empty(2, 1, 24, 10, x["v"])
+    if passed:
+        expected = absorb(expected, **keys_of(x, slice(passed)), **part_of(given, slice(passed)))
+        assert relative(as_sums(state), as_sums(expected)) <= 1e-5
+    else:
+        assert not as_sums(state).any()
+    if length == 130:  # without the far part, or the chunks before, it would be another
+        tail = {name: t[:, :, -(window + 32) :] for name, t in x.items()}
+        near, _ = run(tail, window=window, **part_of(given, slice(-(window + 32), None)))
+        assert relative(near[:, :, -1:], out[:, :, -1:].double()) > 1e-3
+
+
+@pytest.mark.parametrize("dims", [(4, 2, 12, 10), (3, 1, 40, 24), (2, 2, 5, 36)])
+def test_head_shapes_and_chunks(dims: tuple[int, int, int, int], small_chunks: None) -> None:
+    heads, kv_heads, dim, value_dim = dims
+    x = inputs(50, batch=1, heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim)
+    options = {"window": 16, "log_decay": -torch.linspace(0.003, 0.1, kv_heads)}
+    assert relative(run(x, **options)[0], reference_of(x, **options)) <= 1e-5
+
+
+def test_wide_log_scales(small_chunks: None) -> None:
+    """Their exponentials alone would overflow and vanish."""
+    x = inputs(70, heads=2, kv_heads=1, spread=80.0)
+    x["gk"][0], x["gk"][1] = torch.linspace(-80, 80, 70), torch.linspace(80, -80, 70)
+    assert relative(run(x, window=4)[0], reference_of(x, window=4)) <= 1e-5
+
+
+def test_soft_capped_logits_and_sinks() -> None:
+    x = inputs(70, heads=2, kv_heads=1)
+    options = {"window": 16, "softcap": 1.5, "sink": torch.tensor([-1.0, 4.0])}
+    out, _ = run(x, **options)
+    assert relative(out, reference_of(x, **options)) <= 1e-5
+    for name in ("softcap", "sink"):
+        assert relative(run(x, **{**options, name: None})[0], out.double()) > 1e-2
+
+
+@pytest.mark.parametrize("past", [5, 16, 60])
+def test_going_on_from_a_state(past: int, small_chunks: None) -> None:
+    """With fewer keys before the queries than the window, as many, and more."""
+    earlier, window = 60, 16
+    x = inputs(40, earlier + past, heads=2, kv_heads=1)
+    given = decays(x)
+    state = absorb(FarState.empty(2, 1, 24, 10, x["v"]), **keys_of(x, slice(earlier)), **part_of(given, slice(earlier)))
+    rest = {name: t if name in ("q", "fq", "gq") else t[:, :, earlier:] for name, t in x.items()}
+    given = part_of(given, slice(earlier, None))
+    reference = reference_of(rest, window=window, state=FarState(*map(double, state)), **given)
+    out, _ = run(rest, window=window, state=state, **given)
+    assert relative(out, reference) <= 1e-5
+    forgotten, _ = run(rest, window=window, **given)
+    assert relative(forgotten[:, :, :1], reference[:, :, :1]) > 1e-4
+
+
+def test_padding(small_chunks: None) -> None:
+    """Before, after and among the keys; what stands there must not matter."""
+    x = inputs(70, heads=2, kv_heads=1, batch=3)
+    given = decays(x)
+    mask = torch.ones(3, 70, dtype=torch.bool)
+    mask[0, :30] = mask[1, 50:] = mask[2, :64] = False
+    for name in ("k", "v", "fk", "gk"):
+        x[name][~mask[:, None].expand(x[name].shape[:3])] = 77.0
+    out, _ = run(x, window=16, mask=mask, **given)
+    assert out.isfinite().all()
+    for row, (left, right) in enumerate([(30, 0), (0, 20), (64, 0)]):
+        real = slice(left, 70 - right)
+        own = {name: t[row : row + 1, :, real] for name, t in given.items()}
+        reference = reference_of(unpadded(x, row, left, right), window=16, **own)
+        assert relative(out[row : row + 1, :, real], reference) <= 1e-5
+
+    mask = torch.ones(3, 70, dtype=torch.bool)
+    mask[:, 20:45] = False
+    out, _ = run(x, window=0, mask=mask, **given)
+    alone, own = ({name: t[:, :, mask[0]] for name, t in y.items()} for y in (x, given))
+    assert relative(out[:, :, mask[0]], reference_of(alone, window=0, **own)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_strides(dtype: torch.dtype) -> None:
+    """Values of a model's layout, [B, N, H, D] underneath."""
+    x = inputs(70, heads=2, kv_heads=1)
+    for name in ("q", "k", "v"):
+        x[name] = x[name].to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    out, state = run(x, window=16)
+    assert state.s.dtype == state.m.dtype == torch.float32
+    assert relative(out, reference_of(x, window=16)) <= 1e-2
+
+
+def test_what_the_kernels_leave_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = inputs(20)
+    q, v = x["q"], x["v"]
+    assert accelerated.chunked_form(q.double(), v) is None
+    assert accelerated.chunked_form(q, v.new_empty(2, 2, 20, 300)) is None
+    for option in ({"causal": False}, {"normalize": False}, {"segments": torch.zeros(2, 20, dtype=torch.long)}):
+        with torch.no_grad():
+            out, _ = chunked(**x, scaling=SCALING, window=0, **option)
+            monkeypatch.setattr(accelerated, "MODE", "torch")
+            assert accelerated.chunked_form(q, v) is None
+            assert torch.equal(out, chunked(**x, scaling=SCALING, window=0, **option)[0])
+            monkeypatch.setattr(accelerated, "MODE", "interpret")
+    monkeypatch.setattr(accelerated, "TRITON", False)
+    notices: list[str] = []
+    monkeypatch.setattr(accelerated.logger, "warning_once", notices.append)
+    assert accelerated.chunked_form(q, v) is None
+    assert len(notices) == 1 and "pip install 'dijiang-convert[cuda]'" in notices[0]
