@@ -4,7 +4,7 @@ The first goes along the keys, chunk by chunk, and writes the far state that eac
 program a chunk and query head: near keys by a running softmax as flash attention has it, far keys of the chunk by
 their features, all earlier ones by the state, and all three under one denominator. It writes the output alone.
 
-Keys are delayed by the window, as in `chunked`: place n of the far part is that of query n and of key past + n − window.
+Keys are delayed by the window, as in `chunked`: place n of the far part is that of query n and key past + n − window.
 Products are of the inputs' own precision: exact float32 for float32 models, TF32 (10 bits, float32 sums) for half
 precision ones, whose values have no more; bfloat16 would be too coarse for features, whose exponents are inside.
 
@@ -25,7 +25,6 @@ try:
 except ImportError as error:
     raise ImportError("chunk_kernels needs triton: ask accelerated.triton_available before importing it") from error
 
-CHUNK = 64  # features that decay by FASTEST over all of it stay within e^32
 LOWEST = tl.constexpr(FLOOR)
 
 
@@ -71,7 +70,8 @@ def prefill(
     feature_decay = None if feature_decay is None else feature_decay.contiguous()
     mask = None if mask is None else mask.to(torch.int8).contiguous()
 
-    chunks = triton.cdiv(queries, CHUNK)
+    chunk = chunk_size(v.dtype)
+    chunks = triton.cdiv(queries, chunk)
     last = FarState(torch.empty_like(state.s, memory_format=torch.contiguous_format), torch.empty_like(state.m))
     starts = fk.new_empty(batch, kv_heads, chunks, features, value_dim, dtype=torch.float32)
     start_z = fk.new_empty(batch, kv_heads, chunks, features, dtype=torch.float32)
@@ -84,7 +84,7 @@ def prefill(
         "lam_g": 0 if log_decay is None else log_decay.stride(1),
         "lam_t": 0 if log_decay is None else log_decay.stride(2),
         "v_b": v.stride(0), "v_g": v.stride(1), "v_t": v.stride(2),
-        "FEATURES": features, "VALUES": value_dim, "CHUNK": CHUNK,
+        "FEATURES": features, "VALUES": value_dim, "CHUNK": chunk,
         "PRECISION": precision(v),
     }  # fmt: skip
     block_f, block_v = min(padded(features), 32), min(padded(value_dim), 64)
@@ -97,10 +97,16 @@ def prefill(
         q_b=q.stride(0), q_h=q.stride(1), q_t=q.stride(2), k_b=k.stride(0), k_g=k.stride(1), k_t=k.stride(2),
         heads=heads, kv_heads=kv_heads, past=keys - queries, WINDOW=window, DIM=dim,
         BLOCK_D=padded(dim), BLOCK_V=padded(value_dim), BLOCK_F=16 if v.dtype == torch.float32 else 32,
-        BLOCK_K=CHUNK if max(dim, value_dim) <= 64 else 32,
+        BLOCK_K=chunk if max(dim, value_dim) <= 64 else 32,
         num_warps=4 if padded(value_dim) <= 64 and v.dtype != torch.float32 else 8, num_stages=2,
     )  # fmt: skip
     return out, last
+
+
+def chunk_size(dtype: torch.dtype) -> int:
+    """Products of float32 go without tensor cores and need more registers. (Features that decay by FASTEST over a
+    whole chunk stay within e^32.)"""
+    return 32 if dtype == torch.float32 else 64
 
 
 def precision(x: Tensor) -> str:

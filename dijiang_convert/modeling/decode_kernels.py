@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .accelerated import _is_recent
 from .cache import StaticDiJiangCacheLayer
 from .linear_attention import FASTEST, FLOOR
 
@@ -39,7 +40,9 @@ OPERATOR = f"dijiang::decode_{zlib.crc32(__name__.encode()):08x}"
 def decodes(child: Any, q: Tensor) -> bool:
     """Whether `decode` can take one token q [B, H, 1, D] of the layer whose child this is."""
     sizes = (child.layers.head_dim, child.layers.value_dim)
-    return child.kernel.far and q.dtype in DTYPES and max(sizes) <= LARGEST and not torch.is_grad_enabled()
+    if not child.kernel.far or q.dtype not in DTYPES or max(sizes) > LARGEST or torch.is_grad_enabled():
+        return False
+    return not q.is_cuda or _is_recent(q.device)
 
 
 def decode(

@@ -3,7 +3,7 @@
 Flash attention's log-sum-exp has no gradient, and merging needs one. Weights are computed anew in the backward pass, so
 that only outputs and log-sum-exps are kept. With s = q·k and p = e^{s − lse}: ∂s = p (∂o·v − o·∂o + ∂lse).
 
-Shape legend: B batch, H query heads, G key/value heads, N queries, K keys (K ≥ N), D head_dim, V value head_dim, C block.
+Shape legend: B batch, H query heads, G key/value heads, N queries, K keys, D head_dim, V value head_dim, C block.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError("near_kernels needs triton: ask accelerated.triton_available before importing it") from error
 
-from .chunk_kernels import padded, precision
+from .chunk_kernels import chunk_size, padded, precision
 
 LOWEST = tl.constexpr(FLOOR)
 
@@ -72,8 +72,8 @@ def _options(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int, softc
     return {
         "scaling": scaling, "softcap": softcap, "queries": q.shape[2], "keys": k.shape[2], "heads": q.shape[1],
         "kv_heads": k.shape[1], "WINDOW": window, "DIM": q.shape[3], "VALUES": v.shape[3], "PRECISION": precision(v),
-        "BLOCK": 64 if max(q.shape[3], v.shape[3]) <= 64 else 32, "BLOCK_D": padded(q.shape[3]),
-        "BLOCK_V": padded(v.shape[3]), "num_warps": 4, "num_stages": 1,
+        "BLOCK": chunk_size(v.dtype) if max(q.shape[3], v.shape[3]) <= 64 else 32, "BLOCK_D": padded(q.shape[3]),
+        "BLOCK_V": padded(v.shape[3]), "num_warps": 8 if v.dtype == torch.float32 else 4, "num_stages": 1,
     }  # fmt: skip
 
 

@@ -6,6 +6,10 @@ typing: the last test compiles the kernels for a GPU, which needs none.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,22 +18,22 @@ from torch import Tensor
 
 from dijiang_convert.modeling import accelerated
 from dijiang_convert.modeling.linear_attention import FarState, absorb, chunked, naive
+from tests.interpreter import DEVICE, take_kernels
 from tests.modeling.test_linear_attention import SCALING, double, inputs, keys_of, relative, unpadded
 from tests.modeling.test_selective import decays, part_of
+from tests.models import load, tokens
 
 chunk_kernels = pytest.importorskip("dijiang_convert.modeling.chunk_kernels", exc_type=ImportError)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`chunked` takes the kernels on the CPU too."""
-    monkeypatch.setattr(accelerated, "MODE", "interpret")
+    take_kernels(monkeypatch)
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunk_kernels, "CHUNK", 16)
+    monkeypatch.setattr(chunk_kernels, "chunk_size", lambda dtype: 16)
 
 
 def moved(x: Any) -> Any:
@@ -65,12 +69,12 @@ def as_sums(state: FarState) -> Tensor:
     [(1, 16, None), (63, 0, None), (63, 16, "both"), (130, 0, "both"), (130, 1, "keys"), (130, 64, "features")],
 )
 def test_values_and_state(length: int, window: int, of: str | None) -> None:
-    x = inputs(length, heads=2, kv_heads=1)
+    x = inputs(length, batch=1, heads=2, kv_heads=1)
     given = {} if of is None else decays(x, of)
     out, state = run(x, window=window, **given)
     assert relative(out, reference_of(x, window=window, **given)) <= 1e-5
     passed = max(length - window, 0)
-    expected = FarState.empty(2, 1, 24, 10, x["v"])
+    expected = FarState.empty(1, 1, 24, 10, x["v"])
     if passed:
         expected = absorb(expected, **keys_of(x, slice(passed)), **part_of(given, slice(passed)))
         assert relative(as_sums(state), as_sums(expected)) <= 1e-5
@@ -98,7 +102,7 @@ def test_wide_log_scales(small_chunks: None) -> None:
 
 
 def test_soft_capped_logits_and_sinks() -> None:
-    x = inputs(70, heads=2, kv_heads=1)
+    x = inputs(40, batch=1, heads=2, kv_heads=1)
     options = {"window": 16, "softcap": 1.5, "sink": torch.tensor([-1.0, 4.0])}
     out, _ = run(x, **options)
     assert relative(out, reference_of(x, **options)) <= 1e-5
@@ -122,7 +126,7 @@ def test_going_on_from_a_state(past: int, small_chunks: None) -> None:
     assert relative(forgotten[:, :, :1], reference[:, :, :1]) > 1e-4
 
 
-def test_padding(small_chunks: None) -> None:
+def test_padding() -> None:
     """Before, after and among the keys; what stands there must not matter."""
     x = inputs(70, heads=2, kv_heads=1, batch=3)
     given = decays(x)
@@ -173,3 +177,69 @@ def test_what_the_kernels_leave_to_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(accelerated.logger, "warning_once", notices.append)
     assert accelerated.chunked_form(q, v) is None
     assert len(notices) == 1 and "pip install 'dijiang-convert[cuda]'" in notices[0]
+
+
+def test_a_model_prefills_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A padded batch and a second turn, on to tokens by the state that kernels left."""
+    model: Any = load("llama", "partial").to(DEVICE)
+    ids = tokens(2, 56).to(DEVICE)
+    mask = torch.ones(2, 56, dtype=torch.long, device=DEVICE)
+    mask[0, :15] = 0
+    calls: list[int] = []
+    prefill = chunk_kernels.prefill
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return prefill(*args, **options)
+
+    monkeypatch.setattr(chunk_kernels, "prefill", counted)
+    found = []
+    for mode in ("torch", "interpret"):
+        monkeypatch.setattr(accelerated, "MODE", mode)
+        with torch.no_grad():
+            first = model(ids[:, :30], attention_mask=mask[:, :30])
+            cache, parts = first.past_key_values, [first.logits]
+            for piece in (slice(30, 55), slice(55, 56)):
+                seen = mask[:, : piece.stop]
+                parts.append(model(ids[:, piece], attention_mask=seen, past_key_values=cache).logits)
+        found.append(torch.cat(parts, 1) * mask[..., None])
+        assert len(calls) == (0 if mode == "torch" else 2)  # turns; a single token is decoded
+    assert relative(found[1], found[0].double()) <= 1e-4
+
+
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+from dijiang_convert.modeling import chunk_kernels, near_kernels
+
+class Driver:  # of no device: kernels are compiled as for one, and not run
+    get_current_target = lambda self: GPUTarget("cuda", 80, 32)
+    get_current_device = get_current_stream = lambda self, device=0: 0
+
+def compile_only(self, *args, grid, warmup, **options):
+    kernel = run(self, *args, grid=grid, warmup=True, **options)
+    print(kernel.metadata.name)
+
+chunk_kernels.chunk_size = near_kernels.chunk_size = lambda dtype: 16  # sooner done
+triton.runtime.driver.set_active(Driver())
+run, JITFunction.run = JITFunction.run, compile_only
+q, k, v = (torch.ones(1, heads, 40, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (2, 1, 1))
+fq, fk = torch.ones(1, 2, 40, 32), torch.ones(1, 1, 40, 32)
+options = {"scaling": 0.1, "window": 16, "softcap": 2.0, "mask": torch.ones(1, 40, dtype=torch.bool)}
+with torch.no_grad():
+    decays = {"log_decay": -fk[..., 0], "feature_decay": -fk}
+    chunk_kernels.prefill(q, k, v, fq, fq[..., 0], fk, fk[..., 0], sink=torch.ones(2), **decays, **options)
+out, lse = near_kernels.near_attention(q, k, v, **options)
+(out.sum() + lse.sum()).backward()
+"""
+
+
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """All of them for compute capability 8.0, to the end."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = str(Path(accelerated.__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = {"along_chunks", "attend_chunk", "near_forward", "near_backward_q", "near_backward_kv"}
+    assert set(done.stdout.split()) == names

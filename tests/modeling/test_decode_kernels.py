@@ -199,11 +199,37 @@ def test_rotation(function: Any, is_known: bool) -> None:
     assert difference(x * cos + turn.sign() * x[..., turn.abs() - 1] * sin, expected) < 1e-6
 
 
-def test_compile_for_a_gpu() -> None:
-    """The interpreter takes more than the compiler does. Compiling needs no GPU."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    worker = Path(__file__).parents[1] / "kernels_worker.py"
-    done = subprocess.run([sys.executable, worker], env=environment, capture_output=True, text=True)
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+from tests.modeling.test_decode_kernels import *
+from dijiang_convert.modeling import decode_kernels
+
+class Driver:  # of no device: kernels are compiled as for one, and not run
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = get_current_stream = lambda self, device=0: 0
+
+def compile_only(self, *args, grid, warmup, **options):
+    print(run(self, *args, grid=grid, warmup=True, **options).metadata.name)
+
+triton.runtime.driver.set_active(Driver())
+run, JITFunction.run = JITFunction.run, compile_only
+child = layer(DEFAULT, 16, 16, 8)
+inputs, cache = Inputs(child, 1, torch.bfloat16), StaticDiJiangCacheLayer(child.kept, 1)
+cache.update(*inputs.qkv[1:])
+call = Call(cache, inputs.hidden, inputs.cos_sin, scaling=0.25, softcap=30.0)
+turn = decode_kernels.rotation(child.apply_rotary, *inputs.cos_sin, 8)
+with torch.no_grad():
+    decode_kernels.decode(child, cache, *inputs.qkv, None, turn, inputs.mask, call)
+"""
+
+
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """The interpreter takes more than the compiler does."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = str(Path(accelerated.__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["gates", "find_features", "attend"]
 

@@ -1,7 +1,7 @@
 """Checkpoints without this package: transformers alone runs the code that lies in the folder.
 
-A child process in which the package, peft and datasets can't be imported does all that a user would and writes down
-what it found; the tests read that. What needs no second process runs here.
+A child process in which the package, and others that it does without, can't be imported does all that a user would and
+writes down what it found; the tests read that. What needs no second process runs here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PREAMBLE = """
 import json, pickle, sys
 from pathlib import Path
 
-HIDDEN = ("dijiang_convert", "peft", "datasets")
+HIDDEN = ("dijiang_convert", "peft", "datasets", "triton", "fla")
 
 class Hiding:
     def __init__(self, finder):
