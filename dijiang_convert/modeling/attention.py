@@ -119,9 +119,9 @@ class DiJiangAttention(nn.Module):
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         if triton_available(q) and q.shape[2] == 1 and isinstance(call.cache, StaticDiJiangCacheLayer):
-            from . import decode_kernels
+            from .decode_kernels import decodes
 
-            if decode_kernels.decodes(self, q):
+            if decodes(self, q):
                 return self._decode_in_kernels(q, k, v, mask, call)
         far_q, far_k = self._without_rotation(q, k, call.cos_sin)
         if self.kernel.far and self.kernel.shift:
