@@ -1,9 +1,10 @@
-"""Conversion against `cp -r`: time and peak memory on a synthetic sharded checkpoint.
+"""Conversion against `cp -r`: time and peak memory on synthetic sharded checkpoints.
 
-    python benchmarks/conversion.py --gigabytes 1
+    python benchmarks/conversion.py --out benchmarks/results/conversion.json
 
-Each is run in turn, three times, with the disk's caches in the same state; times are medians. Start-up is what
-`dijiang inspect` takes on the same folder: imports and reading the config.
+Each command runs in turn, five times, the disk's writes settled before each; times are medians. Neither cp nor a
+conversion waits for the disk at its end. Start-up is `dijiang convert --dry-run`: imports, and the model traced without
+weights. Beside it, what of that is torch's and transformers' own: Python importing the source's model class.
 """
 
 import argparse
@@ -15,76 +16,114 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-HIDDEN, LAYERS, SHARDS = 1024, 8, 4
+from dijiang_convert.checkpoint import INDEX, Tensor, write_json, write_safetensors
+
+SHARD = 2 * 10**9  # bytes, at most
+MODELS: dict[str, dict[str, Any]] = {  # Llamas in bfloat16; the second is Llama 3.2 3B with an output head of its own
+    "1 GB": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "vocab_size": 32000,
+    },
+    "8 GB": {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 24,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+}  # fmt: skip
+IMPORTS = "import transformers.models.llama.modeling_llama"
 
 
-def make_source(folder: Path, gigabytes: float) -> None:
-    """A Llama of random weights whose vocabulary makes up the size, in shards, with a tokenizer file."""
-    vocabulary = max(int((gigabytes * 1e9 / 4 - LAYERS * 12 * HIDDEN**2) / (2 * HIDDEN)), 1024)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=2816, num_hidden_layers=LAYERS,
-        num_attention_heads=16, num_key_value_heads=8, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+def make_source(folder: Path, shape: dict[str, Any]) -> None:
+    """A model of random bytes, written one tensor at a time, with a tokenizer file."""
+    config = LlamaConfig(**shape, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
-    folder.mkdir(parents=True)
-    weight_map = {}
-    for i in range(SHARDS):
-        names = sorted(shapes)[i::SHARDS]
-        file = f"model-{i + 1:05d}-of-{SHARDS:05d}.safetensors"
-        save_file({name: torch.randn(shapes[name]) for name in names}, folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    folder.mkdir()
+    shards = list(_shards([Tensor(n, torch.bfloat16, s, partial(_random, s)) for n, s in shapes.items()]))
+    weight_map: dict[str, str] = {}
+    for i, tensors in enumerate(shards, start=1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / name, tensors)
+        weight_map |= {t.name: name for t in tensors}
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
     config.save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
 
 
-def timed(command: list[str]) -> tuple[float, int]:
-    """(seconds, peak memory in bytes) of a command."""
+def _shards(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    shard: list[Tensor] = []
+    for tensor in tensors:
+        if shard and sum(t.nbytes for t in shard) + tensor.nbytes > SHARD:
+            yield shard
+            shard = []
+        shard.append(tensor)
+    yield shard
+
+
+def _random(shape: tuple[int, ...]) -> torch.Tensor:
+    numbers = torch.empty(-(-torch.Size(shape).numel() // 4), dtype=torch.int64).random_()
+    return numbers.view(torch.bfloat16)[: torch.Size(shape).numel()].reshape(shape)
+
+
+def timed(command: list[str], out: Path) -> tuple[float, int]:
+    """(seconds, peak memory in bytes) of a command, whose output is removed again."""
+    os.sync()
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
     assert status == 0, command
-    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    shutil.rmtree(out, ignore_errors=True)
+    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(folder: Path, shape: dict[str, Any], repeats: int) -> dict[str, Any]:
+    source, out = folder / "source", folder / "out"
+    with ProcessPoolExecutor(1) as elsewhere:  # what this process has in memory counts as its children's, too
+        elsewhere.submit(make_source, source, shape).result()
+    convert = [sys.executable, "-m", "dijiang_convert", "convert", str(source), "--out", str(out)]
+    commands = {
+        "cp": ["cp", "-r", str(source), str(out)],
+        "convert": convert,
+        "link": [*convert, "--link"],
+        "startup": [*convert, "--dry-run"],
+        "imports": [sys.executable, "-c", IMPORTS],
+    }
+    runs = [{name: timed(command, out) for name, command in commands.items()} for _ in range(repeats)]
+    medians = {name: statistics.median(run[name][0] for run in runs) for name in commands}
+    linked = json.loads(subprocess.run([*convert, "--link", "--json"], capture_output=True, check=True).stdout)
+    return {
+        "bytes": sum(path.stat().st_size for path in source.iterdir()),
+        **{f"{name}_seconds": round(value, 2) for name, value in medians.items()},
+        "convert_over_cp": round(medians["convert"] / medians["cp"], 2),
+        "convert_less_startup_over_cp": round((medians["convert"] - medians["startup"]) / medians["cp"], 2),
+        "peak_memory_bytes": max(run["convert"][1] for run in runs),
+        "linked": linked["linked"],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", nargs="+", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to write, on the disk to measure")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    times: dict[str, list[float]] = {"cp": [], "convert": [], "startup": []}
-    peak = 0
-    with tempfile.TemporaryDirectory() as name:
-        source, copied, converted = (Path(name) / each for each in ("source", "copied", "converted"))
-        make_source(source, args.gigabytes)
-        dijiang = [sys.executable, "-m", "dijiang_convert"]
-        for _ in range(args.repeats):
-            times["cp"].append(timed(["cp", "-r", str(source), str(copied)])[0])
-            shutil.rmtree(copied)
-            seconds, memory = timed([*dijiang, "convert", str(source), "--out", str(converted)])
-            shutil.rmtree(converted)
-            times["convert"].append(seconds)
-            peak = max(peak, memory)
-            times["startup"].append(timed([*dijiang, "inspect", str(source)])[0])
-        size = sum(path.stat().st_size for path in source.iterdir())
-    medians = {key: statistics.median(values) for key, values in times.items()}
-    result = {
-        "bytes": size,
-        **{f"{key}_seconds": round(value, 2) for key, value in medians.items()},
-        "convert_less_startup_over_cp": round((medians["convert"] - medians["startup"]) / medians["cp"], 2),
-        "peak_memory_bytes": peak,
-    }
-    print(json.dumps(result, indent=1))
+    results = {}
+    for size in args.sizes:
+        with tempfile.TemporaryDirectory(dir=args.folder) as name:
+            results[size] = measure(Path(name), MODELS[size], args.repeats)
+        print(size, json.dumps(results[size], indent=1), flush=True)
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, {"torch": torch.__version__, "cores": os.cpu_count(), **results})
 
 
 if __name__ == "__main__":

@@ -18,9 +18,11 @@ from dijiang_convert import convert
 from dijiang_convert.checkpoint import write_json
 from dijiang_convert.demo import MODEL
 from dijiang_convert.distill import trainer
-from dijiang_convert.estimate import Stopwatch, plan_costs, random_rows, teacher_copies
+from dijiang_convert.estimate import plan_costs, teacher_copies
 from dijiang_convert.models import converted_config, load_converted, silence
 from dijiang_convert.recipe import Stage
+from dijiang_convert.timing import peak_memory
+from dijiang_convert.trial import Stopwatch, random_rows
 
 MODELS: dict[str, Any] = {
     "tiny": transformers.GPTNeoXConfig(
@@ -74,14 +76,12 @@ def compare(folder: Path, stage: Stage) -> tuple[int, int]:
     teacher = load_converted(folder, attention="softmax").eval().requires_grad_(False) if copy else None
     weights = sum(p.nbytes for each in (model, teacher) if each is not None for p in each.parameters())
     data = random_rows(model, stage.seq_len, 2 * cost.rows)
-    with tempfile.TemporaryDirectory() as temporary, torch.profiler.profile(profile_memory=True) as profile:
-        trainer.run_stage(model, stage, data, teacher=teacher, folder=Path(temporary), log=Stopwatch())
-    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
+    with tempfile.TemporaryDirectory() as temporary:
+
+        def run() -> None:
+            trainer.run_stage(model, stage, data, teacher=teacher, folder=Path(temporary), log=Stopwatch())
+
+        _, peak = peak_memory(torch.device("cpu"), run)
     return cost.memory_bytes, weights + peak
 
 

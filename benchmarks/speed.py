@@ -1,50 +1,222 @@
-"""How prefill and decoding grow with length, for every recipe, on the CPU, in one run.
+"""Speed on a CPU, beside the softmax model: prefill, decoding, and chunked attention alone, all in one run.
 
-    python benchmarks/speed.py MODEL
+    python benchmarks/speed.py MODEL --out benchmarks/results/speed-cpu.json     # then: python benchmarks/readme.py
 
-Prints prefill time at 16,384 tokens over that at 2,048 (8 is linear), time of a decoded token at position 16,384 over
-that at 1,024 (1 is constant), and the cache's bytes at both. Lengths take turns; figures are medians.
+MODEL is a folder whose shape is widened: --hidden numbers, --layers layers, heads as wide as they were, random weights.
+It runs as the softmax model (SDPA, the cache that generate() makes) and converted by each of --recipes. Models and
+lengths take turns; figures are medians. Decoding goes on from a context of the given length: converted models have read
+it, softmax's cache is filled with random keys and values of as many tokens, which costs a step the same. `chunked` is
+what a converted layer prefills with, `plain` the same sums as a loop over chunks (plain.py).
 """
 
 import argparse
+import copy
 import json
+import os
+import platform
+import shutil
+import statistics
+import sys
 import tempfile
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from dijiang_convert import benchmark, convert
-from dijiang_convert.recipe import recipe_names
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-LENGTHS = (1024, 2048, 16384)
+from dijiang_convert import convert
+from dijiang_convert.modeling.configuration_dijiang import Kernel
+from dijiang_convert.modeling.linear_attention import chunked
+from dijiang_convert.models import load_any, silence
+from dijiang_convert.timing import cache_bytes, random_ids, seconds, time_decoding, time_forward, with_cache
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.plain import CHUNK, plain
+
+CPU = torch.device("cpu")
+PREFILL = (2048, 8192, 16384, 32768)
+DECODE = (1024, 8192, 16384, 65536)
+PIECE = 8192  # of tokens that are read at a time before decoding
+Row = dict[str, Any]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--recipes", nargs="*", default=["default", "pure", "paper", "window-only"])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--recipes", nargs="+", default=["default", "pure"])
+    parser.add_argument("--repeats", type=int, default=3, help="turns; decoding and attention alone take two more")
+    parser.add_argument("--quick", action="store_true", help="a sixteenth of the lengths, few turns: does it run?")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    assert set(args.recipes) <= set(recipe_names())
-    figures = []
-    for recipe in args.recipes:
-        with tempfile.TemporaryDirectory() as folder:
-            convert(args.model, Path(folder) / "converted", recipe=recipe)
-            result = benchmark(Path(folder) / "converted", lengths=LENGTHS, repeats=args.repeats, decode_tokens=100)
-        rows = {row.length: row for row in result.rows}
-        prefill = {n: n / row.prefill_tokens_per_second for n, row in rows.items()}
-        figures.append(
-            {
-                "recipe": recipe,
-                "prefill_16384_over_2048": prefill[16384] / prefill[2048],
-                "decode_16384_over_1024": rows[1024].decode_tokens_per_second / rows[16384].decode_tokens_per_second,
-                "cache_bytes": {n: rows[n].cache_bytes for n in (1024, 16384)},
-                "prefill_tokens_per_second_at_16384": rows[16384].prefill_tokens_per_second,
-                "decode_tokens_per_second_at_16384": rows[16384].decode_tokens_per_second,
-            }
-        )
-        print(json.dumps(figures[-1]), flush=True)
+    args = parser.parse_args(arguments)
+    silence()
+    torch.manual_seed(0)
+    prefill, decode = ([n // (16 if args.quick else 1) for n in lengths] for lengths in (PREFILL, DECODE))
+    repeats = 1 if args.quick else args.repeats
+    with tempfile.TemporaryDirectory() as folder:
+        source = widened(args.model, args.hidden, args.layers, max(decode) + 1024, Path(folder) / "source")
+        models = {"softmax": load_any(str(source), CPU).eval()}
+        for recipe in args.recipes:
+            convert(str(source), Path(folder) / recipe, recipe=recipe)
+            models[recipe] = load_any(str(Path(folder) / recipe), CPU).eval()
+    config = models["softmax"].config
+    content: dict[str, Any] = {
+        "quick": args.quick,
+        "machine": machine(),
+        "model": {
+            "type": config.model_type, "hidden": args.hidden, "layers": args.layers,
+            "heads": config.num_attention_heads, "parameters": models["softmax"].num_parameters(),
+        },
+    }  # fmt: skip
+    for name, measure in (
+        ("prefill", lambda: time_prefill(models, prefill, repeats)),
+        ("decode", lambda: time_decode(models, decode, repeats + 2)),
+        ("attention", lambda: time_attention(prefill, repeats + 2, config.num_attention_heads, head_dim(config))),
+    ):
+        content[name] = measure()
+        print(name, *map(json.dumps, content[name]), sep="\n", flush=True)
     if args.out:
-        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def machine() -> Row:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return {
+        "cpu": next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor()),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def head_dim(config: Any) -> int:
+    return config.hidden_size // config.num_attention_heads
+
+
+def widened(model: Path, hidden: int, layers: int, positions: int, folder: Path) -> Path:
+    """A source of random weights with the config of another, made larger."""
+    config = AutoConfig.from_pretrained(model)
+    config.num_attention_heads = hidden // head_dim(config)
+    config.hidden_size, config.intermediate_size = hidden, 4 * hidden
+    config.num_hidden_layers, config.max_position_embeddings = layers, positions
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for path in model.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def in_turns(calls: dict[tuple[Any, ...], Callable[[], float]], turns: int) -> dict[tuple[Any, ...], float]:
+    """Medians of what the calls return, by their keys."""
+    times: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for _ in range(turns):
+        for key, call in calls.items():
+            times[key].append(call())
+    return {key: statistics.median(found) for key, found in times.items()}
+
+
+def time_prefill(models: dict[str, PreTrainedModel], lengths: list[int], repeats: int) -> list[Row]:
+    for model in models.values():  # warm up
+        time_forward(model, random_ids(model, 1, lengths[0]), 0)
+
+    def call(model: PreTrainedModel, n: int) -> Callable[[], float]:
+        return lambda: time_forward(model, random_ids(model, 1, n), 0).prefill
+
+    calls = {(name, n): call(model, n) for n in lengths for name, model in models.items()}
+    medians = in_turns(calls, repeats)
+    return [{"model": name, "length": n, "tokens_per_second": n / taken} for (name, n), taken in medians.items()]
+
+
+def time_decode(models: dict[str, PreTrainedModel], lengths: list[int], repeats: int) -> list[Row]:
+    caches = {
+        (name, n): cache
+        for name, model in models.items()
+        for n, cache in (filled(model, lengths) if name == "softmax" else read(model, lengths)).items()
+    }
+    sizes = {key: cache_bytes(cache) for key, cache in caches.items()}
+    token = torch.zeros(1, 1, dtype=torch.long)
+
+    def call(name: str, n: int) -> Callable[[], float]:
+        model, cache, steps = models[name], caches[name, n], 8 if name == "softmax" and n > 16384 else 32
+
+        def decode() -> float:
+            if name == "softmax" and cache.get_seq_length() > n:  # else each turn would find a longer one
+                cache.crop(n - cache.get_seq_length())
+            return statistics.median(time_decoding(model, cache, token, steps))
+
+        return decode
+
+    calls = {key: call(*key) for key in sorted(caches, key=lambda key: key[1])}
+    in_turns(calls, 1)  # warm up
+    medians = in_turns(calls, repeats)
+    return [
+        {"model": name, "length": n, "tokens_per_second": 1 / taken, "cache_bytes": sizes[name, n]}
+        for (name, n), taken in medians.items()
+    ]
+
+
+def filled(model: PreTrainedModel, lengths: list[int]) -> dict[int, DynamicCache]:
+    """Caches of the softmax model, with random keys and values."""
+    caches = {}
+    for n in lengths:
+        caches[n] = DynamicCache(config=model.config)
+        for layer in range(model.config.num_hidden_layers):
+            k, v = torch.randn(2, 1, model.config.num_attention_heads, n, head_dim(model.config)).unbind(0)
+            caches[n].update(k, v, layer)
+    return caches
+
+
+@torch.inference_mode()
+def read(model: PreTrainedModel, lengths: list[int]) -> dict[int, DynamicCache]:
+    """Caches of a converted model, which reads on from one length to the next."""
+    cache, found, ids = DynamicCache(config=model.config), {}, random_ids(model, 1, max(lengths))
+    for start, end in zip([0, *lengths], lengths, strict=False):
+        for piece in ids[:, start:end].split(PIECE, dim=1):
+            model(input_ids=piece, logits_to_keep=1, **with_cache(model, cache))
+        found[end] = copy.deepcopy(cache)
+    return found
+
+
+@torch.inference_mode()
+def time_attention(lengths: list[int], repeats: int, heads: int, dim: int) -> list[Row]:
+    """`chunked` and `plain` over the same random input, with the window and without."""
+
+    def call(form: Callable[..., Any], window: int, arguments: list[Tensor], options: Row) -> Callable[[], float]:
+        return lambda: seconds(CPU, lambda: form(*arguments, window=window, **options))
+
+    calls, own = {}, {"chunk_size": Kernel().chunk_size}
+    for n in lengths:
+        arguments, options = attention_input(heads, n, dim)
+        for window in (CHUNK, 0):
+            calls["plain", window, n] = call(plain, window, arguments, options)
+            calls["chunked", window, n] = call(chunked, window, arguments, options | own)
+    in_turns(calls, 1)  # warm up
+    medians = in_turns(calls, repeats)
+    return [{"form": f, "window": window, "length": n, "seconds": taken} for (f, window, n), taken in medians.items()]
+
+
+def attention_input(
+    heads: int, length: int, dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """q, k, v, fq, gq, fk, gk and the options of `chunked`, about as a converted layer makes them."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(1, heads, length, *shape, dtype=dtype)
+
+    q, k, v = random(dim), random(dim), random(dim)
+    fq, fk = random(2 * dim).softmax(-1), random(2 * dim).softmax(-1)
+    options = {
+        "scaling": dim**-0.5,
+        "log_decay": -(random() * 0.3 - 5.5).exp(),
+        "feature_decay": -(random(2 * dim) * 0.3 - 5.5).exp(),
+    }
+    return [q, k, v, fq, 0.5 * random(), fk, 0.5 * random()], options
 
 
 if __name__ == "__main__":

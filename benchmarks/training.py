@@ -39,11 +39,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, default_data_collator
 
 from dijiang_convert import convert
+from dijiang_convert.distill.adapters import lora_targets
 from dijiang_convert.distill.attention import original, recomputing
 from dijiang_convert.distill.attention_transfer import attention_transfer_loss, transferring
 from dijiang_convert.distill.logits import distillation_loss, inner_model, live_teacher
 from dijiang_convert.distill.teacher_cache import cache_teacher, cached_teacher
-from dijiang_convert.distill.trainer import lora_targets
 from dijiang_convert.models import default_device, load_converted
 
 WAYS = ("plain", "distill", "full-copy", "full-cached")

@@ -1,38 +1,52 @@
-"""`dijiang bench`: prefill and decode speed and cache memory by length, both models side by side in one run."""
+"""`dijiang bench`: speed and memory by length and batch size, both models side by side in one run."""
 
 import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .attention_speed import AttentionRow, fla_kernel, time_attention
+from .convert import DTYPES
 from .errors import DijiangError
-from .modeling.modeling_dijiang import cache_argument
-from .models import generates, load_any, silence
+from .models import chosen_device, load_any, silence
 from .progress import count_bar
+from .timing import Pass, peak_memory, random_ids, time_forward, time_generate, weight_bytes
 
 WARMUP_LENGTH = 128
+WAYS = {"generate": time_generate, "forward": time_forward}
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """``model`` is "dijiang" or "softmax". Speeds are medians, for the whole batch. Encoders only prefill."""
+    """``model`` is "dijiang" or "softmax". Speeds are medians, for the whole batch. Encoders only prefill.
+
+    time_to_first_token_seconds: from a prompt to its next token, by one pass that makes the last token's logits alone.
+    cache_bytes: what the cache holds after the last token.
+    peak_memory_bytes: the model's weights and what a prompt and its decoding add at most, by torch's own allocator.
+    """
 
     model: str
+    batch_size: int
     length: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float | None
+    time_to_first_token_seconds: float | None
     cache_bytes: int
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
 class BenchResult:
+    """``device`` is the GPU's name, or the CPU with the number of threads; ``attention`` what --against asked for."""
+
     rows: list[BenchRow]
+    device: str
+    dtype: str
+    via: str = "generate"
+    attention: list[AttentionRow] = field(default_factory=list)
     plot: str | None = None
 
 
@@ -41,105 +55,164 @@ def benchmark(
     *,
     baseline: str | None = None,
     lengths: Sequence[int] = (1024, 4096),
-    batch_size: int = 1,
-    decode_tokens: int = 32,
+    batch_sizes: Sequence[int] = (1,),
+    decode_tokens: int = 64,
     repeats: int = 3,
+    via: str = "generate",
+    against: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
     plot: str | Path | None = None,
 ) -> BenchResult:
     """Times a converted checkpoint, and the original if ``baseline`` is given.
 
-    Lengths and models take turns, so that a busy machine slows all alike; the figures are medians of ``repeats``.
+    Lengths, batch sizes and models take turns, so that a busy machine slows all alike. The first turn warms up and
+    measures memory; the figures are medians of the ``repeats`` turns after it.
 
     Args:
         lengths: tokens in the prompt; decoding is timed right after it.
-        plot: a .png or .svg to draw decode speed against length into.
+        via: "generate" times `generate()` as a user calls it, "forward" calls the model token by token. Encoders make
+            one pass.
+        against: "fla" times the attention of one layer alone, too, beside SDPA and flash-linear-attention's kernel.
+        device: "cpu", "cuda", …; a GPU if there is one.
+        dtype: float32, float16 or bfloat16; that of the checkpoint if None.
+        plot: a .png or .svg to draw speed against length into.
 
     Raises:
-        DijiangError: no such model, or a length below 1.
+        DijiangError: no such model or device, a number below 1, no memory for a length, or nothing to compare with.
     """
-    if not lengths or min(lengths) < 1 or batch_size < 1 or decode_tokens < 1 or repeats < 1:
-        raise DijiangError("lengths, batch size, decode tokens and repeats must be at least 1")
+    if not lengths or not batch_sizes or min(*lengths, *batch_sizes, decode_tokens, repeats) < 1:
+        raise DijiangError("lengths, batch sizes, decode tokens and repeats must be at least 1")
+    if via not in WAYS:
+        raise DijiangError(f"--via {via}: give {' or '.join(WAYS)}")
+    if against not in (None, "fla"):
+        raise DijiangError(f"--against {against}: only fla is known")
+    if dtype is not None and dtype not in DTYPES:
+        raise DijiangError(f"no dtype {dtype!r}: give one of {', '.join(DTYPES)}")
     silence()
-    models = {"dijiang": load_any(str(checkpoint)).eval()}
+    place = chosen_device(device)
+    kernel = fla_kernel(place) if against else None
+    models = {"dijiang": load_any(str(checkpoint), place, dtype=dtype).eval()}
     if baseline:
-        models["softmax"] = load_any(baseline).eval()
-    timings: dict[tuple[str, int], list[tuple[float, float | None, int]]] = {}
+        models["softmax"] = load_any(baseline, place, dtype=dtype).eval()
     for model in models.values():
         if model.main_input_name != "input_ids":
             raise DijiangError(f"{checkpoint} takes {model.main_input_name}: no length to time it by")
-    with count_bar("timing", len(models) * len(lengths) * repeats) as advance:
-        for model in models.values():
-            _time(model, WARMUP_LENGTH, batch_size, 2)
-        for _ in range(repeats):
-            for length in lengths:
-                for name, model in models.items():
-                    timings.setdefault((name, length), []).append(_time(model, length, batch_size, decode_tokens))
-                    advance(1)
-    rows = [
-        BenchRow(
-            model=name,
-            length=length,
-            prefill_tokens_per_second=batch_size * length / statistics.median(t[0] for t in times),
-            decode_tokens_per_second=batch_size / statistics.median(steps) if steps else None,
-            cache_bytes=times[0][2],
-        )
-        for (name, length), times in timings.items()
-        for steps in [[t[1] for t in times if t[1] is not None]]
-    ]
+    first = models["dijiang"]
+    cells = [(batch_size, length) for batch_size in batch_sizes for length in lengths]
+    rows = _time_models(models, cells, via, decode_tokens, repeats)
+    attention = time_attention(first, cells, repeats, kernel) if kernel else []
     if plot:
         draw(rows, Path(plot))
-    return BenchResult(rows, str(plot) if plot else None)
+    return BenchResult(
+        rows, device_name(place), str(first.dtype).removeprefix("torch."), via, attention, str(plot) if plot else None
+    )
 
 
-@torch.inference_mode()
-def _time(model: PreTrainedModel, length: int, batch_size: int, decode_tokens: int) -> tuple[float, float | None, int]:
-    """(seconds of prefill, median seconds of a decoded token, bytes of the cache)."""
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (batch_size, length), device=model.device)
-    if not generates(model):
-        start = _now(model)
-        model(input_ids=ids)
-        return _now(model) - start, None, 0
-    cache = DynamicCache(config=model.config.get_text_config())
-    state: dict[str, Any] = {str(cache_argument(model.forward)): cache, "use_cache": True}
-    start = _now(model)
-    model(input_ids=ids, logits_to_keep=1, **state)
-    prefill = _now(model) - start
-    steps = []
-    for i in range(decode_tokens):
-        start = _now(model)
-        model(input_ids=ids[:, i % length, None], **state)
-        steps.append(_now(model) - start)
-    return prefill, statistics.median(steps), cache_bytes(cache)
+def _time_models(
+    models: dict[str, PreTrainedModel], cells: list[tuple[int, int]], via: str, decode_tokens: int, repeats: int
+) -> list[BenchRow]:
+    """A row for each model and cell (batch size, length)."""
+    passes: dict[tuple[int, int, str], list[Pass]] = {}
+    peaks: dict[tuple[int, int, str], int] = {}
+    with count_bar("timing", len(models) * len(cells) * (repeats + 1)) as advance:
+        for model in models.values():
+            WAYS[via](model, random_ids(model, cells[0][0], WARMUP_LENGTH), 2)
+        for turn in range(repeats + 1):
+            for batch_size, length in cells:
+                for name, model in models.items():
+                    key, ids = (batch_size, length, name), random_ids(model, batch_size, length)
+                    try:
+                        if turn > 0:
+                            passes.setdefault(key, []).append(WAYS[via](model, ids, decode_tokens))
+                        else:
+                            peaks[key] = _peak(model, ids, via, decode_tokens)
+                    except torch.OutOfMemoryError as error:
+                        raise DijiangError(
+                            f"{name} at {length:,} tokens and batch size {batch_size}: the GPU has too little memory: "
+                            "choose smaller --lengths or --batch-size"
+                        ) from error
+                    advance(1)
+    return [_row(name, batch, n, found, peaks[batch, n, name]) for (batch, n, name), found in passes.items()]
 
 
-def _now(model: PreTrainedModel) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
+def _peak(model: PreTrainedModel, ids: torch.Tensor, via: str, decode_tokens: int) -> int:
+    if ids.device.type == "cuda":  # kernels that choose their own settings take memory to try them
+        WAYS[via](model, ids, decode_tokens)
+    return weight_bytes(model) + peak_memory(ids.device, lambda: WAYS[via](model, ids, decode_tokens))[1]
 
 
-def cache_bytes(cache: DynamicCache) -> int:
-    """What a cache of any kind holds in tensors."""
-    values = [value for layer in cache.layers for value in vars(layer).values()]
-    tensors = [t for value in values for t in (value if isinstance(value, tuple) else (value,))]
-    return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+def _row(name: str, batch_size: int, length: int, passes: list[Pass], peak: int) -> BenchRow:
+    steps = [p.decode for p in passes if p.decode is not None]
+    first = [p.first_token for p in passes if p.first_token is not None]
+    return BenchRow(
+        model=name,
+        batch_size=batch_size,
+        length=length,
+        prefill_tokens_per_second=batch_size * length / statistics.median(p.prefill for p in passes),
+        decode_tokens_per_second=batch_size / statistics.median(steps) if steps else None,
+        time_to_first_token_seconds=statistics.median(first) if first else None,
+        cache_bytes=passes[0].cache_bytes,
+        peak_memory_bytes=peak,
+    )
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def ratios(rows: Sequence[BenchRow]) -> dict[tuple[int, int], tuple[float, float | None]]:
+    """How many times softmax's speed the converted model has, in prefill and decoding, by (batch size, length)."""
+    found = {(r.model, r.batch_size, r.length): r for r in rows}
+    pairs = [(r, found.get(("softmax", r.batch_size, r.length))) for r in rows if r.model == "dijiang"]
+    return {
+        (ours.batch_size, ours.length): (
+            ours.prefill_tokens_per_second / theirs.prefill_tokens_per_second,
+            ours.decode_tokens_per_second / theirs.decode_tokens_per_second
+            if ours.decode_tokens_per_second and theirs.decode_tokens_per_second
+            else None,
+        )
+        for ours, theirs in pairs
+        if theirs
+    }
 
 
 def draw(rows: Sequence[BenchRow], path: Path) -> None:
-    """Decode speed against length, a line a model; of encoders the speed of a pass."""
+    """Speed against length, of decoding and of prefill (of encoders, a pass)."""
+    panels: dict[str, dict[str, dict[int, float]]] = {"decoding": {}, "prefill": {}}
+    several = len({row.batch_size for row in rows}) > 1
+    for row in rows:
+        line = f"{row.model}, batch {row.batch_size}" if several else row.model
+        panels["prefill"].setdefault(line, {})[row.length] = row.prefill_tokens_per_second
+        if row.decode_tokens_per_second is not None:
+            panels["decoding"].setdefault(line, {})[row.length] = row.decode_tokens_per_second
+    draw_panels({title: lines for title, lines in panels.items() if lines}, path)
+
+
+def draw_panels(panels: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
+    """Tokens a second by length, a panel a title and a line a model ("NAME" or "NAME, batch B"): at each point of a
+    line that is not softmax's, how many times softmax's speed that is."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, style in (("dijiang", "o-"), ("softmax", "s--")):
-        of_model = [row for row in rows if row.model == name]
-        points = sorted((r.length, r.decode_tokens_per_second or r.prefill_tokens_per_second) for r in of_model)
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=name)
-    what = "read" if any(row.decode_tokens_per_second is None for row in rows) else "decoded"
-    axes.set(xscale="log", xlabel="tokens in the context", ylabel=f"tokens {what} a second", ylim=(0, None))
-    axes.set_xscale("log", base=2)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        colors: dict[str, str] = {}  # softmax's line has that of the other model of its batch size
+        for i, (name, speeds) in enumerate(sorted(lines.items())):
+            model, _, batch = name.partition(", ")
+            color = colors.get(batch, "gray") if model == "softmax" and batch else f"C{i}"
+            colors[batch] = color
+            style, lengths = "s--" if model == "softmax" else "o-", sorted(speeds)
+            axes.plot(lengths, [speeds[n] for n in lengths], style, color=color, label=name)
+            beside = {} if model == "softmax" else lines.get(f"softmax, {batch}" if batch else "softmax", {})
+            for n in speeds.keys() & beside.keys():
+                ratio = speeds[n] / beside[n]
+                text = f"{ratio:.1f} ×" if ratio >= 1 else f"{ratio:.2f} ×"
+                axes.annotate(text, (n, speeds[n]), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        ticks = sorted({n for speeds in lines.values() for n in speeds})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        axes.set(xlabel="tokens in the context", ylabel="tokens a second", title=title)
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)

@@ -1,16 +1,11 @@
-"""Checkpoints on disk: safetensors shards read by their headers, copied by bytes, written in folders that appear whole.
+"""Checkpoints on disk: safetensors shards read by their headers and laid out by bytes.
 
 No tensor is loaded here but one at a time, so memory does not grow with the model.
 """
 
-import errno
 import json
-import os
-import shutil
 import struct
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +13,8 @@ from typing import Any
 import torch
 
 from .errors import DijiangError
-from .sources import read_index, read_json
+from .files import Lay, copy_file, link_file, weight_files
+from .sources import read_json
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -42,73 +38,7 @@ class Tensor:
         return self.dtype.itemsize * _product(self.shape)
 
 
-@contextmanager
-def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that becomes it at the end, or vanishes if anything goes wrong.
-
-    Raises DijiangError where ``out`` holds something and ``force`` is not given, or the disk is full.
-    """
-    check_out(out, force)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise DijiangError(f"can't write beside {out}: {error.strerror}: choose another --out") from None
-    try:
-        yield folder
-        folder.chmod(0o755)
-        replaced = folder.with_suffix(".replaced")
-        try:
-            if out.exists():
-                out.rename(replaced)
-            folder.rename(out)
-        finally:
-            if replaced.exists() and not out.exists():
-                replaced.rename(out)
-            _remove(replaced)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DijiangError(f"no space left on the disk of {out}: free some or choose another --out") from None
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_out(out: Path, force: bool = False) -> None:
-    """Raises DijiangError where `new_folder` would refuse: to ask before anything that takes long."""
-    if out.name in ("", ".."):
-        raise DijiangError(f"--out {out} is a folder without a name of its own: give the name of a new one")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
-        raise DijiangError(f"{out} exists and is not empty: choose another --out, or --force to replace it")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 # ------------------------------------------------------------------------------------------------------- reading
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder, in the order transformers looks for them.
-
-    Raises DijiangError: none there, or an index that names a missing one.
-    """
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / single).is_file():
-            return [folder / single]
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            names = sorted(read_index(index))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-                raise DijiangError(f"{index} names {missing[0]}{more}, not in the folder: download the model again")
-            return [folder / name for name in names]
-    raise DijiangError(f"no weights in {folder}: it needs model.safetensors, pytorch_model.bin, or an index of shards")
 
 
 def read_shard(path: Path) -> list[Tensor]:
@@ -217,27 +147,35 @@ def write_shards(
     new: dict[str, torch.Tensor],
     dtype: torch.dtype | None,
     progress: Callable[[int], None],
-) -> int:
+    link: bool = False,
+    lay: Lay = copy_file,
+) -> str | None:
     """Lays out a checkpoint: the source's shards, byte for byte unless ``dtype`` or their format asks for a rewrite,
-    one small shard of ``new`` tensors, and the index. Returns how many numbers it holds in all.
+    one small shard of ``new`` tensors, and the index. With ``link`` the source's shards are linked, none is copied or
+    rewritten, and it returns how, as `link_file` does.
 
     The files are always named as shards: transformers ignores an index beside a file named model.safetensors.
-    ``progress`` is called with every number of bytes written.
+    ``progress`` is called with every number of bytes written. ``lay`` is what copies a file.
+
+    Raises DijiangError where a shard can't be linked.
     """
     total = len(shards) + bool(new)
     weight_map: dict[str, str] = {}
-    numbers = size = 0
+    size = 0
+    linked: set[str] = set()
     for i, shard in enumerate(shards, start=1):
         name = _shard_name(i, total)
         tensors = read_shard(shard)
-        if shard.suffix == ".safetensors" and dtype is None:
-            _copy(shard, folder / name, progress)
+        if link:
+            linked.add(link_file(shard, folder / name))
+            progress(shard.stat().st_size)
+        elif shard.suffix == ".safetensors" and dtype is None:
+            lay(shard, folder / name, progress)
         else:
             write_safetensors(folder / name, tensors, dtype)
             progress(shard.stat().st_size)
         for t in tensors:
             weight_map[t.name] = name
-            numbers += _product(t.shape)
             size += _product(t.shape) * _target_dtype(t, dtype).itemsize
     if new:
         name = _shard_name(total, total)
@@ -246,11 +184,10 @@ def write_shards(
             raise DijiangError(f"the source has a tensor named {clash[0]} already: is it converted?")
         write_safetensors(folder / name, in_memory(new))
         weight_map |= dict.fromkeys(new, name)
-        numbers += sum(t.numel() for t in new.values())
         size += sum(t.nbytes for t in new.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX, index)
-    return numbers
+    return next((how for how in ("hard link", "reflink") if how in linked), None)
 
 
 def write_trained(folder: Path, saved: Path, source: Path, aliases: Callable[[str], Iterable[str]]) -> None:
@@ -288,7 +225,7 @@ def write_trained(folder: Path, saved: Path, source: Path, aliases: Callable[[st
     for i, (whole, tensors) in enumerate(parts, start=1):
         name = _shard_name(i, len(parts))
         if whole is not None:
-            _copy(whole, folder / name, lambda count: None)
+            copy_file(whole, folder / name, lambda count: None)
         else:
             write_safetensors(folder / name, tensors)
         weight_map |= {t.name: name for t in tensors}
@@ -298,27 +235,6 @@ def write_trained(folder: Path, saved: Path, source: Path, aliases: Callable[[st
 
 def _shard_name(number: int, total: int) -> str:
     return f"model-{number:05d}-of-{total:05d}.safetensors"
-
-
-def _copy(source: Path, target: Path, progress: Callable[[int], None], chunk: int = 64 << 20) -> None:
-    """Copies inside the kernel, in pieces, so that progress shows and memory stays flat."""
-    with source.open("rb") as reading, target.open("wb") as writing:
-        left = os.fstat(reading.fileno()).st_size
-        while left > 0:
-            try:
-                done = os.copy_file_range(reading.fileno(), writing.fileno(), min(chunk, left))
-            except (AttributeError, OSError) as error:  # another file system, or no such call here
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                    raise
-                writing.seek(reading.tell())
-                for data in iter(lambda: reading.read(chunk), b""):
-                    writing.write(data)
-                    progress(len(data))
-                return
-            if done == 0:
-                raise DijiangError(f"{source} became shorter while it was copied: download the model again")
-            left -= done
-            progress(done)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -23,8 +23,9 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from . import __version__
 from .architecture import Architecture, check_kernel, examine
 from .card import write_card
-from .checkpoint import check_out, new_folder, read_shard, weight_files, write_json, write_shards
+from .checkpoint import read_shard, write_json, write_shards
 from .errors import DijiangError, Unsupported
+from .files import Lay, check_out, copy_file, default_out, new_folder, weight_files
 from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS, Kernel
 from .modeling.modeling_dijiang import attach
 from .progress import bytes_bar, console
@@ -47,6 +48,7 @@ MODELING_FILES = (
     "near_kernels.py",
     "fla_kernels.py",
     "packing.py",
+    "inference.py",
     "cache.py",
 )
 # Of a source's files these don't come along: weights are laid out anew, and the card tells of the new model.
@@ -60,7 +62,10 @@ LARGE_JSON = ("tokenizer.json", "vocab.json")  # which name no code
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What `convert` did, or with ``dry_run`` would do. ``seconds`` is wall-clock time."""
+    """What `convert` did, or with ``dry_run`` would do. ``seconds`` is wall-clock time.
+
+    linked: "reflink" or "hard link", where the source's weights were linked and not copied.
+    """
 
     out: str
     source: str
@@ -72,6 +77,7 @@ class ConvertResult:
     seconds: float
     dry_run: bool = False
     pushed: str | None = None
+    linked: str | None = None
 
 
 def convert(
@@ -87,6 +93,8 @@ def convert(
     private: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    link: bool = False,
+    lay: Lay = copy_file,
 ) -> ConvertResult:
     """Swaps the attention of a pretrained decoder or encoder for a DiJiang kernel.
 
@@ -103,6 +111,9 @@ def convert(
         push: a Hub repository to push the result to; ``private`` makes it a private one.
         force: replace ``out`` if it exists.
         dry_run: check everything that can be without downloading weights, and write nothing.
+        link: take no space for the source's weights: their files become reflinks where the file system has them, else
+            hard links, which are the source's own files: nothing here ever writes into one.
+        lay: what copies the source's weights; see `head_start`, which has looked for space, too.
 
     Raises:
         DijiangError: with one line that says what is wrong and what to do. Nothing half-written is left behind.
@@ -110,6 +121,8 @@ def convert(
     start = time.perf_counter()
     if dtype is not None and dtype not in DTYPES:
         raise DijiangError(f"no dtype {dtype!r}: give one of {', '.join(DTYPES)}")
+    if link and dtype is not None:
+        raise DijiangError("--link keeps the source's files and --dtype rewrites them: leave one of them out")
     chosen = load_recipe(recipe or "default", settings)
     found = resolve(source, revision)
     config = read_config(found)
@@ -117,7 +130,7 @@ def convert(
     if recipe is None and not architecture.layers.causal:
         chosen = load_recipe("encoder", settings)
     check_kernel(chosen.kernel, architecture)
-    target = Path(out) if out is not None else Path(f"{found.name}-dijiang")
+    target = Path(out) if out is not None else default_out(found.name)
     check_out(target, force)
     if push is not None:
         check_push(push)
@@ -133,8 +146,9 @@ def convert(
         seconds=0.0,
         dry_run=dry_run,
     )
+    linked = None
     if not dry_run:
-        found = download(found, target)
+        found = download(found, target, linked=link)
         assert found.folder is not None
         if architecture.model_class.main_input_name == "input_ids":
             _check_tokenizer(found.folder)
@@ -142,17 +156,19 @@ def convert(
         shards = weight_files(found.folder)
         for shard in shards:
             read_shard(shard)  # a truncated file is found before anything is written
+        if link and shards[0].suffix != ".safetensors":
+            raise DijiangError(f"--link keeps the source's files, and {shards[0].name} must be rewritten: leave it out")
         size = sum(shard.stat().st_size for shard in shards)
-        check_space({target: size})
+        check_space({target: 0 if link or lay is not copy_file else size})
         with new_folder(target, force) as folder:
             with bytes_bar("converting", size) as advance:
-                write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance)
+                linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link, lay)
             copy_companions(found.folder, folder)
             write_json(folder / "config.json", converted_config(config, architecture, chosen, found, dtype))
             write_code(folder)
             write_card(folder)
     pushed = push_result(target, push, private) if push and not dry_run else None
-    return dataclasses.replace(result, seconds=time.perf_counter() - start, pushed=pushed)
+    return dataclasses.replace(result, seconds=time.perf_counter() - start, pushed=pushed, linked=linked)
 
 
 def converted_config(

@@ -58,7 +58,7 @@ def demo(
         for name, model in (("original", original), ("dijiang", finetuned))
     }
     console.rule("5  bench: decode speed by length")
-    speed = benchmark(finetuned, baseline=original, lengths=LENGTHS)
+    speed = benchmark(finetuned, baseline=original, lengths=LENGTHS, decode_tokens=32)
     plot = folder / "demo.png"
     _draw(trained, speed.rows, plot)
     return DemoResult(swapped, untrained, trained, after, texts, speed, str(plot))

@@ -1,4 +1,4 @@
-"""What a run costs, told before it starts: steps and memory from the config, time by trying.
+"""What a run costs, told before it starts: steps and memory, from the config alone. (Time is tried, in `trial`.)
 
 Memory is that of the largest moment, the end of a forward pass and the backward pass of one layer:
 
@@ -12,11 +12,8 @@ Memory is that of the largest moment, the end of a forward pass and the backward
 `benchmarks/memory.py` compares it with what is measured. What Python and the libraries take is not counted.
 """
 
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -25,15 +22,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .distill import trainer
-from .distill.contexts import REAL, START, TARGET
-from .distill.data import Rows
-from .distill.images import Images, random_images
-from .distill.log import StageCallback
+from .distill.adapters import lora_targets
 from .distill.logits import CHUNK_ELEMENTS, LEAST_ROWS
+from .distill.schedule import share_out
 from .modeling import modeling_dijiang
 from .modeling.configuration_dijiang import Kernel, Layers, read_section
-from .models import generates, load_converted
+from .models import generates
 from .recipe import Stage
 from .trace import skeleton
 
@@ -41,7 +35,6 @@ from .trace import skeleton
 BACKWARD = 1.4  # of what a layer keeps, while its backward pass runs
 FROZEN = 0.8  # of what projections keep where most of their weights don't train
 LOGIT_COPIES = {"distillation": 5, "cross_entropy": 2}  # tensors of a chunk of logits that are alive at once
-TRIAL_SECONDS = 5.0  # of a step that is timed; shorter ones take more rows, up to those of a forward pass
 
 
 @dataclass(frozen=True)
@@ -109,13 +102,13 @@ def stage_cost(
         teacher_copy: whether a second, frozen model is in memory.
         processes: that share the rows of a step.
     """
-    batches = trainer.share_out(stage, processes)
+    batches = share_out(stage, processes)
     of_kernel = sum(p.numel() for name, p in model.named_parameters() if ".dijiang." in name)
     base = sum(p.numel() for p in model.parameters()) - of_kernel
     stored = base * width + of_kernel * 4
     adapters = 0
     if stage.train == "lora":
-        targets = [model.get_submodule(name) for name in trainer.lora_targets(model, stage.lora_targets)]
+        targets = [model.get_submodule(name) for name in lora_targets(model, stage.lora_targets)]
         adapters = stage.lora_rank * sum(sum(_features(module)) for module in targets)
     trainable = of_kernel + (base if stage.train == "full" else adapters)
     weights = (base + of_kernel) * 4 if stage.train == "full" else stored
@@ -205,68 +198,6 @@ def warning(costs: Sequence[StageCost], free: int) -> str | None:
         f"stage {worst.name} wants about {worst.memory_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
         f"it won't fit; try {remedy}"
     )
-
-
-# ------------------------------------------------------------------------------------------------------------ time
-
-
-def timed(costs: Sequence[StageCost], plan: Sequence[Stage], folder: Path, copies: Sequence[bool]) -> list[StageCost]:
-    """The costs with seconds: every stage takes two real optimizer steps on rows of random tokens, and the second is
-    timed. First of one row; then, if that was quick, of as many as a forward pass takes.
-
-    Args:
-        folder: the checkpoint, whose own weights stand for a teacher's.
-        copies: which stages have a second model in memory.
-    """
-    result = []
-    for cost, stage, copy in zip(costs, plan, copies, strict=True):
-        seconds, rows = _step_seconds(folder, stage, 1, copy), 1
-        most = min(trainer.share_out(stage).micro, int(TRIAL_SECONDS / seconds))
-        if most > 1:
-            seconds, rows = _step_seconds(folder, stage, most, copy), most
-        result.append(replace(cost, seconds=seconds / rows * cost.rows * cost.steps))
-    return result
-
-
-def _step_seconds(folder: Path, stage: Stage, rows: int, copy: bool) -> float:
-    model = load_converted(folder)
-    teacher = load_converted(folder, attention="softmax").eval().requires_grad_(False) if copy else None
-    size = rows * stage.seq_len
-    stage = replace(stage, batch_tokens=size, tokens=size * trainer.LEAST_STEPS)
-    data = random_rows(model, stage.seq_len, 2 * rows)
-    watch = Stopwatch()
-    with tempfile.TemporaryDirectory() as temporary:
-        trainer.run_stage(model, stage, data, teacher=teacher, folder=Path(temporary), log=watch)
-    return watch.seconds
-
-
-def random_rows(model: PreTrainedModel, seq_len: int, count: int) -> Rows | Images:
-    """Rows of any tokens, each one context; or images."""
-    if model.main_input_name == "pixel_values":
-        return random_images(model.config, count)
-    config: Any = model.config.get_text_config()
-    ids = torch.randint(config.vocab_size, (count, seq_len), generator=torch.Generator().manual_seed(0))
-    marks = torch.full((count, seq_len), REAL | TARGET, dtype=torch.uint8)
-    marks[:, 0] = REAL | START
-    return Rows(ids.int(), marks, whole=not generates(model))
-
-
-class Stopwatch(StageCallback):
-    """Times the second optimizer step, stops after it, and lets nothing be saved."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.start = _now()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = _now() - self.start
-        control.should_save = False
-        control.should_training_stop = state.global_step >= 2
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 # ---------------------------------------------------------------------------------------------------------- showing

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import write_card
-from .checkpoint import check_out, read_checkpoint, write_json, write_trained
+from .checkpoint import read_checkpoint, write_json, write_trained
 from .convert import copy_companions, made_with, write_code
 from .distill import processes
 from .distill.corpus import Sources, hub_names
@@ -31,7 +31,8 @@ from .distill.teacher_cache import CachedRows
 from .distill.teacher_cache import cache_teacher as write_cache
 from .distill.trainer import StageResult, run_stage
 from .errors import DijiangError
-from .estimate import StageCost, free_memory, plan_costs, timed, told, warning
+from .estimate import StageCost, free_memory, plan_costs, told, warning
+from .files import check_out
 from .likeness import Likeness
 from .models import (
     converted_config,
@@ -63,6 +64,7 @@ from .quality import EVALUATION, add_quality
 from .recipe import Recipe, Stage, parse_recipe
 from .report import LOG, REPORT, write_report
 from .sources import is_hub_id, read_config, resolve
+from .trial import timed
 
 
 @dataclass(frozen=True)

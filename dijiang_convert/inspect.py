@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from .architecture import Architecture, check_kernel, examine
 from .errors import Unsupported
+from .estimate import stage_cost, teacher_copies
 from .modeling.configuration_dijiang import Kernel, Layers
 from .modeling.modeling_dijiang import attach
 from .recipe import Recipe, load_recipe
@@ -88,8 +89,6 @@ def _kv_cache_bytes(layers: Layers, length: int, width: int) -> int:
 
 
 def _finetune_bytes(architecture: Architecture, recipe: Recipe, width: int) -> int:
-    from .estimate import stage_cost, teacher_copies  # and with it the Trainer, which the rest does without
-
     model = skeleton(architecture.model_class, architecture.config)
     attach(model, recipe.kernel, architecture.layers)
     copies = zip(recipe.stages, teacher_copies(recipe.stages), strict=True)

@@ -25,12 +25,24 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def chosen_device(name: str | None) -> torch.device:
+    """The device of that name, or the default one. Raises DijiangError where it isn't there."""
+    if name is None:
+        return default_device()
+    try:
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DijiangError(f"no device {name!r} here: --device takes cpu, or cuda where PyTorch sees a GPU") from error
+
+
 def load_converted(
-    folder: str | Path, attention: str = "dijiang", device: torch.device | None = None
+    folder: str | Path, attention: str = "dijiang", device: torch.device | None = None, dtype: str | None = None
 ) -> PreTrainedModel:
     """A converted checkpoint, run by this package's code and never by the folder's.
 
     attention: "dijiang", or "softmax" for the model that the base weights are.
+    dtype: of the weights, as transformers names it; that of the checkpoint if None.
     Raises DijiangError where the folder is no converted checkpoint or its weights don't fit.
     """
     name = read_checkpoint(folder)["architectures"][0]
@@ -39,7 +51,7 @@ def load_converted(
         chosen = softmax_implementation(model_class) if attention == "softmax" else attention
         with quiet():
             model: Any = model_class.from_pretrained(
-                str(folder), config=converted_config(folder, attn_implementation=chosen)
+                str(folder), config=converted_config(folder, attn_implementation=chosen), dtype=dtype or "auto"
             )
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
         raise DijiangError(f"can't load {folder}: {' '.join(str(error).split())[:300]}") from error
@@ -52,19 +64,21 @@ def softmax_implementation(model_class: Any) -> str:
     return "sdpa" if model_class._supports_sdpa else "eager"
 
 
-def load_any(source: str, device: torch.device | None = None, revision: str | None = None) -> PreTrainedModel:
+def load_any(
+    source: str, device: torch.device | None = None, revision: str | None = None, dtype: str | None = None
+) -> PreTrainedModel:
     """A converted checkpoint, or any model that transformers has (alias, Hub id or folder): with the head that its
     config names, or else as a causal language model. No code of a repository is run."""
     folder = Path(source).expanduser()
     if (folder / "config.json").is_file() and "dijiang" in read_json(folder / "config.json"):
-        return load_converted(folder, device=device)
+        return load_converted(folder, device=device, dtype=dtype)
     found = download(resolve(source, revision)).folder
     assert found is not None
     if "dijiang" in read_json(found / "config.json"):  # of the Hub: by our own code, never by the repository's
-        return load_converted(found, device=device)
+        return load_converted(found, device=device, dtype=dtype)
     try:
         with quiet():
-            model: Any = _class_of(found).from_pretrained(str(found), trust_remote_code=False)
+            model: Any = _class_of(found).from_pretrained(str(found), dtype=dtype or "auto", trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise DijiangError(f"can't load {source}: {' '.join(str(error).split())[:300]}") from error
     return model.to(device or default_device())

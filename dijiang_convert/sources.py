@@ -131,14 +131,14 @@ def read_config(source: Source) -> dict[str, Any]:
     return read_json(path)
 
 
-def download(source: Source, out: Path | None = None) -> Source:
+def download(source: Source, out: Path | None = None, linked: bool = False) -> Source:
     """Fetch what a conversion needs into the Hub's cache: configs, tokenizer files and one format of weights.
 
     Safetensors are taken wherever there are any, otherwise PyTorch's .bin; other frameworks' weights, other
     precisions and subfolders stay where they are. A folder is returned as it is.
 
     out: where the weights will be written once more. Then files that were in the cache before are checked, too, and
-    there must be space for both before anything travels.
+    there must be space for both before anything travels; where they will be ``linked``, for one.
 
     Raises:
         DijiangError: the repository has no weights to convert or lacks a shard, a file is damaged, the disk is too
@@ -159,7 +159,8 @@ def download(source: Source, out: Path | None = None) -> Source:
     weights = _weights(source, files)
     wanted = [files[name] for name in sorted(_companions(files) | weights | _modules(source, files))]
     cache, left = cache_folder(source.repo_id), bytes_left(source.repo_id, source.revision, wanted)
-    check_space({cache: left} | ({out: sum(files[name].size for name in weights)} if out is not None else {}))
+    again = {out: sum(files[name].size for name in weights)} if out is not None and not linked else {}
+    check_space({cache: left} | again)
     folder = fetch(source.repo_id, source.revision, wanted, check=out is not None)
     if source.asked != source.revision:  # so that it is found offline
         ref = cache / "refs" / source.asked

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dijiang_convert.cli import app
-from dijiang_convert.distill import checkpoints, run_folder, trainer
+from dijiang_convert.distill import checkpoints, run_folder, schedule, trainer
 
 with contextlib.suppress(ImportError):  # what the Trainer imports late
     import torch.utils.tensorboard
@@ -94,7 +94,7 @@ def kill_at(moment: Moment) -> None:
 
 def run(arguments: list[str], moment: Moment | None, signal_at: int | None, log: str) -> None:
     """The command, with its output in a file. signal_at: the step of a stage in which Ctrl-C is pressed."""
-    trainer.LEAST_STEPS = 8
+    schedule.LEAST_STEPS = 8
     sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
     if moment:
         kill_at(moment)

@@ -13,7 +13,7 @@ import torch
 from accelerate import DistributedType, PartialState
 
 from dijiang_convert.cli import app
-from dijiang_convert.distill import processes, trainer
+from dijiang_convert.distill import processes, schedule, trainer
 from dijiang_convert.distill.contexts import REAL, START, TARGET
 from dijiang_convert.distill.data import Rows
 from dijiang_convert.models import load_converted, silence
@@ -71,7 +71,7 @@ def with_checkpointing(arguments: Any) -> Any:
 
 def run_all(checkpoint: str, out: Path, micro_rows: int, interrupt: bool) -> None:
     """Each stage; where there are several processes it is interrupted and resumed."""
-    trainer.LEAST_STEPS, trainer.MICRO_BATCH_TOKENS = 1, micro_rows * SEQ_LEN
+    schedule.LEAST_STEPS, schedule.MICRO_BATCH_TOKENS = 1, micro_rows * SEQ_LEN
     if interrupt:
         trainer._arguments = with_checkpointing(trainer._arguments)
     plain = trainer._ProgressCallback
@@ -90,7 +90,7 @@ def run_all(checkpoint: str, out: Path, micro_rows: int, interrupt: bool) -> Non
 
 def run_command(checkpoint: str, text: str, out: Path) -> None:
     """What a user runs: all stages of a recipe, from text to a checkpoint."""
-    trainer.LEAST_STEPS = 4
+    schedule.LEAST_STEPS = 4
     options = ["--data", text, "--seq-len", str(SEQ_LEN), "--tokens", "1500", "--out", str(out / "tuned"), "--json"]
     app(["finetune", checkpoint, *options], standalone_mode=False)
 

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dijiang_convert import files
 from dijiang_convert.checkpoint import (
     DTYPES,
     INDEX,
     in_memory,
-    new_folder,
     read_checkpoint,
     read_shard,
-    weight_files,
     write_safetensors,
     write_shards,
     write_trained,
 )
 from dijiang_convert.errors import DijiangError
+from dijiang_convert.files import link_file, new_folder, weight_files
 
 
 def message(call: pytest.ExceptionInfo[DijiangError]) -> str:
@@ -464,6 +465,70 @@ def test_where_the_kernel_does_not_copy(already: int, tmp_path: Path, monkeypatc
         copy = out / f"model-0000{i}-of-00003.safetensors"
         assert copy.read_bytes() == (tmp_path / f"{name}.safetensors").read_bytes()
     assert calls and sum(written) == sum((tmp_path / f"{n}.safetensors").stat().st_size for n in ("one", "two"))
+
+
+@pytest.fixture
+def no_reflinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(files, "_reflink", refuse)
+
+
+@pytest.mark.usefixtures("no_reflinks")
+def test_shards_become_hard_links(tmp_path: Path) -> None:
+    written: list[int] = []
+    out = lay_out(tmp_path, progress=written.append, link=True)
+    for i, name in enumerate(("one", "two"), start=1):
+        assert (out / f"model-0000{i}-of-00003.safetensors").samefile(tmp_path / f"{name}.safetensors")
+    assert json.loads((out / INDEX).read_text())["weight_map"]["a"] == "model-00001-of-00003.safetensors"
+    assert sum(written) == sum((tmp_path / f"{n}.safetensors").stat().st_size for n in ("one", "two"))
+
+
+def test_a_reflink_is_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"old" * 5000)
+    if link_file(tmp_path / "source", tmp_path / "target") == "hard link":
+        pytest.skip("this file system has no reflinks")
+    (tmp_path / "target").write_bytes(b"new")
+    assert (tmp_path / "source").read_bytes() == b"old" * 5000
+
+
+def test_a_reflink_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system here has none: that the call is the one that copies, from source to target."""
+    if sys.platform != "linux":
+        pytest.skip("reflinks are made by a call of Linux")
+
+    def clone(target: int, request: int, source: int) -> int:
+        assert request == 0x40049409  # FICLONE, as linux/fs.h has it
+        return os.write(target, os.pread(source, 100, 0))
+
+    monkeypatch.setattr("fcntl.ioctl", clone)
+    (tmp_path / "source").write_bytes(b"bytes")
+    assert link_file(tmp_path / "source", tmp_path / "target") == "reflink"
+    assert (tmp_path / "target").read_bytes() == b"bytes" and not (tmp_path / "target").samefile(tmp_path / "source")
+
+
+@pytest.mark.usefixtures("no_reflinks")
+def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
+    """As in the Hub's cache, where names point to files."""
+    (tmp_path / "blob").write_text("weights")
+    (tmp_path / "name").symlink_to("blob")
+    assert link_file(tmp_path / "name", tmp_path / "target") == "hard link"
+    assert not (tmp_path / "target").is_symlink() and (tmp_path / "target").samefile(tmp_path / "blob")
+
+
+@pytest.mark.usefixtures("no_reflinks")
+def test_between_file_systems_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(DijiangError) as call:
+        lay_out(tmp_path, link=True)
+    text = message(call)
+    assert text.startswith(f"can't link {tmp_path}/one.safetensors into {tmp_path} (Invalid cross-device link): ")
+    assert text.endswith("choose an --out on the source's file system, or leave out --link")
+    assert tree(tmp_path) == ["one.safetensors", "two.safetensors"]
 
 
 class Full:

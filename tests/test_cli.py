@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -148,6 +149,7 @@ def test_spoiled_sources(case: str, source: Path) -> None:
         (["--layers", "2,9"], "there is no layer 9, the model has 0 to 3"),
         (["--layers", "some"], "--layers 'some' is not valid"),
         (["--dtype", "int4"], "no dtype 'int4'"),
+        (["--link", "--dtype", "float16"], "--link keeps the source's files and --dtype rewrites them"),
         (["--recipe", "defualt"], "no recipe 'defualt': did you mean default?"),
         (["--recipe", "nowhere.yaml"], "no such recipe file: nowhere.yaml"),
         (["--recipe", "source/own.yaml"], "kernel has no key 'windw': did you mean window?"),
@@ -250,6 +252,7 @@ def test_other_verbs_on_what_is_no_checkpoint(arguments: list[str], expected: st
         ["eval", "a", "--max-tokens", "1"],
         ["bench", "a", "--lengths", "long"],
         ["bench", "a", "--lengths", ""],
+        ["bench", "a", "--batch-size", "1,"],
         ["generate", "a", "b", "--temperature", "-1"],
     ],
 )
@@ -288,22 +291,38 @@ try:
     app(sys.argv[1:])
 except SystemExit as end:
     assert not end.code, end.code
-print([name for name in ("torch", "transformers", "datasets", "huggingface_hub") if name in sys.modules])
+print(sorted(name for name in sys.modules if name.count(".") < 2))
 """
+VERBS = ("convert", "finetune", "eval", "generate", "bench", "inspect", "push", "demo")
+TRAINING = {"datasets", "pandas", "peft", "matplotlib", "transformers.trainer", "dijiang_convert.finetune"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"]])
-def test_help_is_light(arguments: list[str]) -> None:
+def imported(*arguments: str) -> tuple[str, set[str]]:
+    """What a command prints, and the modules that it needs."""
     done = subprocess.run([sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
-    assert "Usage:" in done.stdout or arguments == ["--version"]
+    *output, modules = done.stdout.splitlines()
+    return "\n".join(output), set(ast.literal_eval(modules))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])
+def test_help_is_light(arguments: list[str]) -> None:
+    output, modules = imported(*arguments)
+    assert "Usage:" in output or arguments == ["--version"]
+    assert not modules & {"torch", "transformers", "numpy", "huggingface_hub", *TRAINING}
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["convert", "--dry-run"]])
+def test_what_does_not_train_imports_nothing_that_does(arguments: list[str], source: Path) -> None:
+    """transformers' own model class imports much, and no more is needed."""
+    output, modules = imported(*arguments, "source")
+    assert "GPTNeoXForCausalLM" in output or "would write" in output
+    assert "torch" in modules and not modules & TRAINING
 
 
 def test_every_verb_has_help() -> None:
-    verbs = ("convert", "finetune", "eval", "generate", "bench", "inspect", "push", "demo")
     text = run("--help").stdout
-    for verb in verbs:
+    for verb in VERBS:
         assert verb in text
         result = run(verb, "--help")
         assert result.exit_code == 0 and "--json" in result.stdout and "--debug" in result.stdout
@@ -340,6 +359,13 @@ def test_convert_json(source: Path) -> None:
 def test_dry_run_json(source: Path) -> None:
     assert json_of("convert", "source", "--dry-run").keys() >= CONVERT
     assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+def test_link(source: Path) -> None:
+    assert json_of("convert", "source")["linked"] is None
+    how = json_of("convert", "source", "--link", "--force")["linked"]
+    assert how in ("reflink", "hard link")
+    assert f"weights are {how}s to the source's" in run("convert", "source", "--link", "--force").stdout
 
 
 def test_force(source: Path) -> None:

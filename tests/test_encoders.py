@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dijiang_convert import DijiangError, benchmark, convert, evaluate, finetune, generate, inspect
+from dijiang_convert.attention_speed import time_attention
 from dijiang_convert.checkpoint import read_checkpoint
 from dijiang_convert.demo_text import documents
-from dijiang_convert.distill import trainer
+from dijiang_convert.distill import schedule
 from dijiang_convert.distill.attention import original
 from dijiang_convert.distill.attention_transfer import attention_transfer_loss, transferring
 from dijiang_convert.distill.data import token_rows
@@ -43,7 +44,7 @@ MODULES = [
 @pytest.fixture(autouse=True, scope="module")
 def few_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "LEAST_STEPS", 8)
+        patch.setattr(schedule, "LEAST_STEPS", 8)
         yield
 
 
@@ -214,6 +215,9 @@ def test_bench_times_a_pass_and_inspect_names_no_cache(source: Path, converted: 
     rows = benchmark(converted, baseline=str(source), lengths=(64, 128), repeats=1).rows
     assert {(row.model, row.length) for row in rows} == {(m, n) for m in ("dijiang", "softmax") for n in (64, 128)}
     assert all(r.decode_tokens_per_second is None and r.prefill_tokens_per_second > 0 for r in rows)
+    assert all(r.time_to_first_token_seconds is None and r.peak_memory_bytes > 0 for r in rows)
+    with pytest.raises(DijiangError, match="this model attends to both sides"):
+        time_attention(load_any(str(converted)), [(1, 8)], 1, kernel=print)
     found = inspect(str(source))
     assert found.supported and found.layers_converted == 2
     assert found.state_bytes == 0 and found.kv_cache_bytes_at is None

@@ -16,9 +16,10 @@ from dijiang_convert import DijiangError, finetune, inspect
 from dijiang_convert.cli import app
 from dijiang_convert.demo_text import documents
 from dijiang_convert.distill import trainer
-from dijiang_convert.estimate import StageCost, duration, plan_costs, teacher_copies, timed, told, warning
+from dijiang_convert.estimate import StageCost, duration, plan_costs, teacher_copies, told, warning
 from dijiang_convert.models import converted_config, load_converted
 from dijiang_convert.recipe import Stage, load_recipe
+from dijiang_convert.trial import timed
 
 KINDS = {
     "transfer": Stage("transfer", "attention_transfer", 1_000_000, seq_len=256, batch_tokens=1024),

@@ -20,7 +20,7 @@ from benchmarks.fidelity.positions import lengths, shifts
 from dijiang_convert import convert
 from dijiang_convert.demo import MODEL
 from dijiang_convert.demo_text import documents
-from dijiang_convert.distill import trainer
+from dijiang_convert.distill import schedule
 from dijiang_convert.modeling.attention import Call
 from dijiang_convert.modeling.configuration_dijiang import Kernel, Layers
 from dijiang_convert.models import load_any, load_tokenizer
@@ -196,7 +196,7 @@ def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The lab's file of two rows; what is in it already is not run again."""
     out = tmp_path_factory.mktemp("lab") / "runs.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "LEAST_STEPS", 4)
+        patch.setattr(schedule, "LEAST_STEPS", 4)
         options = ["--data", str(text), "--out", str(out), "--seq-len", "64", "--tokens", "4000"]
         options += ["--eval-tokens", "1500", "--distances", "8", "48", "64"]
         patch.setattr(sys, "argv", ["lab", str(MODEL), *ROWS[:1], *options])

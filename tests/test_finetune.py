@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from dijiang_convert import DijiangError, convert, evaluate, finetune
-from dijiang_convert.checkpoint import INDEX, read_shard, weight_files
+from dijiang_convert.checkpoint import INDEX, read_shard
 from dijiang_convert.demo import MODEL
 from dijiang_convert.demo_text import documents
-from dijiang_convert.distill import trainer
+from dijiang_convert.distill import schedule, trainer
+from dijiang_convert.files import weight_files
 from dijiang_convert.models import load_any, load_converted, load_tokenizer
 from dijiang_convert.push import push
 from tests.hub import Hub
@@ -28,8 +29,8 @@ SHORT = {"seq_len": SEQ_LEN, "tokens": 6000}
 def few_steps() -> Iterator[None]:
     """Batches of several rows even in these short runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "LEAST_STEPS", 8)
-        patch.setattr(trainer, "MICRO_BATCH_TOKENS", 2 * SEQ_LEN)  # so that batches are accumulated
+        patch.setattr(schedule, "LEAST_STEPS", 8)
+        patch.setattr(schedule, "MICRO_BATCH_TOKENS", 2 * SEQ_LEN)  # so that batches are accumulated
         yield
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from dijiang_convert import convert, finetune
+from dijiang_convert import benchmark, convert, finetune
 from dijiang_convert.demo import MODEL
 from dijiang_convert.demo_text import documents
 from dijiang_convert.modeling import accelerated, cuda_graph
@@ -34,6 +34,20 @@ def test_logits_and_tokens(tmp_path: Path, recipe: str) -> None:
         texts.append(model.generate(ids.to(device), max_new_tokens=40, do_sample=False).cpu())
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=2e-3)
     assert (texts[0] == texts[1]).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("via", ["forward", "generate"])
+def test_bench_against_fla(tmp_path: Path, via: str) -> None:
+    pytest.importorskip("fla")
+    convert(str(MODEL), tmp_path / "out")
+    result = benchmark(
+        tmp_path / "out", baseline=str(MODEL), lengths=(256, 4096), batch_sizes=(1, 4), via=via, against="fla",
+        dtype="bfloat16",
+    )  # fmt: skip
+    assert result.device == torch.cuda.get_device_name()
+    peaks = {(row.model, row.batch_size, row.length): row.peak_memory_bytes for row in result.rows}
+    assert peaks["softmax", 4, 4096] - peaks["softmax", 4, 256] > 4 * 3840 * 4 * 2 * 64 * 2 * 2
+    assert len(result.attention) == 4 * 4 and all(row.seconds > 0 for row in result.attention)
 
 
 def test_finetune(tmp_path: Path) -> None:

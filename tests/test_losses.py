@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from dijiang_convert import DijiangError, convert, finetune
 from dijiang_convert.demo import MODEL
 from dijiang_convert.demo_text import documents
-from dijiang_convert.distill import attention_transfer, logits, teacher_cache, trainer
+from dijiang_convert.distill import attention_transfer, logits, schedule, teacher_cache, trainer
+from dijiang_convert.distill.adapters import lora_targets
 from dijiang_convert.distill.attention import original, recomputing
 from dijiang_convert.distill.attention_transfer import attention_transfer_loss, transferring
 from dijiang_convert.distill.logits import (
@@ -32,7 +33,6 @@ from dijiang_convert.distill.logits import (
     live_teacher,
     tokens,
 )
-from dijiang_convert.distill.trainer import lora_targets
 from tests.models import KINDS, load
 from tests.sources_on_disk import VOCABULARY, random_model
 
@@ -382,7 +382,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("converted") / "demo"
     convert(str(MODEL), out, settings=["window=8"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "LEAST_STEPS", 4)
+        patch.setattr(schedule, "LEAST_STEPS", 4)
         yield out
 
 

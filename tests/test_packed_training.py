@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dijiang_convert.distill.adapters import lora_targets
 from dijiang_convert.distill.attention import original
 from dijiang_convert.distill.attention_transfer import attention_transfer_loss, transfer_attention, transferring
 from dijiang_convert.distill.logits import cross_entropy_loss, distillation_loss, live_teacher
 from dijiang_convert.distill.packing import check_packing
-from dijiang_convert.distill.trainer import lora_targets
 from dijiang_convert.errors import DijiangError
 from tests.models import KINDS, kernels, load, source, tokens
 from tests.sources_on_disk import random_model

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from dijiang_convert import DijiangError, convert, finetune
 from dijiang_convert.checkpoint import read_checkpoint, write_json
 from dijiang_convert.cli import app
-from dijiang_convert.distill import trainer
+from dijiang_convert.distill import schedule
 from dijiang_convert.models import converted_config, load_converted
 from dijiang_convert.plan import check_context, extended_config, has_rotary_positions, make_plan, source_context
 from dijiang_convert.recipe import Recipe, load_recipe, parse_recipe
@@ -189,7 +189,7 @@ def test_a_context_that_is_long_enough_is_left_alone(tmp_path: Path, recipe: str
 def test_a_run_of_three_stages_ends_with_a_longer_context(
     tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "LEAST_STEPS", 2)
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 2)
     folder = converted("llama", tmp_path, recipe)
     text = ["".join(chr(97 + (i * i + j) % 26) for i in range(3000)) for j in range(4)]
     result = finetune(folder, tmp_path / "out", data=text)

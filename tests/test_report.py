@@ -19,7 +19,7 @@ from dijiang_convert.card import write_card
 from dijiang_convert.checkpoint import read_checkpoint, write_json
 from dijiang_convert.demo import MODEL
 from dijiang_convert.demo_text import documents
-from dijiang_convert.distill import trainer
+from dijiang_convert.distill import schedule, trainer
 from dijiang_convert.distill.contexts import REAL, TARGET
 from dijiang_convert.distill.data import Rows, token_rows
 from dijiang_convert.distill.log import TrainingLog, read_log
@@ -37,8 +37,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture(autouse=True, scope="module")
 def few_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "LEAST_STEPS", 8)
-        patch.setattr(trainer, "MICRO_BATCH_TOKENS", 2 * SEQ_LEN)
+        patch.setattr(schedule, "LEAST_STEPS", 8)
+        patch.setattr(schedule, "MICRO_BATCH_TOKENS", 2 * SEQ_LEN)
         yield
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dijiang_convert import DijiangError, finetune
-from dijiang_convert.distill import checkpoints, trainer
+from dijiang_convert.distill import checkpoints, schedule, trainer
 from dijiang_convert.modeling.attention import DiJiangAttention
 from tests.models import checkpoint
 from tests.resume_worker import Moment, run
@@ -47,7 +47,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "LEAST_STEPS", 8)
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 8)
 
 
 class Runner:

@@ -17,9 +17,10 @@ import torch
 import yaml
 
 from dijiang_convert import DijiangError
-from dijiang_convert.checkpoint import read_shard, weight_files
-from dijiang_convert.distill import processes, trainer
+from dijiang_convert.checkpoint import read_shard
+from dijiang_convert.distill import processes, schedule, trainer
 from dijiang_convert.distill.attention_transfer import normalized_error
+from dijiang_convert.files import weight_files
 from dijiang_convert.paths import ACCELERATE
 from dijiang_convert.recipe import Stage
 from tests import scale_worker
@@ -41,8 +42,8 @@ def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     """What one process gives, its step in one forward pass."""
     out = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "LEAST_STEPS", trainer.LEAST_STEPS)
-        patch.setattr(trainer, "MICRO_BATCH_TOKENS", trainer.MICRO_BATCH_TOKENS)
+        patch.setattr(schedule, "LEAST_STEPS", schedule.LEAST_STEPS)
+        patch.setattr(schedule, "MICRO_BATCH_TOKENS", schedule.MICRO_BATCH_TOKENS)
         scale_worker.run_all(str(checkpoint("llama")), out, scale_worker.BATCH, interrupt=False)
         scale_worker.run_command(str(checkpoint("llama")), str(text), out)
         yield out
@@ -95,9 +96,9 @@ def test_transfer_loss_of_a_batch_is_the_mean_of_its_rows() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
 def test_a_step_has_the_same_rows_on_any_number_of_processes(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "MICRO_BATCH_TOKENS", 5 * 32)
+    monkeypatch.setattr(schedule, "MICRO_BATCH_TOKENS", 5 * 32)
     stage = Stage("s", "distillation", tokens=24 * 32 * 1000, seq_len=32, batch_tokens=24 * 32)
-    batches = trainer.share_out(stage, count)
+    batches = schedule.share_out(stage, count)
     assert (batches.rows, batches.steps) == (24, 1000)
     assert batches.micro * batches.accumulation * count == 24
     assert batches.micro <= 5
@@ -105,8 +106,8 @@ def test_a_step_has_the_same_rows_on_any_number_of_processes(count: int, monkeyp
 
 def test_a_step_that_cannot_be_divided_gets_fewer_rows_but_one_each() -> None:
     stage = Stage("s", "distillation", tokens=7 * 32 * 1000, seq_len=32, batch_tokens=7 * 32)
-    assert [trainer.share_out(stage, count).rows for count in (1, 2, 7, 8)] == [7, 6, 7, 8]
-    assert trainer.share_out(stage, 2).steps == 7 * 1000 // 6
+    assert [schedule.share_out(stage, count).rows for count in (1, 2, 7, 8)] == [7, 6, 7, 8]
+    assert schedule.share_out(stage, 2).steps == 7 * 1000 // 6
 
 
 def test_rows_come_in_rounds_of_all() -> None:

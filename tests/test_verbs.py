@@ -12,12 +12,12 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from dijiang_convert import benchmark, convert, demo, generate
-from dijiang_convert.benchmark import cache_bytes
 from dijiang_convert.cli import app
 from dijiang_convert.demo import MODEL
 from dijiang_convert.demo_text import documents
-from dijiang_convert.distill import trainer
+from dijiang_convert.distill import schedule
 from dijiang_convert.models import load_any
+from dijiang_convert.timing import cache_bytes
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def run(*arguments: str) -> dict[str, Any]:
 
 
 def test_finetune(converted: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "LEAST_STEPS", 4)
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 4)
     result = run(
         "finetune", converted, "--data", text, "--tokens", "3000", "--seq-len", "128", "--out", str(tmp_path / "out")
     )
@@ -121,14 +121,28 @@ def test_generate_refuses_an_empty_prompt(converted: str) -> None:
 
 def test_bench(converted: str, tmp_path: Path) -> None:
     plot = tmp_path / "speed.png"
-    result = run("bench", converted, "--baseline", str(MODEL), "--lengths", "100,300", "--plot", str(plot))
-    rows = {(row["model"], row["length"]): row for row in result["rows"]}
-    assert set(rows) == {(model, length) for model in ("dijiang", "softmax") for length in (100, 300)}
-    assert all(row["prefill_tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0 for row in rows.values())
-    assert rows["dijiang", 100]["cache_bytes"] == rows["dijiang", 300]["cache_bytes"]
-    decoded = 32  # tokens after the prompt; 4 layers of 2 heads of 64, keys and values in float32
-    assert rows["softmax", 300]["cache_bytes"] == (300 + decoded) * 4 * 2 * 64 * 2 * 4
+    options = ["--lengths", "100,300", "--batch-size", "1,2", "--decode-tokens", "8", "--repeats", "2"]
+    result = run("bench", converted, "--baseline", str(MODEL), *options, "--plot", str(plot))
+    rows = {(row["model"], row["batch_size"], row["length"]): row for row in result["rows"]}
+    assert set(rows) == {(model, b, n) for model in ("dijiang", "softmax") for b in (1, 2) for n in (100, 300)}
+    for row in rows.values():
+        assert row["prefill_tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0
+        prefill = row["batch_size"] * row["length"] / row["prefill_tokens_per_second"]
+        assert row["time_to_first_token_seconds"] == pytest.approx(prefill)  # generate() tells no more
+        assert row["peak_memory_bytes"] > row["cache_bytes"]
+    assert rows["dijiang", 1, 100]["cache_bytes"] == rows["dijiang", 1, 300]["cache_bytes"]
+    decoded = 8  # tokens after the prompt; 4 layers of 2 heads of 64, keys and values in float32
+    assert rows["softmax", 2, 300]["cache_bytes"] == 2 * (300 + decoded) * 4 * 2 * 64 * 2 * 4
+    assert "CPU" in result["device"] and result["dtype"] == "float32" and result["attention"] == []
     assert plot.stat().st_size > 5000
+
+
+def test_bench_shows_times_softmaxs_speed(converted: str) -> None:
+    options = ["--lengths", "64", "--decode-tokens", "2", "--repeats", "1"]
+    done = CliRunner().invoke(app, ["bench", converted, "--baseline", str(MODEL), *options])
+    ours, theirs = (line for line in done.stdout.splitlines() if " 64 " in line)
+    assert "dijiang" in ours and ours.count("×") == 2
+    assert "softmax" in theirs and "×" not in theirs
 
 
 def test_decode_costs_and_keeps_the_same_at_any_length(converted: str) -> None:
@@ -150,7 +164,7 @@ def test_bench_refuses_nonsense(converted: str) -> None:
 
 
 def test_demo_is_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "LEAST_STEPS", 2)
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 2)
     monkeypatch.setitem(demo.__globals__, "LENGTHS", (64, 256))
     monkeypatch.setitem(demo.__globals__, "EVAL_TOKENS", 2000)
     monkeypatch.setitem(benchmark.__globals__, "WARMUP_LENGTH", 16)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoint import new_folder, write_json
+from ..checkpoint import write_json
 from ..errors import DijiangError
+from ..files import new_folder
 from .contexts import REAL, START, TARGET, Stream, Tokens, ends, mixed, too_short
 from .corpus import Source, Sources, parse_source
 

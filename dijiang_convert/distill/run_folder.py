@@ -12,8 +12,9 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..checkpoint import new_folder, write_json
+from ..checkpoint import write_json
 from ..errors import DijiangError
+from ..files import new_folder
 from ..progress import console
 from ..recipe import Stage
 from .checkpoints import remove_broken

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import new_folder, write_json
+from ..checkpoint import write_json
 from ..errors import DijiangError
+from ..files import new_folder
 from ..progress import console, count_bar
 from .data import Rows
 from .logits import ChunkLoss, counted, head, hidden_states, parts, tokens

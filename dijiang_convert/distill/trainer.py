@@ -23,27 +23,26 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import DijiangError
 from ..models import generates, hidden_size
 from ..progress import console
 from ..recipe import Stage
 from . import nonfinite, processes
+from .adapters import lora_targets
 from .attention import original, recomputing
 from .attention_transfer import attention_transfer_loss, transferring
 from .checkpoints import Checkpoints, StopOnSignal, last_checkpoint
 from .data import Rows
 from .images import Images
 from .log import StageCallback
-from .logits import body_name, cross_entropy_loss, distillation_loss, inner_model, live_teacher
+from .logits import cross_entropy_loss, distillation_loss, inner_model, live_teacher
 from .outputs import output_loss
 from .packing import check_packing
+from .schedule import Batches, share_out
 from .teacher_cache import CachedRows, cached_teacher
 
 REFERENCE_WIDTH = 1024  # hidden_size that a recipe's learning_rate is given for; Adam wants it ∝ 1 / width
-LEAST_STEPS = 600  # short runs take smaller batches rather than fewer steps
-MICRO_BATCH_TOKENS = 16384  # of one forward pass; larger batches are accumulated
 LONGEST_GRADIENT = 1.0  # longer ones are clipped to this norm
 
 Loss = Callable[[Any, dict[str, Any]], Tensor]
@@ -61,27 +60,6 @@ class StageResult:
     tokens_per_second: float
     peak_memory_bytes: int
     losses: list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class Batches:
-    """How a stage's rows are shared out: ``rows`` an optimizer step, over all processes, in ``accumulation`` forward
-    passes of ``micro`` rows on each."""
-
-    rows: int
-    micro: int
-    accumulation: int
-    steps: int
-
-
-def share_out(stage: Stage, count: int = 1) -> Batches:
-    """The batches of a stage on ``count`` processes. A step's rows don't depend on it, unless they can't be divided."""
-    rows = max(min(stage.batch_tokens // stage.seq_len, stage.tokens // stage.seq_len // LEAST_STEPS), 1)
-    rows = max(rows - rows % count, count)
-    each = rows // count
-    most = max(MICRO_BATCH_TOKENS // stage.seq_len, 1)
-    micro = next(n for n in range(min(each, most), 0, -1) if each % n == 0)
-    return Batches(rows, micro, each // micro, max(stage.tokens // (rows * stage.seq_len), 1))
 
 
 def row_order(rows: int, count: int, seed: int) -> list[int]:
@@ -195,16 +173,6 @@ def _prepare(model: PreTrainedModel, stage: Stage, seed: int) -> PreTrainedModel
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise DijiangError(f"stage {stage.name} trains the kernel, and this recipe's kernel has no parameters")
     return model
-
-
-def lora_targets(model: nn.Module, which: str) -> list[str]:
-    """Names of the linear layers that get adapters: of converted attention modules, or "all" but the output head."""
-    attentions = [name.removesuffix("dijiang") for name, _ in model.named_modules() if name.endswith(".dijiang")]
-    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    if which == "attention":
-        return [name for name in linear if name.startswith(tuple(attentions))]
-    body = body_name(model)
-    return [name for name in linear if name.startswith(f"{body}." if body else "")]
 
 
 def _attention(

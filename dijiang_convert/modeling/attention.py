@@ -6,6 +6,7 @@ Shape legend: B batch, H query heads, G key/value heads, N new tokens, D head_di
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +20,19 @@ from .accelerated import triton_available
 from .cache import DiJiangCacheLayer, Kept, StaticDiJiangCacheLayer, Tokens, preceding
 from .configuration_dijiang import Kernel, Layers
 from .feature_map import FeatureMap
-from .linear_attention import FASTEST, FarState, absorb, accumulated, attend_one, attend_window, chunked
+from .inference import absorb_one, prefill
+from .linear_attention import (
+    FASTEST,
+    FarState,
+    absorb,
+    accumulated,
+    accumulation_dtype,
+    attend_one,
+    attend_window,
+    chunked,
+)
+
+PIECE = 2**17  # numbers in the queries of a piece of a prompt, see `_in_pieces`
 
 
 class Call(NamedTuple):
@@ -27,6 +40,7 @@ class Call(NamedTuple):
 
     segments: [B, N], the document of each token where rows are packed (then there is no cache, and no padding).
     scaling, softcap, sink: of the source's logits, see `chunked`. causal: False for encoders.
+    matrices: of the feature maps of queries and keys, made once for all pieces of a prompt.
     """
 
     cache: DiJiangCacheLayer | None
@@ -37,6 +51,7 @@ class Call(NamedTuple):
     softcap: float | None = None
     sink: Tensor | None = None
     causal: bool = True
+    matrices: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 class DiJiangAttention(nn.Module):
@@ -115,7 +130,34 @@ class DiJiangAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         """q [B, H, N, D], k [B, G, N, D], v [B, G, N, V], mask [B, N] or None if no token is padding → [B, H, N, V]."""
         with torch.autocast(q.device.type, enabled=False):  # which would make the state's products half precision
+            if _gradless(q) and call.causal and call.segments is None:
+                return self._in_pieces(q, k, v, mask, call)
             return self._forward(q, k, v, mask, call)
+
+    def _in_pieces(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+        """The same, so many tokens at a time that their features and weights stay in the processor's cache."""
+        length, size = q.shape[2], self.kernel.chunk_size
+        if length > 1 and self.kernel.far:
+            q_matrix, k_matrix = (
+                x.matrix(call.scaling, accumulation_dtype(q)) for x in (self.q_features, self.k_features)
+            )
+            call = call._replace(matrices=(q_matrix, k_matrix))
+        cache = DiJiangCacheLayer(self.kernel.window) if call.cache is None else call.cache
+        whole = length - length % size  # chunks, and then the rest
+        bounds = sorted({*range(0, whole, max(PIECE // (q[:, :, 0].numel() * size), 1) * size), whole, length, 0})
+        if len(bounds) == 2 or length <= self.kernel.window or cache.record_past:
+            return self._forward(q, k, v, mask, call)
+        out = v.new_empty(v.shape[0], length, q.shape[1], v.shape[3]).transpose(1, 2)
+        for start, end in itertools.pairwise(bounds):
+            piece, part = slice(start, end), call._replace(cache=cache)
+            if call.hidden_states is not None:
+                part = part._replace(hidden_states=call.hidden_states[:, piece])
+            if call.cos_sin is not None:
+                cos, sin = call.cos_sin
+                part = part._replace(cos_sin=(cos[..., piece, :], sin[..., piece, :]))
+            of_piece = None if mask is None else mask[:, piece]
+            out[:, :, piece] = self._forward(q[:, :, piece], k[:, :, piece], v[:, :, piece], of_piece, part)
+        return out
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         if triton_available(q) and q.shape[2] == 1 and isinstance(call.cache, StaticDiJiangCacheLayer):
@@ -146,7 +188,7 @@ class DiJiangAttention(nn.Module):
         if past.kept > window + past.pending:  # confirmed by `crop`, and behind the window: part of the state now
             old = past.split_oldest(past.kept - window - past.pending)
             if self.kernel.far:
-                past.state = self._absorb(past.state, old, call.scaling)
+                past.state = self._absorb(past.state, old, call)
         past.append(new)
 
         order = _padding_first(past.tokens().valid) if padded and call.causal else None
@@ -170,10 +212,14 @@ class DiJiangAttention(nn.Module):
         return out
 
     def _chunked(self, past: DiJiangCacheLayer, q: Tensor, far_q: Tensor, call: Call) -> tuple[Tensor, FarState | None]:
+        if _gradless(q) and self.kernel.far and self.kernel.normalize and call.causal and call.segments is None:
+            fast = self._prefill_piece(past, q, far_q, call)
+            if fast is not None:
+                return fast
         k, v, _, gates, code, valid = past.tokens()
         features: tuple[Tensor | None, ...] = (None,) * 4
         if self.kernel.far:
-            features = (*self._query_features(far_q, call.scaling), *self._key_features(past.tokens(), call.scaling))
+            features = (*self._query_features(far_q, call), *self._key_features(past.tokens(), call))
         return chunked(
             q, self._per_state_head(k), self._per_state_head(v), *features,
             scaling=call.scaling, window=self.kernel.window, softcap=call.softcap, sink=call.sink,
@@ -182,19 +228,24 @@ class DiJiangAttention(nn.Module):
             chunk_size=self.kernel.chunk_size,
         )  # fmt: skip
 
-    def _decode(self, cache: DiJiangCacheLayer, q: Tensor, far_q: Tensor, new: Tokens, call: Call) -> Tensor:
-        """One token, in place: the oldest one leaves the window for the state, the new one takes its slot."""
-        kernel, scaling = self.kernel, call.scaling
-        exact: dict[str, Any] = {"scaling": scaling, "softcap": call.softcap, "sink": call.sink}
-        old = cache.replace_oldest(new)
-        cache.trim_trail()
-        keys, values, *_, valid = cache.tokens(ordered=False)
-        if not kernel.far:
-            return attend_window(q, keys, values, valid=valid, **exact)[0]
-        cache.set_state(self._absorb(cache.state, old, scaling))
-        return attend_one(
-            q, self._per_state_head(keys), self._per_state_head(values), *self._query_features(far_q, scaling),
-            cache.state, valid=valid, normalize=kernel.normalize, **exact,
+    def _prefill_piece(
+        self, past: DiJiangCacheLayer, q: Tensor, far_q: Tensor, call: Call
+    ) -> tuple[Tensor, FarState] | None:
+        """`prefill`, or None where the tokens are not as it needs them."""
+        window, queries, size = self.kernel.window, q.shape[2], self.kernel.chunk_size
+        missing = window + queries - past.kept
+        if missing < 0 or (queries > size and queries % size):
+            return None
+        tokens = past.tokens()
+        if missing:  # before the first
+            tokens = tokens.map(lambda x, dim: F.pad(x, (0, 0) * (x.dim() - dim - 1) + (missing, 0)))
+        absorbed = tokens.map(lambda x, dim: x.narrow(dim, 0, queries))
+        return prefill(
+            q, self._per_state_head(tokens.k), self._per_state_head(tokens.v),
+            *self._query_features(far_q, call, False), *self._key_features(absorbed, call, False),
+            scaling=call.scaling, window=window, softcap=call.softcap, sink=call.sink,
+            log_decay=self._log_decay(absorbed.gates), feature_decay=self._feature_decay(absorbed.code),
+            mask=None if tokens.valid.all() else tokens.valid, state=past.state, chunk_size=size,
         )  # fmt: skip
 
     def _decode_in_kernels(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
@@ -218,8 +269,34 @@ class DiJiangAttention(nn.Module):
             out = self._gated(out, call.hidden_states)
         return out.to(v.dtype)
 
-    def _absorb(self, state: FarState | None, old: Tokens, scaling: float) -> FarState:
-        fk, gk = self._key_features(old, scaling)
+    def _decode(self, cache: DiJiangCacheLayer, q: Tensor, far_q: Tensor, new: Tokens, call: Call) -> Tensor:
+        """One token, in place: the oldest one leaves the window for the state, the new one takes its slot."""
+        kernel, static = self.kernel, isinstance(cache, StaticDiJiangCacheLayer)
+        exact: dict[str, Any] = {"scaling": call.scaling, "softcap": call.softcap, "sink": call.sink}
+        if not static:
+            cache.make_writable()
+        old = cache.replace_oldest(new) if static else cache.oldest_token(new)
+        if kernel.far and static:
+            cache.set_state(self._absorb(cache.state, old, call))
+        elif kernel.far:
+            fk, gk = self._key_features(old, call, normalized=not kernel.normalize)
+            decays = (self._log_decay(old.gates), self._feature_decay(old.code))
+            absorb_one(cache.state, fk, gk, self._per_state_head(old.v), *decays, cache.padding(old.valid))
+        if not static:
+            cache.replace_oldest(new)
+        cache.trim_trail()
+        keys, values, *_, valid = cache.tokens(ordered=False)
+        padding = valid if static else cache.padding(valid)
+        if not kernel.far:
+            return attend_window(q, keys, values, valid=padding, **exact)[0]
+        return attend_one(
+            q, self._per_state_head(keys), self._per_state_head(values),
+            *self._query_features(far_q, call, normalized=static or not kernel.normalize), cache.state, valid=padding,
+            normalize=kernel.normalize, **exact,
+        )  # fmt: skip
+
+    def _absorb(self, state: FarState | None, old: Tokens, call: Call) -> FarState:
+        fk, gk = self._key_features(old, call)
         v = self._per_state_head(old.v)
         if state is None:
             state = FarState.empty(v.shape[0], v.shape[1], fk.shape[-1], v.shape[-1], v)
@@ -248,14 +325,22 @@ class DiJiangAttention(nn.Module):
     def _keeps_far_keys(self) -> bool:
         return self.kernel.far and (self.kernel.shift or self.apply_rotary is not None)
 
-    def _query_features(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        features, scale = self.q_features(q, scaling)
+    def _query_features(self, q: Tensor, call: Call, normalized: bool = True) -> tuple[Tensor, Tensor]:
+        """normalized: False for features that `FeatureMap.unnormalized` makes, of one token or of a piece."""
+        if normalized:
+            features, scale = self.q_features(q, call.scaling)
+        else:
+            features, scale = self.q_features.unnormalized(q, call.scaling, call.matrices[0])
         return features, scale + self.q_offset[:, None] if self.q_features.scaled else scale
 
-    def _key_features(self, tokens: Tokens, scaling: float) -> tuple[Tensor, Tensor]:
-        features, scale = self.k_features(tokens.far_keys, scaling)
-        if self.kernel.learned_features:
-            scale = scale * self.k_strength[:, None]
+    def _key_features(self, tokens: Tokens, call: Call, normalized: bool = True) -> tuple[Tensor, Tensor]:
+        learned, keys = self.kernel.learned_features, tokens.far_keys
+        if normalized:
+            features, scale = self.k_features(keys, call.scaling)
+            scale = scale * self.k_strength[:, None] if learned else scale
+        else:
+            strength = self.k_strength[:, None] if learned else 1.0
+            features, scale = self.k_features.unnormalized(keys, call.scaling, call.matrices[1], strength)
         if tokens.gates is not None:
             scale = scale + tokens.gates[..., 0]
         return self._per_state_head(features), self._per_state_head(scale)
@@ -275,12 +360,12 @@ class DiJiangAttention(nn.Module):
                 "the attention module got no hidden_states: convert with kernel.selective false, kernel.decay_rank 0"
             )
         x = accumulated(hidden_states)
-        x = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        norm = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6).rsqrt()
         gates = code = None
         if self.kernel.selective:
-            gates = (x @ self.selection.to(x.dtype).mT).unflatten(-1, (-1, 2)).transpose(1, 2)
+            gates = (x @ self.selection.to(x.dtype).mT * norm).unflatten(-1, (-1, 2)).transpose(1, 2)
         if self.kernel.decay_rank:
-            code = (x @ self.decay_down.to(x.dtype).mT)[:, None]
+            code = (x @ self.decay_down.to(x.dtype).mT * norm)[:, None]
         return gates, code
 
     def _log_decay(self, gates: Tensor | None) -> Tensor | None:
@@ -291,16 +376,14 @@ class DiJiangAttention(nn.Module):
             return accumulated(self.log_decay)
         decay = accumulated(self.decay)
         # At most 4: a single token can wipe out what came before it.
-        return -decay.exp() if gates is None else -_bounded_exp(decay[:, None] + gates[..., 1], 4.0)
+        return -decay.exp() if gates is None else _bounded_decay(decay[:, None], gates[..., 1], 4.0)
 
     def _feature_decay(self, code: Tensor | None) -> Tensor | None:
         """log γ of each key and feature, [B, G, K, F]."""
         if code is None:
             return None
-        moved = (
-            (code @ self.decay_up.to(code.dtype).mT).squeeze(1).unflatten(-1, self.feature_decay.shape).transpose(1, 2)
-        )
-        return -_bounded_exp(accumulated(self.feature_decay)[:, None] + moved, FASTEST)
+        up = self.decay_up.to(code.dtype).unflatten(0, self.feature_decay.shape)  # [G, F, R]
+        return _bounded_decay(accumulated(self.feature_decay)[:, None], code @ up.mT, FASTEST)
 
     def _shifted(self, q: Tensor, k: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """Adds a share of the token before to queries and keys; the first of a document has none before it."""
@@ -344,9 +427,14 @@ class DiJiangAttention(nn.Module):
         return out * gate.unflatten(-1, (self.layers.heads, -1)).transpose(1, 2)
 
 
-def _bounded_exp(x: Tensor, bound: float) -> Tensor:
-    """e^x where it is small, never more than ``bound``: sums of it over a chunk stay exact enough in float32."""
-    return bound * torch.sigmoid(x - math.log(bound))
+def _gradless(q: Tensor) -> bool:
+    """Whether this runs now, on a CPU, and nothing asks for a gradient: then values may be looked at."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and q.device.type == "cpu"
+
+
+def _bounded_decay(start: Tensor, moved: Tensor, bound: float) -> Tensor:
+    """−e^{start + moved} where that is small, never less than −bound: its sums over a chunk stay exact in float32."""
+    return torch.sigmoid(moved + (start - math.log(bound))) * -bound
 
 
 def _padding_first(valid: Tensor) -> Tensor | None:

@@ -90,6 +90,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
         self.oldest = 0  # index of the oldest token in the ring
         self.seen = 0
         self.pending = 0  # tokens that `crop` can still take back
+        self.is_padded: bool | None = None  # see `padding`
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -144,6 +145,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
 
     def append(self, new: Tokens) -> None:
         """Puts new tokens behind the kept ones."""
+        self.is_padded = None
         self.recent = new if self.recent is None else self.tokens().followed_by(new)
 
     def split_oldest(self, count: int) -> Tokens:
@@ -157,6 +159,9 @@ class DiJiangCacheLayer(CacheLayerMixin):
     def follow(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
         """What came before each of the new tokens, as `preceding` has it. The last one is kept for the next call, and
         others behind it that `crop` might make the last."""
+        if tokens.shape[2] == 1 and self.trail is not None and self.takes_one(valid):
+            before, self.trail = self.trail[:, :, -1:], tokens
+            return before
         first = torch.zeros_like(tokens[:, :, :1]) if self.trail is None else self.trail[:, :, -1:]
         before, last = preceding(tokens, first, valid)
         new = torch.cat([before[:, :, 1:], last], 2)
@@ -169,17 +174,32 @@ class DiJiangCacheLayer(CacheLayerMixin):
         if self.trail is not None and self.trail.shape[2] > kept:
             self.trail = self.trail[:, :, -kept:].clone()
 
-    def replace_oldest(self, new: Tokens) -> Tokens:
-        """Puts one token in the place of the oldest, and returns that one. Without a window the new token is itself the
-        oldest."""
+    def oldest_token(self, new: Tokens) -> Tokens:
+        """A view of the token that `replace_oldest` overwrites. Without a window the new one is itself the oldest."""
         if self.window == 0:
             return new
-        t, kept = self.oldest, self.tokens(ordered=False)
-        old = kept.map(lambda x, dim: x.narrow(dim, t, 1).clone())
-        parts = iter(x for x in new if x is not None)
-        kept.map(lambda x, dim: x.narrow(dim, t, 1).copy_(next(parts)))
-        self.oldest = (t + 1) % self.window
-        return old
+        return self.tokens(ordered=False).map(lambda x, dim: x.narrow(dim, self.oldest, 1))
+
+    def replace_oldest(self, new: Tokens) -> Any:
+        """Puts one real token in the place of the oldest."""
+        if self.window > 0:
+            parts = iter(x for x in new if x is not None)
+            self.oldest_token(new).map(lambda x, dim: x.copy_(next(parts)))
+            self.oldest = (self.oldest + 1) % self.window
+            if self.oldest == 0:
+                self.is_padded = None
+
+    def padding(self, valid: Tensor) -> Tensor | None:
+        """``valid``, of any kept tokens, or None where none of all is padding. (Values are looked at once a prompt.)"""
+        if self.is_padded is None:
+            self.is_padded = not bool(self.tokens(ordered=False).valid.all())
+        return valid if self.is_padded else None
+
+    def make_writable(self) -> None:
+        """Copies what was made under torch.inference_mode() where that has ended: nothing else may write to it."""
+        tensors = (self.recent.valid if self.recent is not None else None, *(self.state or ()))
+        if not torch.is_inference_mode_enabled() and any(x is not None and x.is_inference() for x in tensors):
+            self._map_batch(torch.clone)
 
     def reorder_tokens(self, order: Tensor) -> None:
         """Permutes the kept tokens of every row: order [B, L]."""

@@ -75,17 +75,54 @@ class FeatureMap(nn.Module):
             init.constant_(self.norm_weight, float(kernel.frequency) ** 2 / (2 * self.head_dim))
 
     def forward(self, x: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        x = accumulated(x) * math.sqrt(scaling)
-        matrix = self.frequency.to(x.dtype)[..., None] * self.dct.to(x.dtype)  # T C, [H, D, D]
-        if self.kernel.projection:
-            matrix = matrix + self.projection.to(x.dtype)
-        y = x @ matrix.mT
-        if self.kernel.signed:
-            y = torch.cat([y, -y], -1)
-        if self.kernel.learned_features:
-            y = y + self.bias.to(x.dtype)[:, None]
+        x = accumulated(x)
+        y = self._with_bias(x @ self.matrix(scaling, x.dtype).mT)
         if not self.scaled:
             return y.softmax(-1), y.new_zeros(y.shape[:-1])
         features, lse = softmax_with_lse(y)
-        norm = x.square().sum(-1) * self.norm_weight.to(x.dtype)[:, None]
-        return features, lse - math.log(self.features) - norm
+        return features, lse - math.log(self.features) - self._norm(x, scaling)
+
+    def unnormalized(
+        self, x: Tensor, scaling: float, matrix: Tensor | None, strength: Tensor | float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same in fewer passes, without gradients, for where φ and g count by e^g φ alone: features that don't sum
+        to 1, and a log-scale that makes up for it.
+
+        matrix: `matrix`; None for a single token, which makes none. strength: a number or [H, 1], what the log-scale of
+        keys is multiplied by first; None for queries (whose scale cancels if it is not `scaled`)."""
+        x = accumulated(x)
+        y = self._with_bias(self._of_one(x, scaling) if matrix is None else x @ matrix.mT)
+        top = y.amax(-1)
+        features = y.sub_(top[..., None]).exp_()
+        if strength is None:
+            scale = top - math.log(self.features) - self._norm(x, scaling) if self.scaled else torch.zeros_like(top)
+            return features, scale
+        log_sum = features.sum(-1).log_()
+        if not self.scaled:
+            return features, -log_sum
+        scale = top + log_sum - math.log(self.features) - self._norm(x, scaling)
+        return features, scale * strength - log_sum
+
+    def _of_one(self, x: Tensor, scaling: float) -> Tensor:
+        """[y, −y] of one token [B, H, 1, D], from T, C and W as they are."""
+        x = x[:, :, 0].transpose(0, 1) * math.sqrt(scaling)  # [H, B, D]
+        y = (x @ self.dct.to(x.dtype).mT) * self.frequency.to(x.dtype)[:, None]
+        if self.kernel.projection:
+            y = torch.baddbmm(y, x, self.projection.to(x.dtype).mT)
+        y = torch.cat([y, -y], -1) if self.kernel.signed else y
+        return y.transpose(0, 1)[:, :, None]
+
+    def _with_bias(self, y: Tensor) -> Tensor:
+        return y.add_(self.bias.to(y.dtype)[:, None]) if self.kernel.learned_features else y
+
+    def _norm(self, x: Tensor, scaling: float) -> Tensor:
+        """a‖x̂‖²"""
+        return torch.linalg.vector_norm(x, dim=-1).square() * (scaling * self.norm_weight.to(x.dtype))[:, None]
+
+    def matrix(self, scaling: float, dtype: torch.dtype) -> Tensor:
+        """√s (T C + W), and the negative of it below if signed: [H, F, D]."""
+        matrix = self.frequency.to(dtype)[..., None] * self.dct.to(dtype)
+        if self.kernel.projection:
+            matrix = matrix + self.projection.to(dtype)
+        matrix = matrix * math.sqrt(scaling)
+        return torch.cat([matrix, -matrix], 1) if self.kernel.signed else matrix

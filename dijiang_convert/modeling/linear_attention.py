@@ -106,7 +106,7 @@ def naive(
     # A key decays by the log γ of each key absorbed after it. (All of its own document, wherever it is seen.)
     log_gamma = torch.zeros_like(gk)[..., None]  # [B, H, K, 1], or of each feature [B, H, K, F]
     if log_decay is not None:
-        log_gamma = _per_key(log_decay, gk[:, ::groups]).to(dtype).repeat_interleave(groups, 1)[..., None]
+        log_gamma = per_key(log_decay, gk[:, ::groups]).to(dtype).repeat_interleave(groups, 1)[..., None]
     if feature_decay is not None:
         log_gamma = log_gamma + feature_decay.to(dtype).repeat_interleave(groups, 1)
     log_gamma = log_gamma * valid[:, None, :, None]
@@ -226,7 +226,7 @@ def chunked(
         of_features = None if feature_decay is None else feature_decay[:, :, before]
         state = absorb(state, fk[:, :, before], gk[:, :, before], v[:, :, before], decay, of_features, of_state)
     gk = gk.to(state.m.dtype)
-    lam = None if log_decay is None else -_per_key(log_decay, gk)
+    lam = None if log_decay is None else -per_key(log_decay, gk)
     all_keys = _Keys(fk, gk, v, lam, None if feature_decay is None else -feature_decay, valid)
     documents = None if segments is None else _Documents.of(segments, first, queries)
     read, log_m, state = _far_chunks(fq, all_keys.shift(first, queries), state, chunk_size, documents)
@@ -300,7 +300,7 @@ def absorb(
 ) -> FarState:
     """The state after some more keys. fk [B, G, K, F], gk [B, G, K], v [B, G, K, V], decays as in `chunked`, valid
     [B, K] or None for all."""
-    v1 = _with_ones(v)
+    v1 = with_ones(v)
     fk, gk, s = fk.to(v1.dtype), gk.to(v1.dtype), state.s
     if feature_decay is not None:
         lost = -feature_decay if valid is None else -feature_decay * valid[:, None, :, None]
@@ -308,7 +308,7 @@ def absorb(
         fk, s = fk * (lost_n - lost_n[:, :, -1:]).exp(), s * (-lost_n[:, :, -1, :, None]).exp()
     total: Tensor | float = 0.0
     if log_decay is not None:  # a key decays with every key after it
-        lam = -_per_key(log_decay, gk)
+        lam = -per_key(log_decay, gk)
         lam_n = (lam if valid is None else lam * valid[:, None]).cumsum(-1)
         total = lam_n[..., -1]
         gk = gk - (lam_n[..., -1:] - lam_n)
@@ -343,7 +343,7 @@ def _far_chunks(
         """[B, G, N, …] → [B, G, n, C, …]."""
         return _to_chunks(x, x.shape[1], size)[:, :, :, 0]
 
-    v = chunks(_with_ones(keys.v))
+    v = chunks(with_ones(keys.v))
     q = _to_chunks(fq.to(v.dtype), kv_heads, size)  # [B, G, n, R, C, F]
     k = chunks(keys.fk.to(v.dtype))  # [B, G, n, C, F]
     g = chunks(keys.gk[..., None])[..., 0]  # [B, G, n, C]
@@ -393,7 +393,7 @@ def _far_chunks(
     carry = _masked_exp(last_top[..., None] - top - last_total[..., None], reads)
     read = read + carried * carry[:, :, :, None, :, None]
     log_m = (top - lam_n)[:, :, :, None, :, None].expand(*read.shape[:-1], 1)
-    state = _rescaled(s, end[..., -1], total[..., -1])
+    state = rescaled(s, end[..., -1], total[..., -1])
     return _from_chunks(read, queries), _from_chunks(log_m, queries)[..., 0], state
 
 
@@ -540,8 +540,11 @@ def attend_one(
 ) -> Tensor:
     """One query against the window's keys [B, G, W, D] (in any order) and the state. Returns [B, H, 1, V]."""
     batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
-    read = (fq.to(state.s.dtype).reshape(batch, kv_heads, -1, fq.shape[-1]) @ state.s).reshape(batch, heads, 1, -1)
-    log_m = state.m.repeat_interleave(heads // kv_heads, 1)[..., None]
+    read = fq.to(state.s.dtype).reshape(batch, kv_heads, -1, fq.shape[-1]) @ state.s  # [B, G, R, V + 1]
+    read = read.reshape(batch, heads, 1, -1)
+    log_m = state.m[..., None]
+    if heads > kv_heads:
+        log_m = log_m.repeat_interleave(heads // kv_heads, 1)
     if not normalize:
         return read[..., :-1] * log_m.exp()[..., None]
     near = attend_window(q, k, v, scaling=scaling, softcap=softcap, sink=sink, valid=valid) if k.shape[2] else None
@@ -598,7 +601,7 @@ def _with_sink(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, T
     return out * (lse - total).exp()[..., None], total
 
 
-def _with_ones(v: Tensor) -> Tensor:
+def with_ones(v: Tensor) -> Tensor:
     """v in the accumulation dtype with a last column of ones, which sums the denominator."""
     return F.pad(accumulated(v), (0, 1), value=1.0)
 
@@ -614,7 +617,7 @@ def _masked_exp(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.exp() if mask is None else x.masked_fill(~mask, -torch.inf).exp()
 
 
-def _rescaled(s: Tensor, top: Tensor, total: Tensor) -> FarState:
+def rescaled(s: Tensor, top: Tensor, total: Tensor) -> FarState:
     """The state s e^{top − total} with its maximum in one number; what that rounds away goes into s."""
     m = (top - total).detach()
     return FarState(s * (top - m - total).exp()[..., None, None], m)
@@ -622,7 +625,10 @@ def _rescaled(s: Tensor, top: Tensor, total: Tensor) -> FarState:
 
 def softmax_with_lse(x: Tensor) -> tuple[Tensor, Tensor]:
     """(softmax, log-sum-exp) over the last dimension."""
-    return _SoftmaxWithLse.apply(x) if torch.is_grad_enabled() else (x.softmax(-1), x.logsumexp(-1))
+    if torch.is_grad_enabled():
+        return _SoftmaxWithLse.apply(x)
+    weights = x.softmax(-1)
+    return weights, x.amax(-1) - weights.amax(-1).log_()  # as of any element; two passes less
 
 
 class _SoftmaxWithLse(torch.autograd.Function):
@@ -674,7 +680,7 @@ def _decayed_scales(gk: Tensor, valid: Tensor, lam: Tensor | None) -> tuple[Tens
     return (gk + lam_n).masked_fill(~valid, FLOOR), lam_n
 
 
-def _per_key(log_decay: Tensor, gk: Tensor) -> Tensor:
+def per_key(log_decay: Tensor, gk: Tensor) -> Tensor:
     """log γ of every key, [B, G, K], in the dtype of gk."""
     return (log_decay[:, None] if log_decay.dim() == 1 else log_decay).to(gk.dtype).expand_as(gk)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dijiang_convert.modeling.attention import DiJiangAttention
+from dijiang_convert.modeling.attention import Call, DiJiangAttention
 from dijiang_convert.modeling.cache import Tokens
 from dijiang_convert.modeling.configuration_dijiang import Kernel, Layers
 from dijiang_convert.modeling.feature_map import FeatureMap, dct_matrix, quasi_random_normal
@@ -151,9 +151,10 @@ def test_strength_zero_ignores_the_keys_scale() -> None:
     child.reset_parameters()
     k = torch.randn(2, 2, 9, 8)
     tokens = Tokens(k, k, None, None, None, torch.ones(2, 9, dtype=torch.bool))
-    features, scale = child._key_features(tokens, SCALING)
+    call = Call(None, None, None, scaling=SCALING)
+    features, scale = child._key_features(tokens, call)
     assert not scale.any()
     with torch.no_grad():
         child.k_strength.copy_(torch.tensor([1.0, -0.5]))
     expected = child.k_features(k, SCALING)[1] * torch.tensor([1.0, -0.5])[:, None]
-    assert torch.equal(child._key_features(tokens, SCALING)[1], expected) and expected.abs().min() > 0
+    assert torch.equal(child._key_features(tokens, call)[1], expected) and expected.abs().min() > 0

@@ -324,12 +324,14 @@ def test_versions_do_not_mix(tmp_path: Path) -> None:
     """Two checkpoints of the same folder name, one with another kernel, each run their own code in one process."""
     for name in ("one", "two"):
         moved_checkpoint("llama", tmp_path / name / "model")
-    path = tmp_path / "two" / "model" / "linear_attention.py"
-    code = path.read_text()
-    for returned in ("return share * out + (1 - share) * near[0]",):
+    for file, returned, instead in (  # the second one has forgotten its far part
+        ("linear_attention.py", "return share * out + (1 - share) * near[0]", "return near[0]"),
+        ("inference.py", "share = (far_scale - scale).exp_()[..., None]", "share = 0 * far_scale[..., None]"),
+    ):
+        path = tmp_path / "two" / "model" / file
+        code = path.read_text()
         assert code.count(returned) == 1
-        code = code.replace(returned, "return near[0]")  # the second one has forgotten its far part
-    path.write_text(code)
+        path.write_text(code.replace(returned, instead))
     found = run(TWO_VERSIONS, tmp_path / "out", tmp_path)
     assert found["differ"] > 1e-2
     assert found["first_stays"] and found["first_again"] and found["second_again"]

@@ -1,0 +1,176 @@
+"""Writes what README.md and docs/ show of benchmarks/results: the parts between marks, and docs/speed.png.
+
+python benchmarks/readme.py
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dijiang_convert.benchmark import draw_panels
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import encoders
+from benchmarks.fidelity import beyond, positions, report
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SHORT_ROWS = ("default", "lolcats", "sinks", "window-only", "pure", "gsa", "hedgehog", "paper")
+Rows = list[dict[str, Any]]
+Speeds = dict[str, dict[int, float]]  # tokens a second, by model and length
+
+
+def main() -> None:
+    for (file, mark), text in parts().items():
+        report.write_between(ROOT / file, mark, text)
+    content = read("speed-cpu.json")
+    draw_panels(
+        {"decoding": speeds(content["decode"]), "prefill": speeds(content["prefill"])}, ROOT / "docs" / "speed.png"
+    )
+
+
+def parts() -> dict[tuple[str, str], str]:
+    """What belongs between the marks, by file and mark."""
+    speed = read("speed-cpu.json")
+    found = {
+        ("README.md", "speed"): f"{setting(speed)}\n\n{speed_table(speed)}",
+        ("docs/speed.md", "cpu"): f"{setting(speed)}\n\n{speed_table(speed)}\n{growth_table(speed)}",
+        ("docs/speed.md", "attention"): attention_table(speed["attention"]),
+        ("docs/speed.md", "conversion"): conversion_table(read("conversion.json")),
+        ("docs/encoders.md", "encoders"): encoders.table(read("encoders.json")["rows"]),
+    }
+    for name in ("stories", "books"):
+        runs = report.load([RESULTS / f"fidelity-{name}.jsonl"])
+        found |= {
+            ("README.md", name): fidelity([run for run in runs if in_short(run)], report.SHORT),
+            ("docs/recipes.md", name): fidelity(runs, report.COLUMNS),
+            ("docs/recipes.md", f"positions-{name}"): positions.table(read(f"positions-{name}.json")),
+            ("docs/long-context.md", f"beyond-{name}"): beyond.table(read(f"beyond-{name}.json")),
+        }
+    return found
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def in_short(run: dict[str, Any]) -> bool:
+    return run["budget"] >= 100_000 and run["row"].removesuffix(":window=16") in SHORT_ROWS
+
+
+def fidelity(runs: Rows, columns: tuple[str, ...]) -> str:
+    return f"The original's perplexity is {runs[0]['original']:.2f}.\n\n{report.table(runs, columns)}\n"
+
+
+def setting(content: dict[str, Any]) -> str:
+    """What was measured, and on what."""
+    model, machine = content["model"], content["machine"]
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    quick = "This is from a quick run, at a sixteenth of the lengths and few turns. " if content["quick"] else ""
+    return (
+        f"{quick}{model['parameters'] / 1e6:.1f}M parameters ({model['type']}, {model['layers']} layers of "
+        f"{model['hidden']} numbers, {model['heads']} heads), random weights, float32, batch size 1, on "
+        f"{threads} of {machine['cpu']} with torch {machine['torch']}:"
+    )
+
+
+def speeds(rows: Rows) -> Speeds:
+    found: Speeds = {}
+    for row in rows:
+        found.setdefault(row["model"], {})[row["length"]] = row["tokens_per_second"]
+    return found
+
+
+def speed_table(content: dict[str, Any]) -> str:
+    """Tokens a second of every model, and how many times softmax's they are."""
+    recipes = [name for name in speeds(content["prefill"]) if name != "softmax"]
+    lines = []
+    for what, part in (("prefill, tokens a second", "prefill"), ("decoding, tokens a second", "decode")):
+        found = speeds(content[part])
+        for n in found["softmax"]:
+            cells = [what, f"{n:,}", number(found["softmax"][n])]
+            for name in recipes:
+                cells += [number(found[name][n]), times(found[name][n] / found["softmax"][n])]
+            lines.append(cells)
+    sizes = {(row["model"], row["length"]): row["cache_bytes"] for row in content["decode"]}
+    lengths = sorted({n for _, n in sizes})
+    for n in (lengths[0], lengths[-1]):
+        of_softmax = sizes["softmax", n]
+        cells = ["cache", f"{n:,}", megabytes(of_softmax)]
+        for name in recipes:
+            cells += [megabytes(sizes[name, n]), times(sizes[name, n] / of_softmax)]
+        lines.append(cells)
+    header = ["", "tokens", "softmax"] + [cell for name in recipes for cell in (f"`{name}`", "to softmax")]
+    return markdown(header, lines)
+
+
+def growth_table(content: dict[str, Any]) -> str:
+    """Prefill's time and decoding's speed at the longest length over those at the shortest."""
+    prefill, decode = speeds(content["prefill"]), speeds(content["decode"])
+    short, *_, long = sorted(prefill["softmax"])
+    first, *_, last = sorted(decode["softmax"])
+    header = [
+        "",
+        f"prefill's time, {long:,} over {short:,} tokens",
+        f"decoding's speed, {last:,} over {first:,} tokens",
+    ]
+    lines = [
+        [label(name), f"{long / prefill[name][long] / (short / prefill[name][short]):.1f}",
+         f"{decode[name][last] / decode[name][first]:.2f}"]
+        for name in prefill
+    ]  # fmt: skip
+    return markdown(header, [["linear prefill, constant decoding", f"{long / short:.0f}", "1"], *lines])
+
+
+def attention_table(rows: Rows) -> str:
+    taken = {(row["form"], row["window"], row["length"]): row["seconds"] for row in rows}
+    windows = sorted({row["window"] for row in rows}, reverse=True)
+    header = ["tokens"]
+    for window in windows:
+        beside = f"window {window}" if window else "no window"
+        header += [f"{beside}: plain", "`chunked`", "times as fast"]
+    lines = []
+    for n in sorted({row["length"] for row in rows}):
+        cells = [f"{n:,}"]
+        for window in windows:
+            plain, chunked = taken["plain", window, n], taken["chunked", window, n]
+            cells += [f"{plain * 1000:,.0f} ms", f"{chunked * 1000:,.0f} ms", times(plain / chunked)]
+        lines.append(cells)
+    return markdown(header, lines)
+
+
+def conversion_table(content: dict[str, Any]) -> str:
+    header = ["weights", "`cp -r`", "`dijiang convert`", "to `cp -r`", "start-up of that", "`--link`", "peak memory"]
+    lines = []
+    for found in content.values():
+        if isinstance(found, dict):  # a size, and not what it was measured with
+            cp, convert, startup = (found[f"{what}_seconds"] for what in ("cp", "convert", "startup"))
+            link = f"{found['link_seconds']:.1f} s" if "link_seconds" in found else ""
+            took = [f"{cp:.1f} s", f"{convert:.1f} s", times(convert / cp), f"{startup:.1f} s", link]
+            lines.append([f"{found['bytes'] / 1e9:.1f} GB", *took, megabytes(found["peak_memory_bytes"])])
+    return markdown(header, lines)
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *lines))
+
+
+def label(name: str) -> str:
+    return name if name == "softmax" else f"`{name}`"
+
+
+def number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}"
+
+
+def times(x: float) -> str:
+    return f"{x:.1f} ×" if x >= 10 else f"{x:.2f} ×"
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Files of checkpoints, whatever is in them: found, copied and linked, in folders that appear whole.
+
+Imports nothing large: the command line copies while it still imports torch (see `head_start`).
+"""
+
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import DijiangError
+from .sources import read_index
+
+if sys.platform == "linux":
+    import fcntl
+
+FICLONE = 0x40049409  # ioctl_ficlone(2)
+
+Lay = Callable[[Path, Path, Callable[[int], None]], None]
+"""Makes a file's copy: source, target, and what is called with every number of bytes written."""
+
+
+@contextmanager
+def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that becomes it at the end, or vanishes if anything goes wrong.
+
+    Raises DijiangError where ``out`` holds something and ``force`` is not given, or the disk is full.
+    """
+    check_out(out, force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise DijiangError(f"can't write beside {out}: {error.strerror}: choose another --out") from None
+    try:
+        yield folder
+        folder.chmod(0o755)
+        replaced = folder.with_suffix(".replaced")
+        try:
+            if out.exists():
+                out.rename(replaced)
+            folder.rename(out)
+        finally:
+            if replaced.exists() and not out.exists():
+                replaced.rename(out)
+            _remove(replaced)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DijiangError(f"no space left on the disk of {out}: free some or choose another --out") from None
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def default_out(name: str) -> Path:
+    """The folder that a source of this name is converted into, where no other is given."""
+    return Path(f"{name}-dijiang")
+
+
+def check_out(out: Path, force: bool = False) -> None:
+    """Raises DijiangError where `new_folder` would refuse: to ask before anything that takes long."""
+    if out.name in ("", ".."):
+        raise DijiangError(f"--out {out} is a folder without a name of its own: give the name of a new one")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise DijiangError(f"{out} exists and is not empty: choose another --out, or --force to replace it")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint folder, in the order transformers looks for them.
+
+    Raises DijiangError: none there, or an index that names a missing one.
+    """
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / single).is_file():
+            return [folder / single]
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            names = sorted(read_index(index))
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                raise DijiangError(f"{index} names {missing[0]}{more}, not in the folder: download the model again")
+            return [folder / name for name in names]
+    raise DijiangError(f"no weights in {folder}: it needs model.safetensors, pytorch_model.bin, or an index of shards")
+
+
+def copy_file(source: Path, target: Path, progress: Callable[[int], None], chunk: int = 64 << 20) -> None:
+    """Copies inside the kernel, in pieces, so that progress shows and memory stays flat."""
+    with source.open("rb") as reading, target.open("wb") as writing:
+        left = os.fstat(reading.fileno()).st_size
+        while left > 0:
+            try:
+                done = os.copy_file_range(reading.fileno(), writing.fileno(), min(chunk, left))
+            except (AttributeError, OSError) as error:  # another file system, or no such call here
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                    raise
+                writing.seek(reading.tell())
+                for data in iter(lambda: reading.read(chunk), b""):
+                    writing.write(data)
+                    progress(len(data))
+                return
+            if done == 0:
+                raise DijiangError(f"{source} became shorter while it was copied: download the model again")
+            left -= done
+            progress(done)
+
+
+def link_file(source: Path, target: Path) -> str:
+    """Gives the file ``source`` a second name without copying it, and says how: "reflink" where the file system has
+    them (either file can be changed and the other stays), else "hard link" (both are one file).
+
+    Raises DijiangError where there is neither, as between file systems.
+    """
+    source = source.resolve()  # in the Hub's cache names are links to the files
+    try:
+        _reflink(source, target)
+        return "reflink"
+    except OSError:
+        target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+        return "hard link"
+    except OSError as error:
+        raise DijiangError(
+            f"can't link {source} into {target.parent.parent} ({error.strerror}): "
+            "choose an --out on the source's file system, or leave out --link"
+        ) from None
+
+
+def _reflink(source: Path, target: Path) -> None:
+    """A file of its own that shares the other's blocks until one is written to. Raises OSError where there is no such
+    thing."""
+    if sys.platform != "linux":
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    with source.open("rb") as reading, target.open("xb") as writing:
+        fcntl.ioctl(writing.fileno(), FICLONE, reading.fileno())
