@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .decode_kernels import decode  # noqa: F401
     from .feature_map import FeatureMap  # noqa: F401
     from .fla_kernels import train  # noqa: F401
+    from .inference import absorb_one  # noqa: F401
     from .linear_attention import FarState  # noqa: F401
     from .modeling_dijiang import DiJiangMixin  # noqa: F401
     from .near_kernels import near_attention  # noqa: F401

@@ -186,8 +186,14 @@ def _launch(
     return out
 
 
+def _launch_there(q: Tensor, *others: Any) -> Tensor:
+    """On the GPU that q is on, which need not be the current one."""
+    with torch.cuda.device_of(q):
+        return _launch(q, *others)
+
+
 _decode = torch.library.custom_op(
-    OPERATOR, _launch, mutates_args=("kept",),
+    OPERATOR, _launch_there, mutates_args=("kept",),
     schema="(Tensor q, Tensor k, Tensor v, Tensor far_q, Tensor far_k, Tensor?[] inputs, Tensor?[] parameters, "
     "Tensor(a!)[] kept, float[] numbers, int decay_kind, bool[] switches) -> Tensor",
 )  # fmt: skip

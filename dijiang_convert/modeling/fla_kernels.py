@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear_attention import FLOOR, FarState, _Keys, _masked_exp, _per_key, _with_sink, absorb, merge
+from .linear_attention import FLOOR, FarState, _Keys, _masked_exp, _with_sink, absorb, merge, per_key
 from .near_kernels import near_attention
 
 try:
@@ -51,7 +51,7 @@ def train(
         near = _with_sink(*near, sink)
     valid = torch.ones(batch, keys, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
     gk = gk.float()
-    lam = torch.zeros_like(gk) if log_decay is None else -_per_key(log_decay, gk)
+    lam = torch.zeros_like(gk) if log_decay is None else -per_key(log_decay, gk)
     if state is None:
         state = FarState.empty(batch, kv_heads, fk.shape[-1], v.shape[-1], v)
     if first > 0:  # before the first delayed key
