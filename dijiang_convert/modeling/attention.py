@@ -68,7 +68,7 @@ class DiJiangAttention(nn.Module):
         self.arguments: list[str] = []  # of the attention module's forward
         self.borrows = False  # keys and values of an earlier layer
         self.apply_rotary = apply_rotary if kernel.rotary == "remove" else None
-        self.turn: Tensor | None = None  # how that pairs numbers, once decoding has asked
+        self.turns: dict[torch.device, Tensor | None] = {}  # how that pairs numbers, once decoding has asked
         heads, kv_heads = layers.heads, layers.kv_heads
         if kernel.far:
             self.q_features = FeatureMap(heads, layers.head_dim, kernel, scaled=kernel.window > 0)
@@ -257,9 +257,9 @@ class DiJiangAttention(nn.Module):
         if self.borrows:
             call.cache.update(k, v)
         if self._keeps_far_keys and not torch.compiler.is_compiling() and not self.kernel.shift:
-            if self.turn is None and call.cos_sin is not None:  # once: later it may be part of a CUDA graph
-                self.turn = rotation(self.apply_rotary, *call.cos_sin, self.layers.rotary_dim)
-            turn = self.turn
+            if call.cos_sin is not None and q.device not in self.turns:  # later it may be part of a CUDA graph
+                self.turns[q.device] = rotation(self.apply_rotary, *call.cos_sin, self.layers.rotary_dim)
+            turn = self.turns.get(q.device)
         if self._keeps_far_keys and turn is None:
             far = self._without_rotation(q, k, call.cos_sin)
             if self.kernel.shift:

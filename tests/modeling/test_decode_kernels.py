@@ -149,6 +149,17 @@ def test_half_precision(kernels: Any, dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
+def test_a_rotation_of_another_kind(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is undone by the model's own function, and asked about once: a recorded step can't look at values."""
+    from dijiang_convert.modeling import decode_kernels
+
+    asked: list[int] = []
+    monkeypatch.setattr(decode_kernels, "rotation", lambda *arguments: asked.append(1))
+    child = layer(DEFAULT, 8, 8, 8)
+    (expected, _), (found, _) = decoded(kernels, child, Inputs(child, PROMPT + 2, torch.float32))
+    assert difference(found, expected) <= TOLERANCE and len(asked) == 1
+
+
 def test_far_part_matters(kernels: Any) -> None:
     child = layer(DEFAULT, 8, 8, 8)
     inputs, cache = Inputs(child, PROMPT + 1, torch.float32), StaticDiJiangCacheLayer(child.kept, 100)
