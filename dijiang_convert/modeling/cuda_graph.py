@@ -40,25 +40,27 @@ class GraphedStep:
         self.steps += 1
         if self.steps <= WARM_UP or not self.is_recordable:
             return self.model(**inputs)
-        if self.replay is None:
-            static = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-            try:
-                self.replay, self.inputs = record(lambda: self.model(**static)), static
-            except RuntimeError as error:
-                self.is_recordable = False
-                reason = str(error).strip().split("\n")[0]
-                logger.warning_once(f"this model's decode step can't be a CUDA graph, decoding is slower: {reason}")
-                return self.model(**inputs)
-        for name, x in inputs.items():
-            if isinstance(x, Tensor):
+        tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+        with torch.cuda.device_of(next(iter(tensors.values()))):
+            if self.replay is None:
+                static = {**inputs, **{name: x.clone() for name, x in tensors.items()}}
+                try:
+                    self.replay, self.inputs = record(lambda: self.model(**static)), static
+                except RuntimeError as error:
+                    self.is_recordable = False
+                    reason = str(error).strip().split("\n")[0]
+                    logger.warning_once(f"this model's decode step can't be a CUDA graph, decoding is slower: {reason}")
+                    return self.model(**inputs)
+            for name, x in tensors.items():
                 self.inputs[name].copy_(x)
-        return _copied(self.replay())
+            return _copied(self.replay())
 
 
 def record(step: Callable[[], Any]) -> Callable[[], Any]:
     """A function that does again on the GPU what ``step`` does, and returns the same tensors each time."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # A stream of this device, and an error only for what this thread does: others may stream text.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
         out = step()
 
     def replay() -> Any:

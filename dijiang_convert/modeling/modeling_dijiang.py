@@ -384,20 +384,15 @@ class DiJiangMixin:
     ) -> None:
         """Puts a cache whose tensors stay where they are in the place of the growing one that generate() just made by
         default, where a CUDA graph can decode with it."""
-        name = next((name for name in CACHE_NAMES if name in model_kwargs), "")
-        default, config = model_kwargs.get(name), self.config.get_text_config(decoder=True)  # type: ignore[attr-defined]
-        if type(default) is not DynamicCache or not self._records():
+        name, config = next((name for name in CACHE_NAMES if name in model_kwargs), ""), self.config  # type: ignore[attr-defined]
+        default, asked = model_kwargs.get(name), ("cache_implementation", "compile_config", "prefill_chunk_size")
+        if type(default) is not DynamicCache or any(getattr(generation_config, each) is not None for each in asked):
             return
-        asked = (
-            generation_config.cache_implementation,
-            generation_config.compile_config,
-            generation_config.prefill_chunk_size,
-        )
-        if any(each is not None for each in asked) or generation_config.is_assistant:
+        if generation_config.is_assistant or GenerationMode.ASSISTED_GENERATION in args or not self._records():
             return
-        if GenerationMode.ASSISTED_GENERATION in args or not set(range(config.num_hidden_layers)) <= _converted_layers(
-            config
-        ):
+        if config.get_text_config(decoder=True) is not config:  # masks of images know positions in the whole prompt
+            return
+        if not set(range(config.num_hidden_layers)) <= _converted_layers(config):
             return
         model_kwargs[name] = DecodingCache(config=config, max_cache_len=args[-1])
         if not self._valid_auto_compile_criteria(model_kwargs, generation_config):  # type: ignore[attr-defined]
