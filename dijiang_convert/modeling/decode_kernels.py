@@ -88,7 +88,10 @@ def _parameters(child: Any) -> list[Tensor | None]:
 def rotation(apply_rotary: Any, cos: Tensor, sin: Tensor, dim: int) -> Tensor | None:
     """How a model's rotary function pairs numbers, as the kernels read it: number j becomes
     x_j cos_j ± x_p sin_j, and the entry is ±(p + 1). [dim], or None where the function is of another kind."""
-    if cos.shape[-1] != dim or sin.shape != cos.shape or not cos.is_floating_point():
+    is_usual = (
+        cos.dim() == 3 and cos.shape[1:] == (1, dim) and sin.shape == cos.shape
+    )  # a row for one token, or for all
+    if not is_usual or not cos.is_floating_point():
         return None
 
     def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
