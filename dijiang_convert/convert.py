@@ -47,6 +47,7 @@ MODELING_FILES = (
     "chunk_kernels.py",
     "near_kernels.py",
     "fla_kernels.py",
+    "feature_kernels.py",
     "packing.py",
     "inference.py",
     "cache.py",

@@ -17,23 +17,30 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def take_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors go to kernels; products of bfloat16, which numpy does not know, are those of their float32 values."""
+    """CPU tensors go to kernels. bfloat16, which numpy does not know, is computed with in float32 and rounded."""
     monkeypatch.setattr(accelerated, "MODE", "interpret")
     if DEVICE == "cuda":
         return
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    create_dot = InterpreterBuilder.create_dot
+    create_dot, binary_op = InterpreterBuilder.create_dot, InterpreterBuilder.binary_op
 
     def wide(x: Any) -> Any:
         if x.dtype.scalar != tl.bfloat16:
             return x
         return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    monkeypatch.setattr(
-        InterpreterBuilder, "create_dot", lambda self, a, b, *more: create_dot(self, wide(a), wide(b), *more)
-    )
+    def dot(self: Any, a: Any, b: Any, *more: Any) -> Any:
+        return create_dot(self, wide(a), wide(b), *more)
+
+    def operation(self: Any, a: Any, b: Any, op: Any) -> Any:
+        result = binary_op(self, wide(a), wide(b), op)
+        is_narrow = a.dtype.scalar == tl.bfloat16 and result.data.dtype == np.float32
+        return self.create_fp_trunc(result, tl.bfloat16) if is_narrow else result
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(InterpreterBuilder, "binary_op", operation)
 
 
 def run_fla(monkeypatch: pytest.MonkeyPatch) -> None:

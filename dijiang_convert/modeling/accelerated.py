@@ -45,20 +45,11 @@ def fla_available(x: Tensor) -> bool:
 
 
 def chunked_form(q: Tensor, v: Tensor, *others: Tensor | None) -> Callable[..., Any] | None:
-    """What computes `chunked` for q, features and all else by kernels, or None where plain torch does.
-
-    It does on CPUs, in float64, for heads too wide for a GPU's shared memory, on GPUs before compute capability 8.0
-    (and AMD's, where nothing was tried), and in graphs that torch.compile or torch.export make, which fuse for
-    themselves.
-    """
+    """What computes `chunked` for q, features and all else by kernels, or None where plain torch does: see `_fit`."""
     given = [x for x in (q, v, *others) if x is not None]
-    if not wants_kernels(q) or torch.compiler.is_compiling() or any(x.dtype == torch.float64 for x in given):
+    if not _fit(given, max(q.shape[-1], v.shape[-1])):
         return None
-    if max(q.shape[-1], v.shape[-1]) > (128 if v.dtype == torch.float32 else 256):
-        return None
-    if q.is_cuda and not _is_recent(q.device):
-        return None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    if _need_gradients(given):
         if not fla_available(q):
             return None
         from .fla_kernels import train
@@ -69,6 +60,32 @@ def chunked_form(q: Tensor, v: Tensor, *others: Tensor | None) -> Callable[..., 
     from .chunk_kernels import prefill
 
     return prefill
+
+
+def feature_form(x: Tensor, *parameters: Tensor | None) -> Callable[..., Any] | None:
+    """What computes features of x by a kernel, or None where plain torch does: see `_fit`, and with gradients."""
+    given = [x, *(p for p in parameters if p is not None)]
+    if not _fit(given, x.shape[-1]) or _need_gradients(given) or not triton_available(x):
+        return None
+    from .feature_kernels import feature_map
+
+    return feature_map
+
+
+def _fit(given: list[Tensor], head_dim: int) -> bool:
+    """Whether kernels fit these tensors. Plain torch has CPUs, float64, heads too wide for a GPU's shared memory, GPUs
+    before compute capability 8.0 (and AMD's, where nothing was tried), and graphs that torch.compile or torch.export
+    make, which fuse for themselves."""
+    x = given[0]
+    if not wants_kernels(x) or torch.compiler.is_compiling() or any(t.dtype == torch.float64 for t in given):
+        return False
+    if head_dim > (128 if x.dtype == torch.float32 else 256):
+        return False
+    return not x.is_cuda or _is_recent(x.device)
+
+
+def _need_gradients(given: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in given)
 
 
 @functools.cache

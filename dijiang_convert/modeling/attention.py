@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .accelerated import triton_available
+from .accelerated import triton_available, wants_kernels
 from .cache import DiJiangCacheLayer, Kept, StaticDiJiangCacheLayer, Tokens, preceding
 from .configuration_dijiang import Kernel, Layers
 from .feature_map import FeatureMap
@@ -429,7 +429,9 @@ class DiJiangAttention(nn.Module):
 
 def _gradless(q: Tensor) -> bool:
     """Whether this runs now, on a CPU, and nothing asks for a gradient: then values may be looked at."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and q.device.type == "cpu"
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or wants_kernels(q):
+        return False
+    return q.device.type == "cpu"
 
 
 def _bounded_decay(start: Tensor, moved: Tensor, bound: float) -> Tensor:

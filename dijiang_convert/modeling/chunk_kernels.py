@@ -88,18 +88,19 @@ def prefill(
         "PRECISION": precision(v),
     }  # fmt: skip
     block_f, block_v = min(padded(features), 32), min(padded(value_dim), 64)
-    along_chunks[triton.cdiv(features, block_f), triton.cdiv(value_dim, block_v), batch * kv_heads](
-        **far, s=state.s.contiguous(), m=state.m.contiguous(), last_s=last.s, last_m=last.m,
-        kv_heads=kv_heads, chunks=chunks, BLOCK_F=block_f, BLOCK_V=block_v, num_stages=2,
-    )  # fmt: skip
-    attend_chunk[chunks, heads, batch](
-        **far, q=q, k=k, fq=fq, gq=gq, sink=sink, out=out, scaling=scaling, softcap=softcap,
-        q_b=q.stride(0), q_h=q.stride(1), q_t=q.stride(2), k_b=k.stride(0), k_g=k.stride(1), k_t=k.stride(2),
-        heads=heads, kv_heads=kv_heads, past=keys - queries, WINDOW=window, DIM=dim,
-        BLOCK_D=padded(dim), BLOCK_V=padded(value_dim), BLOCK_F=16 if v.dtype == torch.float32 else 32,
-        BLOCK_K=chunk if max(dim, value_dim) <= 64 else 32,
-        num_warps=4 if padded(value_dim) <= 64 and v.dtype != torch.float32 else 8, num_stages=2,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # where kernels start: a model may be spread over several
+        along_chunks[triton.cdiv(features, block_f), triton.cdiv(value_dim, block_v), batch * kv_heads](
+            **far, s=state.s.contiguous(), m=state.m.contiguous(), last_s=last.s, last_m=last.m,
+            kv_heads=kv_heads, chunks=chunks, BLOCK_F=block_f, BLOCK_V=block_v, num_stages=2,
+        )  # fmt: skip
+        attend_chunk[chunks, heads, batch](
+            **far, q=q, k=k, fq=fq, gq=gq, sink=sink, out=out, scaling=scaling, softcap=softcap,
+            q_b=q.stride(0), q_h=q.stride(1), q_t=q.stride(2), k_b=k.stride(0), k_g=k.stride(1), k_t=k.stride(2),
+            heads=heads, kv_heads=kv_heads, past=keys - queries, WINDOW=window, DIM=dim,
+            BLOCK_D=padded(dim), BLOCK_V=padded(value_dim), BLOCK_F=16 if v.dtype == torch.float32 else 32,
+            BLOCK_K=chunk if max(dim, value_dim) <= 64 else 32,
+            num_warps=4 if padded(value_dim) <= 64 and v.dtype != torch.float32 else 8, num_stages=2,
+        )  # fmt: skip
     return out, last
 
 

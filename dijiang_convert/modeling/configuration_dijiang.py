@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .chunk_kernels import prefill  # noqa: F401
     from .cuda_graph import GraphedStep  # noqa: F401
     from .decode_kernels import decode  # noqa: F401
+    from .feature_kernels import feature_map  # noqa: F401
     from .feature_map import FeatureMap  # noqa: F401
     from .fla_kernels import train  # noqa: F401
     from .inference import absorb_one  # noqa: F401

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .accelerated import feature_form
 from .configuration_dijiang import Kernel
-from .linear_attention import accumulated, softmax_with_lse
+from .linear_attention import accumulated, accumulation_dtype, softmax_with_lse
 
 
 def dct_matrix(dim: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
@@ -75,8 +76,14 @@ class FeatureMap(nn.Module):
             init.constant_(self.norm_weight, float(kernel.frequency) ** 2 / (2 * self.head_dim))
 
     def forward(self, x: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        matrix = self.matrix(scaling, accumulation_dtype(x))
+        bias = self.bias if self.kernel.learned_features else None
+        norm_weight = scaling * self.norm_weight if self.scaled else None
+        form = feature_form(x, matrix, bias, norm_weight)
+        if form is not None:
+            return form(x, matrix, bias, norm_weight, self.kernel.signed)
         x = accumulated(x)
-        y = self._with_bias(x @ self.matrix(scaling, x.dtype).mT)
+        y = self._with_bias(x @ matrix.mT)
         if not self.scaled:
             return y.softmax(-1), y.new_zeros(y.shape[:-1])
         features, lse = softmax_with_lse(y)

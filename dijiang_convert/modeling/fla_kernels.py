@@ -78,7 +78,9 @@ def far_attention(fq: Tensor, keys: _Keys, state: FarState) -> tuple[Tensor, Ten
     # Where there was no key before there is nothing to decay: no difference from −∞ enters the kernel's sums.
     gate = torch.where(m[..., :-1] > FLOOR / 2, m[..., :-1] - m[..., 1:] - lam, 0.0)
     k = keys.fk * _masked_exp(keys.gk - m[..., 1:], valid)[..., None]
-    v1 = F.pad(keys.v, (0, 1), value=1.0)
+    width = keys.v.shape[-1] + 1
+    unused = -width % 16  # kernels load rows of whole vectors, and refuse odd widths in half precision
+    v1 = F.pad(F.pad(keys.v, (0, 1), value=1.0), (0, unused))
     dtype = torch.bfloat16 if keys.v.dtype == torch.bfloat16 else torch.float32
 
     def of_heads(x: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ def far_attention(fq: Tensor, keys: _Keys, state: FarState) -> tuple[Tensor, Ten
         return x.repeat_interleave(groups, 1).transpose(1, 2).contiguous()
 
     given = fq.transpose(1, 2).to(dtype), of_heads(k.to(dtype)), of_heads(v1.to(dtype))
-    start = state.s.float().repeat_interleave(groups, 1)
+    start = F.pad(state.s.float(), (0, unused)).repeat_interleave(groups, 1)
     if keys.delta is None:
         read, s = chunk_simple_gla(
             *given, g=of_heads(gate), scale=1.0, initial_state=start, output_final_state=True
@@ -95,4 +97,4 @@ def far_attention(fq: Tensor, keys: _Keys, state: FarState) -> tuple[Tensor, Ten
         gates = gate[..., None] - keys.delta * valid[..., None]
         read, s = chunk_gla(*given, g=of_heads(gates), scale=1.0, initial_state=start, output_final_state=True)
     log_m = m[..., 1:].repeat_interleave(groups, 1)
-    return read.float().transpose(1, 2), log_m, FarState(s[:, ::groups], m[..., -1])
+    return read[..., :width].float().transpose(1, 2), log_m, FarState(s[:, ::groups, :, :width], m[..., -1])

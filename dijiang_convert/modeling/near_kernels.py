@@ -50,7 +50,10 @@ class _NearAttention(torch.autograd.Function):
         out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=torch.float32)
         lse = q.new_empty(*q.shape[:3], dtype=torch.float32)
         ctx.options = _options(q, k, v, scaling, window, softcap)
-        near_forward[triton.cdiv(queries, ctx.options["BLOCK"]), heads, batch](q, k, v, mask, out, lse, **ctx.options)
+        with torch.cuda.device_of(q):
+            near_forward[triton.cdiv(queries, ctx.options["BLOCK"]), heads, batch](
+                q, k, v, mask, out, lse, **ctx.options
+            )
         ctx.save_for_backward(q, k, v, mask, out, lse)
         return out, lse
 
@@ -64,7 +67,8 @@ class _NearAttention(torch.autograd.Function):
         given = (q, k, v, mask, lse, of_out, shift)
         for kernel, rows, results in ((near_backward_q, q, (of_q,)), (near_backward_kv, k, (of_k, of_v))):
             batch, heads, length, _ = rows.shape
-            kernel[triton.cdiv(length, ctx.options["BLOCK"]), heads, batch](*given, *results, **ctx.options)
+            with torch.cuda.device_of(q):
+                kernel[triton.cdiv(length, ctx.options["BLOCK"]), heads, batch](*given, *results, **ctx.options)
         return of_q, of_k, of_v, None, None, None, None
 
 
