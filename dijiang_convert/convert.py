@@ -42,6 +42,8 @@ MODELING_FILES = (
     "feature_map.py",
     "linear_attention.py",
     "accelerated.py",
+    "decode_kernels.py",
+    "cuda_graph.py",
     "chunk_kernels.py",
     "near_kernels.py",
     "fla_kernels.py",

@@ -6,14 +6,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from dijiang_convert import benchmark, convert, finetune
 from dijiang_convert.demo import MODEL
 from dijiang_convert.demo_text import documents
-from dijiang_convert.modeling import accelerated
+from dijiang_convert.modeling import accelerated, cuda_graph
+from dijiang_convert.modeling.cache import DecodingCache
 from dijiang_convert.modeling.linear_attention import FASTEST, chunked
 from dijiang_convert.models import load_converted
 from tests.modeling.test_linear_attention import inputs, relative
+from tests.models import randomise
 from tests.test_losses import memory_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -136,3 +139,57 @@ def test_prefill_keeps_little_beside_its_output() -> None:
     out, _ = chunked(**x, scaling=0.125, window=64)
     states = 2 * 16 * (4096 // 64) * 128 * 65 * 4
     assert torch.cuda.max_memory_allocated() - before < 1.5 * (states + out.numel() * out.element_size())
+
+
+DECODES = ["default", "pure", "paper"]
+
+
+@pytest.mark.parametrize("recipe", DECODES)
+@torch.no_grad()
+def test_decode_kernels(tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far beyond the window, with a padded row: logits and all that the cache keeps, against plain torch."""
+    pytest.importorskip("triton")
+    convert(str(MODEL), tmp_path / "out", recipe=recipe)
+    model = randomise(load_converted(tmp_path / "out", device=torch.device("cuda"))).eval()
+    ids, mask = torch.randint(1, 1000, (2, 400), device="cuda"), torch.ones(2, 300, dtype=torch.long, device="cuda")
+    mask[0, :100] = 0
+    results = []
+    for mode in ("torch", ""):
+        monkeypatch.setattr(accelerated, "MODE", "torch")
+        cache = StaticCache(config=model.config, max_cache_len=400)
+        model(ids[:, :300], attention_mask=mask, past_key_values=cache)
+        monkeypatch.setattr(accelerated, "MODE", mode)
+        logits = [model(ids[:, n, None], past_key_values=cache).logits for n in range(300, 400)]
+        results.append([torch.cat(logits, 1), *(x for layer in cache.layers for x in layer._tensors())])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", [*DECODES, "window-only"])
+def test_generate_records_its_step(tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, and gives the tokens of the cache that grows; in a second turn, too."""
+    recorded = []
+    record = cuda_graph.record
+    monkeypatch.setattr(cuda_graph, "record", lambda step: recorded.append(1) or record(step))
+    convert(str(MODEL), tmp_path / "out", recipe=recipe)
+    model = load_converted(tmp_path / "out", device=torch.device("cuda")).eval()
+    ids, cache = torch.randint(1, 1000, (2, 200), device="cuda"), None
+    for _ in range(2):
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 50, "do_sample": False}
+        out = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, **options)
+        expected = model.generate(ids, cache_implementation="dynamic", **options)
+        assert (out.sequences == expected).float().mean() > 0.98
+        cache = out.past_key_values
+        assert isinstance(cache, DecodingCache)
+        ids = torch.cat([expected, torch.randint(1, 1000, (2, 30), device="cuda")], 1)
+    assert len(recorded) == 2
+
+
+def test_generate_compiles_where_asked(tmp_path: Path) -> None:
+    """transformers' own compilation, with the kernels in its graph."""
+    convert(str(MODEL), tmp_path / "out")
+    model = load_converted(tmp_path / "out", device=torch.device("cuda")).eval()
+    options = {"max_new_tokens": 50, "do_sample": False}
+    ids = torch.randint(1, 1000, (2, 200), device="cuda")
+    found, expected = (model.generate(ids, cache_implementation=each, **options) for each in ("static", "dynamic"))
+    assert (found == expected).float().mean() > 0.98

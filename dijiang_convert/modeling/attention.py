@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .accelerated import wants_kernels
+from .accelerated import triton_available, wants_kernels
 from .cache import DiJiangCacheLayer, Kept, StaticDiJiangCacheLayer, Tokens, preceding
 from .configuration_dijiang import Kernel, Layers
 from .feature_map import FeatureMap, Quick
@@ -67,6 +67,7 @@ class DiJiangAttention(nn.Module):
         self.arguments: list[str] = []  # of the attention module's forward
         self.borrows = False  # keys and values of an earlier layer
         self.apply_rotary = apply_rotary if kernel.rotary == "remove" else None
+        self.turns: dict[torch.device, Tensor | None] = {}  # how that pairs numbers, once decoding has asked
         heads, kv_heads = layers.heads, layers.kv_heads
         if kernel.far:
             self.q_features = FeatureMap(heads, layers.head_dim, kernel, scaled=kernel.window > 0)
@@ -154,6 +155,11 @@ class DiJiangAttention(nn.Module):
         return out
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+        if triton_available(q) and q.shape[2] == 1 and isinstance(call.cache, StaticDiJiangCacheLayer):
+            from .decode_kernels import decodes
+
+            if decodes(self, q):
+                return self._decode_in_kernels(q, k, v, mask, call)
         far_q, far_k = self._without_rotation(q, k, call.cos_sin)
         if self.kernel.far and self.kernel.shift:
             far_q, far_k = self._shifted(far_q, far_k, mask, call)
@@ -236,6 +242,27 @@ class DiJiangAttention(nn.Module):
             log_decay=self._log_decay(absorbed.gates), feature_decay=self._feature_decay(absorbed.code),
             mask=None if tokens.valid.all() else tokens.valid, state=past.state, chunk_size=size,
         )  # fmt: skip
+
+    def _decode_in_kernels(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+        """One token with a static cache, where Triton's kernels run."""
+        from .decode_kernels import decode, rotation
+
+        assert isinstance(call.cache, StaticDiJiangCacheLayer)
+        far, turn = None, None
+        if self.borrows:
+            call.cache.update(k, v)
+        if self._keeps_far_keys and not torch.compiler.is_compiling() and not self.kernel.shift:
+            if call.cos_sin is not None and q.device not in self.turns:  # later it may be part of a CUDA graph
+                self.turns[q.device] = rotation(self.apply_rotary, *call.cos_sin, self.layers.rotary_dim)
+            turn = self.turns.get(q.device)
+        if self._keeps_far_keys and turn is None:
+            far = self._without_rotation(q, k, call.cos_sin)
+            if self.kernel.shift:
+                far = self._shifted(*far, mask, call)
+        out = decode(self, call.cache, q, k, v, far, turn, mask, call)
+        if self.kernel.gate:
+            out = self._gated(out, call.hidden_states)
+        return out.to(v.dtype)
 
     def _decode(self, cache: DiJiangCacheLayer, q: Tensor, far_q: Tensor, new: Tokens, call: Call) -> Tensor:
         """One token, in place: the oldest one leaves the window for the state, the new one takes its slot."""

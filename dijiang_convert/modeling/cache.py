@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticCache, StaticLayer
 
 from .linear_attention import FLOOR, FarState
 
@@ -431,6 +431,10 @@ class StaticDiJiangCacheLayer(DiJiangCacheLayer):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise RuntimeError("a static DiJiang cache can't take tokens back: use a dynamic one")
+
+
+class DecodingCache(StaticCache):
+    """What generate() decodes with by default where CUDA graphs do: `StaticDiJiangCacheLayer` in every layer."""
 
 
 def _along(places: Tensor, x: Tensor, dim: int) -> Tensor:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .attention import DiJiangAttention  # noqa: F401
     from .cache import DiJiangCacheLayer  # noqa: F401
     from .chunk_kernels import prefill  # noqa: F401
+    from .cuda_graph import GraphedStep  # noqa: F401
+    from .decode_kernels import decode  # noqa: F401
     from .feature_kernels import feature_map  # noqa: F401
     from .feature_map import FeatureMap  # noqa: F401
     from .fla_kernels import train  # noqa: F401

@@ -32,8 +32,9 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 
 from .attention import Call, DiJiangAttention
-from .cache import DiJiangCacheLayer, cache_layer
+from .cache import DecodingCache, DiJiangCacheLayer, cache_layer
 from .configuration_dijiang import Kernel, Layers, read_section
+from .cuda_graph import GraphConfig, GraphedStep, is_recording
 from .packing import CACHE_NAMES, find_segments, new_tokens, packed_arguments, packed_mask, packed_segments
 
 # Tokens of a prompt that the model works on at once when no gradient is needed: see `_in_segments`.
@@ -222,8 +223,8 @@ def real_tokens(mask: Tensor, count: int) -> Tensor:
 
 
 def is_all(mask: Tensor) -> bool:
-    """Whether every token is real. False where that can't be asked: a compiled graph does not look at values."""
-    return not torch.compiler.is_compiling() and bool(mask.all())
+    """Whether every token is real. False where that can't be asked: compiled and recorded graphs see no values."""
+    return not torch.compiler.is_compiling() and not is_recording(mask) and bool(mask.all())
 
 
 def _converted_layers(config: Any) -> set[int]:
@@ -360,9 +361,15 @@ class DiJiangMixin:
                 raise ValueError(f"the checkpoint {kind} {len(keys)} tensors, {min(keys)} first: it is damaged")
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        name = next((name for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        is_ours = self.config._attn_implementation == "dijiang"  # type: ignore[attr-defined]
+        if name is None and is_ours:
+            self._prefer_decoding_cache(generation_config, model_kwargs, args)
         cache = next((model_kwargs[name] for name in CACHE_NAMES if name in model_kwargs), None)
-        if isinstance(cache, Cache) and self.config._attn_implementation == "dijiang":  # type: ignore[attr-defined]
+        if isinstance(cache, DecodingCache) and generation_config.compile_config is None:
+            generation_config.compile_config = GraphConfig()
+        if isinstance(cache, Cache) and is_ours:
             for name, module in self.named_modules():  # type: ignore[attr-defined]
                 if isinstance(getattr(module, "dijiang", None), DiJiangAttention):
                     cache_layer(cache, layer_index(name, module), module.dijiang.kept)
@@ -371,6 +378,36 @@ class DiJiangMixin:
             elif GenerationMode.ASSISTED_GENERATION in args and cache.get_seq_length() > 0:
                 # transformers feeds the whole prompt to it again
                 raise ValueError("assisted decoding starts from an empty cache: leave the filled one out")
+
+    def _prefer_decoding_cache(
+        self, generation_config: Any, model_kwargs: dict[str, Any], args: tuple[Any, ...]
+    ) -> None:
+        """Puts a cache whose tensors stay where they are in the place of the growing one that generate() just made by
+        default, where a CUDA graph can decode with it."""
+        name, config = next((name for name in CACHE_NAMES if name in model_kwargs), ""), self.config  # type: ignore[attr-defined]
+        default, asked = model_kwargs.get(name), ("cache_implementation", "compile_config", "prefill_chunk_size")
+        if type(default) is not DynamicCache or any(getattr(generation_config, each) is not None for each in asked):
+            return
+        if generation_config.is_assistant or GenerationMode.ASSISTED_GENERATION in args or not self._records():
+            return
+        if config.get_text_config(decoder=True) is not config:  # masks of images know positions in the whole prompt
+            return
+        if not set(range(config.num_hidden_layers)) <= _converted_layers(config):
+            return
+        model_kwargs[name] = DecodingCache(config=config, max_cache_len=args[-1])
+        if not self._valid_auto_compile_criteria(model_kwargs, generation_config):  # type: ignore[attr-defined]
+            model_kwargs[name] = default
+
+    def _records(self) -> bool:
+        """Whether the whole model is where one CUDA graph can hold its decode step."""
+        places = set((getattr(self, "hf_device_map", None) or {"": self.device}).values())  # type: ignore[attr-defined]
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        return self.device.type == "cuda" and len(places) == 1 and alone and not self._is_stateful  # type: ignore[attr-defined]
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        if isinstance(compile_config, GraphConfig):
+            return GraphedStep(self.__call__)  # type: ignore[operator]
+        return super().get_compiled_call(compile_config)  # type: ignore[misc]
 
 
 def _register_body(model_class: Any, config: Any) -> None:
@@ -444,8 +481,8 @@ def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
     tokens, keep, mask = given.get("input_ids"), given.get("logits_to_keep", 0), given.get("attention_mask")
     if tokens is None or tokens.shape[1] <= SEGMENT or asked - SEGMENTED_ARGUMENTS:
         return False
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):  # of a static cache
-        return False
+    if mask is not None and not (isinstance(mask, Tensor) and (mask.dim() == 2 or mask.shape[1:3] == (1, 1))):
+        return False  # of a static cache, where some layers are softmax
     if model.config.get_text_config(decoder=True) is not model.config:  # positions of images are of the whole prompt
         return False
     if model._is_stateful:  # some recurrent layers can't go on with several tokens at once
@@ -467,7 +504,8 @@ def _in_segments(model: Any, forward: Callable[..., Any], given: dict[str, Any],
         end = min(start + SEGMENT, tokens.shape[1])
         piece = {**given, "input_ids": tokens[:, start:end], cache_name: cache, "use_cache": True}
         if mask is not None:
-            piece["attention_mask"] = mask[:, : mask.shape[1] - tokens.shape[1] + end]
+            of_all = mask[:, : mask.shape[1] - tokens.shape[1] + end] if mask.dim() == 2 else mask[..., start:end]
+            piece["attention_mask"] = of_all
         if positions is not None:
             piece["position_ids"] = positions[..., start:end]
         if keep and end < tokens.shape[1]:
