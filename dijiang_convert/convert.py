@@ -50,6 +50,7 @@ MODELING_FILES = (
     "feature_kernels.py",
     "packing.py",
     "inference.py",
+    "rotary.py",
     "cache.py",
 )
 # Of a source's files these don't come along: weights are laid out anew, and the card tells of the new model.

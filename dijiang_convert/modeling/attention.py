@@ -5,7 +5,6 @@ Prefill goes through `chunked`, a single token with a full window through `atten
 Shape legend: B batch, H query heads, G key/value heads, N new tokens, D head_dim, V value head_dim.
 """
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -20,18 +19,12 @@ from .accelerated import triton_available, wants_kernels
 from .cache import DiJiangCacheLayer, Kept, StaticDiJiangCacheLayer, Tokens, preceding
 from .configuration_dijiang import Kernel, Layers
 from .feature_map import FeatureMap, Quick
-from .inference import absorb_one, prefill
-from .linear_attention import (
-    FASTEST,
-    FarState,
-    absorb,
-    accumulated,
-    attend_one,
-    attend_window,
-    chunked,
-)
+from .inference import Absorption, absorptions, prefill
+from .linear_attention import FASTEST, FarState, absorb, accumulated, attend_one, attend_window, chunked
+from .rotary import Turn, parameter_names, rotation
 
-PIECE = 2**17  # numbers in the queries of a piece of a prompt, see `_in_pieces`
+AHEAD = 16  # tokens that leave the window next whose features are made together
+PIECE = 2**17  # numbers in a piece's queries, for each thread, see `_in_pieces`
 
 
 class Call(NamedTuple):
@@ -67,6 +60,7 @@ class DiJiangAttention(nn.Module):
         self.arguments: list[str] = []  # of the attention module's forward
         self.borrows = False  # keys and values of an earlier layer
         self.apply_rotary = apply_rotary if kernel.rotary == "remove" else None
+        self.turn: Turn | tuple[()] | None = ()  # the same on a CPU; () before it was asked for
         self.turns: dict[torch.device, Tensor | None] = {}  # how that pairs numbers, once decoding has asked
         heads, kv_heads = layers.heads, layers.kv_heads
         if kernel.far:
@@ -138,8 +132,9 @@ class DiJiangAttention(nn.Module):
         length, size = q.shape[2], self.kernel.chunk_size
         call = call._replace(matrices={} if length > 1 else None)
         cache = DiJiangCacheLayer(self.kernel.window) if call.cache is None else call.cache
+        step = PIECE * torch.get_num_threads() // (q[:, :, 0].numel() * size) * size
         whole = length - length % size  # chunks, and then the rest
-        bounds = sorted({*range(0, whole, max(PIECE // (q[:, :, 0].numel() * size), 1) * size), whole, length, 0})
+        bounds = sorted({*range(0, whole, max(step, size)), whole, length, 0})
         if len(bounds) == 2 or length <= self.kernel.window or cache.record_past:
             return self._forward(q, k, v, mask, call)
         out = v.new_empty(v.shape[0], length, q.shape[1], v.shape[3]).transpose(1, 2)
@@ -245,7 +240,7 @@ class DiJiangAttention(nn.Module):
 
     def _decode_in_kernels(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         """One token with a static cache, where Triton's kernels run."""
-        from .decode_kernels import decode, rotation
+        from .decode_kernels import decode
 
         assert isinstance(call.cache, StaticDiJiangCacheLayer)
         far, turn = None, None
@@ -268,20 +263,21 @@ class DiJiangAttention(nn.Module):
         """One token, in place: the oldest one leaves the window for the state, the new one takes its slot."""
         kernel, static = self.kernel, isinstance(cache, StaticDiJiangCacheLayer)
         exact: dict[str, Any] = {"scaling": call.scaling, "softcap": call.softcap, "sink": call.sink}
-        if not static:
+        if static:
+            old = cache.replace_oldest(new)
+            if kernel.far:
+                cache.set_state(self._absorb(cache.state, old, call))
+            padding: Tensor | None = cache.tokens(ordered=False).valid
+        else:
             cache.make_writable()
-        old = cache.replace_oldest(new) if static else cache.oldest_token(new)
-        if kernel.far and static:
-            cache.set_state(self._absorb(cache.state, old, call))
-        elif kernel.far:
-            fk, gk = self._key_features(old, call, quick=kernel.normalize)
-            decays = (self._log_decay(old.gates), self._feature_decay(old.code))
-            absorb_one(cache.state, fk, gk, self._per_state_head(old.v), *decays, cache.padding(old.valid))
-        if not static:
+            if kernel.far:
+                if not cache.ahead:
+                    cache.ahead = self._look_ahead(cache, cache.oldest_tokens(new, AHEAD), call)
+                cache.ahead.pop(0).apply(cache.state)
             cache.replace_oldest(new)
+            padding = cache.padding()
         cache.trim_trail()
-        keys, values, *_, valid = cache.tokens(ordered=False)
-        padding = valid if static else cache.padding(valid)
+        keys, values, *_ = cache.tokens(ordered=False)
         if not kernel.far:
             return attend_window(q, keys, values, valid=padding, **exact)[0]
         return attend_one(
@@ -289,6 +285,14 @@ class DiJiangAttention(nn.Module):
             *self._query_features(far_q, call, quick=kernel.normalize and not static), cache.state, valid=padding,
             normalize=kernel.normalize, **exact,
         )  # fmt: skip
+
+    def _look_ahead(self, cache: DiJiangCacheLayer, old: Tokens, call: Call) -> list[Absorption]:
+        """What the next tokens to leave the window do to the state, made for all of them at once."""
+        call = call._replace(matrices={})
+        fk, gk = self._key_features(old, call, quick=self.kernel.normalize)
+        padding = None if cache.padding() is None else old.valid
+        decays = (self._log_decay(old.gates), self._feature_decay(old.code))
+        return absorptions(cache.state.m, fk, gk, self._per_state_head(old.v), *decays, padding)
 
     def _absorb(self, state: FarState | None, old: Tokens, call: Call) -> FarState:
         fk, gk = self._key_features(old, call)
@@ -396,8 +400,15 @@ class DiJiangAttention(nn.Module):
         cos, sin = (accumulated(x) for x in cos_sin)
         dim = self.layers.rotary_dim  # less than head_dim with partial rotary embedding
         length = cos[..., :1].square() + sin[..., :1].square()
+        if _gradless(q) and cos.dim() == 3:
+            if self.turn == ():
+                found = rotation(self.apply_rotary, cos[:, :1], sin[:, :1], dim)
+                self.turn = None if found is None else Turn.of(found)
+            if self.turn:
+                both = self.turn.back(torch.cat([q, k], 1), cos / length, sin / length)
+                return both[:, : q.shape[1]], both[:, q.shape[1] :]
         back = (cos / length, -sin / length)
-        if "k" in inspect.signature(self.apply_rotary).parameters:
+        if "k" in parameter_names(self.apply_rotary):
             turned_q, turned_k = self.apply_rotary(q[..., :dim], k[..., :dim], *back)
         else:  # a function of one of them
             turned_q, turned_k = (self.apply_rotary(x[..., :dim], *back) for x in (q, k))

@@ -91,6 +91,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
         self.seen = 0
         self.pending = 0  # tokens that `crop` can still take back
         self.is_padded: bool | None = None  # see `padding`
+        self.ahead: list[Any] = []  # what the oldest tokens will do to the state, next one first
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -145,7 +146,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
 
     def append(self, new: Tokens) -> None:
         """Puts new tokens behind the kept ones."""
-        self.is_padded = None
+        self.is_padded, self.ahead = None, []
         self.recent = new if self.recent is None else self.tokens().followed_by(new)
 
     def split_oldest(self, count: int) -> Tokens:
@@ -174,25 +175,25 @@ class DiJiangCacheLayer(CacheLayerMixin):
         if self.trail is not None and self.trail.shape[2] > kept:
             self.trail = self.trail[:, :, -kept:].clone()
 
-    def oldest_token(self, new: Tokens) -> Tokens:
-        """A view of the token that `replace_oldest` overwrites. Without a window the new one is itself the oldest."""
-        if self.window == 0:
-            return new
-        return self.tokens(ordered=False).map(lambda x, dim: x.narrow(dim, self.oldest, 1))
+    def oldest_tokens(self, new: Tokens, most: int) -> Tokens:
+        """A view of those that `replace_oldest` overwrites next. Without a window the new one is itself the oldest."""
+        count = min(most, self.window - self.oldest)
+        return self.tokens(ordered=False).map(lambda x, dim: x.narrow(dim, self.oldest, count)) if self.window else new
 
     def replace_oldest(self, new: Tokens) -> Any:
         """Puts one real token in the place of the oldest."""
         if self.window > 0:
             parts = iter(x for x in new if x is not None)
-            self.oldest_token(new).map(lambda x, dim: x.copy_(next(parts)))
+            self.oldest_tokens(new, 1).map(lambda x, dim: x.copy_(next(parts)))
             self.oldest = (self.oldest + 1) % self.window
             if self.oldest == 0:
                 self.is_padded = None
 
-    def padding(self, valid: Tensor) -> Tensor | None:
-        """``valid``, of any kept tokens, or None where none of all is padding. (Values are looked at once a prompt.)"""
+    def padding(self) -> Tensor | None:
+        """Which kept tokens are real, [B, L], or None where all are. (Values are looked at once a prompt.)"""
+        valid = self.tokens(ordered=False).valid
         if self.is_padded is None:
-            self.is_padded = not bool(self.tokens(ordered=False).valid.all())
+            self.is_padded = not bool(valid.all())
         return valid if self.is_padded else None
 
     def make_writable(self) -> None:
@@ -218,7 +219,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
 
     def _map(self, change: Callable[[Tensor, int], Tensor]) -> None:
         assert self.recent is not None
-        self.recent = self.recent.map(change)
+        self.recent, self.ahead = self.recent.map(change), []
 
     # ------------------------------------------------------------------------------- what generation strategies use
 

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from .feature_kernels import feature_map  # noqa: F401
     from .feature_map import FeatureMap  # noqa: F401
     from .fla_kernels import train  # noqa: F401
-    from .inference import absorb_one  # noqa: F401
+    from .inference import Absorption  # noqa: F401
     from .linear_attention import FarState  # noqa: F401
     from .modeling_dijiang import DiJiangMixin  # noqa: F401
     from .near_kernels import near_attention  # noqa: F401
     from .packing import packed_mask  # noqa: F401
+    from .rotary import rotation  # noqa: F401
 
 REQUIRES_TRANSFORMERS = "5.18.0"
 

@@ -11,7 +11,6 @@ Shape legend: B batch, H query heads, G key/value heads, S state heads (G, or H 
 own), W window, D head_dim, V value head_dim, F features, R rank of the code.
 """
 
-import inspect
 import math
 import zlib
 from typing import Any
@@ -83,33 +82,6 @@ def _parameters(child: Any) -> list[Tensor | None]:
     decay = "log_decay" if child.kernel.decay == "retnet" else "decay"
     names = ("q_offset", "k_strength", decay, "selection", "decay_down", "decay_up", "feature_decay")
     return found + [getattr(child, name, None) for name in names]
-
-
-def rotation(apply_rotary: Any, cos: Tensor, sin: Tensor, dim: int) -> Tensor | None:
-    """How a model's rotary function pairs numbers, as the kernels read it: number j becomes
-    x_j cos_j ± x_p sin_j, and the entry is ±(p + 1). [dim], or None where the function is of another kind."""
-    is_usual = (
-        cos.dim() == 3 and cos.shape[1:] == (1, dim) and sin.shape == cos.shape
-    )  # a row for one token, or for all
-    if not is_usual or not cos.is_floating_point():
-        return None
-
-    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x[:, None, None]  # a row of the batch each
-        both = (x, x, cos, sin) if "k" in inspect.signature(apply_rotary).parameters else (x, cos, sin)
-        out = apply_rotary(*both)
-        return (out[0] if isinstance(out, tuple) else out)[:, 0, 0]
-
-    kind: dict[str, Any] = {"dtype": torch.float32, "device": cos.device}
-    shape = (dim, *cos.shape[1:])
-    signs = turned(torch.eye(dim, **kind), torch.zeros(shape, **kind), torch.ones(shape, **kind)).T  # [j, p]
-    partner = signs.abs().argmax(1)
-    sign = signs.gather(1, partner[:, None])[:, 0]
-    x, some_cos, some_sin = (torch.linspace(0.1, last, dim, **kind).expand(dim, -1) for last in (1.3, 2.7, 3.1))
-    found = turned(x, some_cos.reshape(shape), some_sin.reshape(shape))
-    if not torch.allclose(found, x * some_cos + sign * x[:, partner] * some_sin, atol=1e-5):
-        return None
-    return ((partner + 1) * sign.sign()).to(torch.int32)
 
 
 # -------------------------------------------------------------------------------------------------------- the launch

@@ -1,5 +1,5 @@
 """The chunked and the recurrent form without gradients, in few passes: `prefill` for prompts on the CPU,
-`absorb_one` for one token.
+`absorptions` for decoding.
 
 With a window w and chunks of C, the queries of a chunk see the w + C keys that end with the chunk. Among the first C
 of these, key j weighs as far for query i where j ≤ i; all other weights are near ones. So near and far share one
@@ -11,6 +11,8 @@ denominator tell, it is tried again with pieces of one chunk, and at last `prefi
 
 Shape legend as in `linear_attention`; L queries, C to a chunk, R = H / G queries a key/value head.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,10 +137,11 @@ def _piece(
     v_far = v[:, :queries] * weight[..., None]
 
     # Features: a query's shrink by what each has lost so far, a key's grow.
+    kept = None if left is None else left[:, -1, :, None].exp()
     if left is not None:
         left.exp_()
         fq = (fq.unflatten(1, (kv_heads, repeats)) * left.view(batch, kv_heads, 1, queries, -1)).flatten(1, 2)
-        fk = fk / left
+        fk = torch.div(fk, left, out=left)
 
     of_sink = None
     if sink is not None:
@@ -170,49 +173,66 @@ def _piece(
             if of_sink is not None:
                 read[..., -1] += (of_sink - scale).exp_()
         s.baddbmm_(fk[:, keys].mT, v_far[:, keys])
-        denominator = read[..., -1:]
-        least = torch.minimum(least, denominator.amin())
-        out[:, :, keys] = (read[..., :-1] / denominator).view(batch, heads, size, -1)
+        least = torch.minimum(least, read[..., -1].amin())
+        read = read.view(batch, heads, size, -1)
+        torch.div(read[..., :-1], read[..., -1:], out=out[:, :, keys])
 
     if not least >= LEAST_TOTAL:
         return None
-    if left is not None:
-        s *= left[:, -1, :, None]
+    if kept is not None:
+        s *= kept
     shape = (batch, kv_heads)
     return out, rescaled(s.unflatten(0, shape), top.view(shape), lam[:, -1].view(shape))
 
 
-def absorb_one(
-    state: FarState,
+class Absorption(NamedTuple):
+    """What one key does to a state: s · factor + key valueᵀ, and the maximum that this s has."""
+
+    factor: Tensor
+    key: Tensor
+    value: Tensor
+    m: Tensor
+
+    def apply(self, state: FarState) -> None:
+        """In place."""
+        state.s.mul_(self.factor).flatten(0, 1).baddbmm_(self.key, self.value)
+        state.m.copy_(self.m)
+
+
+def absorptions(
+    m: Tensor,
     fk: Tensor,
     gk: Tensor,
     v: Tensor,
     log_decay: Tensor | None = None,
     feature_decay: Tensor | None = None,
     valid: Tensor | None = None,
-) -> None:
-    """`absorb` of one key, in place. fk [B, G, 1, F], gk [B, G, 1], v [B, G, 1, V], valid [B, 1] or None where it is
-    real in every row."""
-    s, m = state
-    decays = (log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[..., 0], feature_decay)
-    gk = gk[..., 0].to(m.dtype)
+) -> list[Absorption]:
+    """`absorb` of some keys, one after the other, into a state with the maximum m. Arguments as there."""
+    gk = gk.to(m.dtype)
+    if log_decay is not None:
+        log_decay = per_key(log_decay, gk)
     if valid is not None:
-        gk = gk.masked_fill(~valid, FLOOR)
-        decays = (
-            None if decays[0] is None else decays[0] * valid,
-            None if decays[1] is None else decays[1] * valid[:, :, None, None],
+        gk = gk.masked_fill(~valid[:, None], FLOOR)
+        log_decay = None if log_decay is None else log_decay * valid[:, None]
+        feature_decay = None if feature_decay is None else feature_decay * valid[:, None, :, None]
+    tops, losses = [], []
+    for i in range(gk.shape[-1]):
+        top = torch.maximum(m if log_decay is None else m + log_decay[..., i], gk[..., i])
+        losses.append(m - top)  # exact, so that what rounding takes from m + log γ ends up in the factor
+        tops.append(m := top)
+    loss = torch.stack(losses, -1) if log_decay is None else torch.stack(losses, -1) + log_decay
+    weight = (gk - torch.stack(tops, -1)).exp_()
+    if valid is not None:
+        weight *= valid[:, None]
+    factor = (loss[..., None] if feature_decay is None else loss[..., None] + feature_decay).exp()
+    key, value = fk.to(m.dtype) * weight[..., None], with_ones(v)
+    return [
+        Absorption(
+            factor[:, :, i, :, None], key[:, :, i, :, None].flatten(0, 1), value[:, :, i : i + 1].flatten(0, 1), top
         )
-    top = torch.maximum(m if decays[0] is None else m + decays[0], gk)
-    weight = (gk - top).exp_()
-    if valid is not None:
-        weight *= valid
-    loss = m - top  # first: it is exact, so that what rounding took from m + log γ ends up here
-    loss = (loss if decays[0] is None else loss + decays[0])[..., None, None]
-    loss = loss if decays[1] is None else loss + decays[1]
-    s *= loss.exp().mT
-    key = fk.to(s.dtype).mT * weight[..., None, None]
-    s.flatten(0, 1).baddbmm_(key.flatten(0, 1), with_ones(v).flatten(0, 1))
-    m.copy_(top)
+        for i, top in enumerate(tops)
+    ]
 
 
 def _cumulative(x: Tensor, size: int) -> Tensor:

@@ -13,7 +13,7 @@ from dijiang_convert.modeling import attention
 from dijiang_convert.modeling.cache import DiJiangCacheLayer
 from dijiang_convert.modeling.configuration_dijiang import Kernel
 from dijiang_convert.modeling.feature_map import Quick
-from dijiang_convert.modeling.inference import absorb_one, prefill
+from dijiang_convert.modeling.inference import absorptions, prefill
 from dijiang_convert.modeling.linear_attention import FarState, absorb, chunked
 from tests.modeling.test_feature_map import SCALING, feature_map
 from tests.modeling.test_linear_attention import relative
@@ -123,7 +123,8 @@ def test_prefill_gives_up_where_float32_does(window: int) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("decay", DECAYS)
-def test_absorb_one(decay: str, padded: bool) -> None:
+@pytest.mark.parametrize("together", [1, 7])
+def test_absorptions(decay: str, padded: bool, together: int) -> None:
     x = inputs(50, 0, decay=decay)
     keys = {name: x[name] for name in ("fk", "gk", "v")}
     log_decay, feature_decay = x.get("log_decay"), x.get("feature_decay")
@@ -131,14 +132,16 @@ def test_absorb_one(decay: str, padded: bool) -> None:
     valid[0, :10] = not padded
     expected = absorb(x["state"], **keys, log_decay=log_decay, feature_decay=feature_decay, valid=valid)
     state = FarState(*(t.clone() for t in x["state"]))
-    for i in range(50):
-        t = slice(i, i + 1)
-        of_one = {name: each[:, :, t] for name, each in keys.items()}
-        decays = (
-            log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[..., t],
-            None if feature_decay is None else feature_decay[:, :, t],
-        )
-        absorb_one(state, **of_one, log_decay=decays[0], feature_decay=decays[1], valid=valid[:, t] if padded else None)
+    for start in range(0, 50, together):
+        t = slice(start, start + together)
+        made = absorptions(
+            state.m, **{name: each[:, :, t] for name, each in keys.items()},
+            log_decay=log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[..., t],
+            feature_decay=None if feature_decay is None else feature_decay[:, :, t],
+            valid=valid[:, t] if padded else None,
+        )  # fmt: skip
+        for each in made:
+            each.apply(state)
     scale = (state.m - expected.m).exp()[..., None, None]  # the maximum is of another moment
     assert relative(state.s * scale, expected.s) <= 1e-12
 
@@ -234,4 +237,4 @@ def test_padding_is_looked_for_until_it_has_left_the_window() -> None:
                 model(ids[:, i : i + 1], past_key_values=cache, use_cache=True, attention_mask=mask[:, : i + 1]).logits
             )
     assert difference(torch.cat(parts, 1)[:, 12:], expected[:, 12:]) <= 1e-4
-    assert cache.layers[0].padding(torch.ones(1)) is None
+    assert cache.layers[0].padding() is None
