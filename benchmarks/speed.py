@@ -24,18 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from dijiang_convert import convert
+from dijiang_convert.modeling.attention import PIECE as NUMBERS
 from dijiang_convert.modeling.configuration_dijiang import Kernel
-from dijiang_convert.modeling.linear_attention import chunked
+from dijiang_convert.modeling.inference import prefill
 from dijiang_convert.models import load_any, silence
 from dijiang_convert.timing import cache_bytes, random_ids, seconds, time_decoding, time_forward, with_cache
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.plain import CHUNK, plain
+from benchmarks.plain import CHUNK, loop, plain
 
 CPU = torch.device("cpu")
 PREFILL = (2048, 8192, 16384, 32768)
@@ -185,20 +187,52 @@ def read(model: PreTrainedModel, lengths: list[int]) -> dict[int, DynamicCache]:
 
 @torch.inference_mode()
 def time_attention(lengths: list[int], repeats: int, heads: int, dim: int) -> list[Row]:
-    """`chunked` and `plain` over the same random input, with the window and without."""
+    """`prefill`, `plain` and `loop` over the same random input, with the window and without."""
 
     def call(form: Callable[..., Any], window: int, arguments: list[Tensor], options: Row) -> Callable[[], float]:
         return lambda: seconds(CPU, lambda: form(*arguments, window=window, **options))
 
-    calls, own = {}, {"chunk_size": Kernel().chunk_size}
+    calls = {}
     for n in lengths:
         arguments, options = attention_input(heads, n, dim)
         for window in (CHUNK, 0):
             calls["plain", window, n] = call(plain, window, arguments, options)
-            calls["chunked", window, n] = call(chunked, window, arguments, options | own)
+            calls["loop", window, n] = call(loop, window, arguments, options)
+            calls["prefill", window, n] = prepared(window, arguments, options)
     in_turns(calls, 1)  # warm up
     medians = in_turns(calls, repeats)
     return [{"form": f, "window": window, "length": n, "seconds": taken} for (f, window, n), taken in medians.items()]
+
+
+def prepared(window: int, arguments: list[Tensor], options: Row) -> Callable[[], float]:
+    """Times `in_pieces`, to which keys come with the window before them, as a converted layer keeps them."""
+    q, k, v, fq, gq, fk, gk = arguments
+    k, v, fk = (F.pad(x, (0, 0, window, 0)) for x in (k, v, fk))
+    late = {"log_decay": F.pad(options["log_decay"], (window, 0)),
+            "feature_decay": F.pad(options["feature_decay"], (0, 0, window, 0))}  # fmt: skip
+    keys = (q, k, v, fq, gq, fk, F.pad(gk, (window, 0)))
+    return lambda: seconds(CPU, lambda: in_pieces(*keys, window=window, **options | late))
+
+
+def in_pieces(
+    q: Tensor, k: Tensor, v: Tensor, fq: Tensor, gq: Tensor, fk: Tensor, gk: Tensor, *, window: int,
+    log_decay: Tensor, feature_decay: Tensor, scaling: float,
+) -> Tensor:  # fmt: skip
+    """`prefill` of a prompt piece by piece, as a converted layer does it. Of keys there are ``window`` more, in front,
+    which are padding."""
+    size, state, out = Kernel().chunk_size, None, torch.empty_like(q)
+    step = max(NUMBERS * torch.get_num_threads() // (q[:, :, 0].numel() * size), 1) * size
+    real = torch.arange(k.shape[2])[None] >= window
+    for start in range(0, q.shape[2], step):
+        now, keys = slice(start, start + step), slice(start, start + step + window)
+        done = prefill(
+            q[:, :, now], k[:, :, keys], v[:, :, keys], fq[:, :, now], gq[:, :, now], fk[:, :, now], gk[:, :, now],
+            scaling=scaling, window=window, log_decay=log_decay[:, :, now], feature_decay=feature_decay[:, :, now],
+            mask=None if start >= window else real[:, keys], state=state, chunk_size=size,
+        )  # fmt: skip
+        assert done is not None
+        out[:, :, now], state = done
+    return out
 
 
 def attention_input(

@@ -10,20 +10,26 @@ import torch
 from transformers import DynamicCache
 
 from benchmarks import readme, speed
-from benchmarks.plain import CHUNK, plain
+from benchmarks.plain import CHUNK, loop, plain
 from dijiang_convert.demo import MODEL
-from dijiang_convert.modeling.linear_attention import chunked, naive
+from dijiang_convert.modeling.linear_attention import naive
 from dijiang_convert.models import load_any
 from dijiang_convert.timing import cache_bytes, random_ids, time_forward, with_cache
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("window", [0, CHUNK])
-def test_the_plain_form_is_the_same_attention(window: int) -> None:
+def test_the_plain_forms_are_the_same_attention(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     arguments, options = speed.attention_input(heads=2, length=5 * CHUNK, dim=8, dtype=torch.float64)
     expected = naive(*arguments, window=window, **options)
     torch.testing.assert_close(plain(*arguments, window=window, **options), expected)
-    torch.testing.assert_close(chunked(*arguments, window=window, **options)[0], expected)
+    torch.testing.assert_close(loop(*arguments, window=window, **options), expected)
+    timed: list[torch.Tensor] = []
+    monkeypatch.setattr(speed, "seconds", lambda device, call: timed.append(call()))
+    monkeypatch.setattr(speed, "NUMBERS", 1)  # a chunk at a time
+    speed.prepared(window, arguments, options)()
+    torch.testing.assert_close(timed[0], expected)
 
 
 def test_a_filled_cache_is_as_large_as_one_that_was_read() -> None:
@@ -128,10 +134,11 @@ def test_tables_tell_times_softmaxs_speed() -> None:
     (line,) = readme.attention_table(
         [
             {"form": "plain", "window": 0, "length": 8, "seconds": 0.3},
-            {"form": "chunked", "window": 0, "length": 8, "seconds": 0.2},
+            {"form": "loop", "window": 0, "length": 8, "seconds": 0.1},
+            {"form": "prefill", "window": 0, "length": 8, "seconds": 0.2},
         ]
     ).splitlines()[2:]
-    assert line == "| 8 | 300 ms | 200 ms | 1.50 × |"
+    assert line == "| 8 | 300 ms | 100 ms | 200 ms | 1.50 ×, 0.50 × |"
     found = {"bytes": 2e9, "cp_seconds": 2.0, "convert_seconds": 5.0, "startup_seconds": 3.5, "peak_memory_bytes": 4e8}
     (line,) = readme.conversion_table({"cores": 2, "2 GB": found}).splitlines()[2:]
     assert line == "| 2.0 GB | 2.0 s | 5.0 s | 2.50 × | 3.5 s |  | 400.0 MB |"
