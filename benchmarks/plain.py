@@ -26,8 +26,8 @@ def loop(
     log_decay: Tensor,
     feature_decay: Tensor,
 ) -> Tensor:
-    """Chunk by chunk. Arguments as in `chunked`, with as many key/value heads as query heads; the window is 0 or one chunk, and the
-    length whole chunks. Returns [B, H, N, V]."""
+    """Chunk by chunk. Arguments as in `chunked`, with as many key/value heads as query heads; the window is 0 or one
+    chunk, and the length whole chunks. Returns [B, H, N, V]."""
     assert window in (0, CHUNK) and q.shape[2] % CHUNK == 0 and q.shape[1] == k.shape[1]
     v1 = F.pad(v, (0, 1), value=1.0)  # the last column sums the denominator
     fq, fk = fq * gq.exp()[..., None], fk * gk.exp()[..., None]

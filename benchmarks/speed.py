@@ -150,7 +150,7 @@ def time_decode(models: dict[str, PreTrainedModel], lengths: list[int], repeats:
         def decode() -> float:
             if name == "softmax" and cache.get_seq_length() > n:  # else each turn would find a longer one
                 cache.crop(n - cache.get_seq_length())
-            return statistics.median(time_decoding(model, cache, token, steps))
+            return statistics.fmean(time_decoding(model, cache, token, steps))
 
         return decode
 

@@ -48,7 +48,7 @@ def random_ids(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
 
 @torch.inference_mode()
 def time_forward(model: PreTrainedModel, ids: Tensor, decode_tokens: int) -> Pass:
-    """A prompt [B, N] and some tokens more, greedily, by calling the model; the median of its steps."""
+    """A prompt [B, N] and some tokens more, greedily, by calling the model; the mean of its steps."""
     if not generates(model):
         return Pass(seconds(model.device, lambda: model(input_ids=ids)))
     cache = DynamicCache(config=model.config.get_text_config())
@@ -58,7 +58,7 @@ def time_forward(model: PreTrainedModel, ids: Tensor, decode_tokens: int) -> Pas
     token = logits[:, -1:].argmax(-1)
     first_token = now(model.device) - start
     steps = time_decoding(model, cache, token, decode_tokens)
-    return Pass(prefill, first_token, statistics.median(steps) if steps else None, cache_bytes(cache))
+    return Pass(prefill, first_token, statistics.fmean(steps) if steps else None, cache_bytes(cache))
 
 
 @torch.inference_mode()

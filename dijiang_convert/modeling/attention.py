@@ -60,8 +60,7 @@ class DiJiangAttention(nn.Module):
         self.arguments: list[str] = []  # of the attention module's forward
         self.borrows = False  # keys and values of an earlier layer
         self.apply_rotary = apply_rotary if kernel.rotary == "remove" else None
-        self.turn: Turn | tuple[()] | None = ()  # the same on a CPU; () before it was asked for
-        self.turns: dict[torch.device, Tensor | None] = {}  # how that pairs numbers, once decoding has asked
+        self.turns: dict[torch.device, Turn | None] = {}  # see `_turn`
         heads, kv_heads = layers.heads, layers.kv_heads
         if kernel.far:
             self.q_features = FeatureMap(heads, layers.head_dim, kernel, scaled=kernel.window > 0)
@@ -247,9 +246,7 @@ class DiJiangAttention(nn.Module):
         if self.borrows:
             call.cache.update(k, v)
         if self._keeps_far_keys and not torch.compiler.is_compiling() and not self.kernel.shift:
-            if call.cos_sin is not None and q.device not in self.turns:  # later it may be part of a CUDA graph
-                self.turns[q.device] = rotation(self.apply_rotary, *call.cos_sin, self.layers.rotary_dim)
-            turn = self.turns.get(q.device)
+            turn = None if call.cos_sin is None else self._turn(*call.cos_sin)
         if self._keeps_far_keys and turn is None:
             far = self._without_rotation(q, k, call.cos_sin)
             if self.kernel.shift:
@@ -355,12 +352,14 @@ class DiJiangAttention(nn.Module):
             )
         x = accumulated(hidden_states)
         norm = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6).rsqrt()
-        gates = code = None
-        if self.kernel.selective:
-            gates = (x @ self.selection.to(x.dtype).mT * norm).unflatten(-1, (-1, 2)).transpose(1, 2)
-        if self.kernel.decay_rank:
-            code = (x @ self.decay_down.to(x.dtype).mT * norm)[:, None]
-        return gates, code
+        weights: list[Tensor] = [self.selection] if self.kernel.selective else []
+        weights += [self.decay_down] if self.kernel.decay_rank else []
+        made = x @ torch.cat(weights).to(x.dtype).mT * norm
+        gates, code = made.split([made.shape[-1] - self.kernel.decay_rank, self.kernel.decay_rank], -1)
+        return (
+            gates.unflatten(-1, (-1, 2)).transpose(1, 2) if self.kernel.selective else None,
+            code[:, None] if self.kernel.decay_rank else None,
+        )
 
     def _log_decay(self, gates: Tensor | None) -> Tensor | None:
         """log γ, [G] or of each key [B, G, K]."""
@@ -370,14 +369,15 @@ class DiJiangAttention(nn.Module):
             return accumulated(self.log_decay)
         decay = accumulated(self.decay)
         # At most 4: a single token can wipe out what came before it.
-        return -decay.exp() if gates is None else _bounded_decay(decay[:, None], gates[..., 1], 4.0)
+        return -decay.exp() if gates is None else _bounded_decay(gates[..., 1] + (decay[:, None] - math.log(4.0)), 4.0)
 
     def _feature_decay(self, code: Tensor | None) -> Tensor | None:
         """log γ of each key and feature, [B, G, K, F]."""
         if code is None:
             return None
         up = self.decay_up.to(code.dtype).unflatten(0, self.feature_decay.shape)  # [G, F, R]
-        return _bounded_decay(accumulated(self.feature_decay)[:, None], code @ up.mT, FASTEST)
+        start = accumulated(self.feature_decay)[:, None] - math.log(FASTEST)
+        return _bounded_decay((code @ up.mT).add_(start), FASTEST)
 
     def _shifted(self, q: Tensor, k: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """Adds a share of the token before to queries and keys; the first of a document has none before it."""
@@ -401,11 +401,9 @@ class DiJiangAttention(nn.Module):
         dim = self.layers.rotary_dim  # less than head_dim with partial rotary embedding
         length = cos[..., :1].square() + sin[..., :1].square()
         if _gradless(q) and cos.dim() == 3:
-            if self.turn == ():
-                found = rotation(self.apply_rotary, cos[:, :1], sin[:, :1], dim)
-                self.turn = None if found is None else Turn.of(found)
-            if self.turn:
-                both = self.turn.back(torch.cat([q, k], 1), cos / length, sin / length)
+            turn = self._turn(cos, sin)
+            if turn is not None:
+                both = turn.back(torch.cat([q, k], 1), cos / length, sin / length)
                 return both[:, : q.shape[1]], both[:, q.shape[1] :]
         back = (cos / length, -sin / length)
         if "k" in parameter_names(self.apply_rotary):
@@ -416,6 +414,12 @@ class DiJiangAttention(nn.Module):
             torch.cat([turned_q.to(q.dtype), q[..., dim:]], -1),
             torch.cat([turned_k.to(k.dtype), k[..., dim:]], -1),
         )
+
+    def _turn(self, cos: Tensor, sin: Tensor) -> Turn | None:
+        """How the model's rotary function pairs numbers, looked up once a device: a CUDA graph can't ask."""
+        if cos.device not in self.turns:
+            self.turns[cos.device] = rotation(self.apply_rotary, cos[:, :1], sin[:, :1], self.layers.rotary_dim)
+        return self.turns[cos.device]
 
     def _gated(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
         """Group norm a head and the output gate SiLU(x W_G) of the published formulation."""
@@ -435,9 +439,9 @@ def _gradless(q: Tensor) -> bool:
     return q.device.type == "cpu"
 
 
-def _bounded_decay(start: Tensor, moved: Tensor, bound: float) -> Tensor:
-    """−e^{start + moved} where that is small, never less than −bound: its sums over a chunk stay exact in float32."""
-    x = moved + (start - math.log(bound))
+def _bounded_decay(x: Tensor, bound: float) -> Tensor:
+    """−bound · σ(x), which is −e^{x + log bound} where that is small: its sums over a chunk stay exact in float32.
+    Without gradients x is overwritten."""
     return x.sigmoid() * -bound if torch.is_grad_enabled() else x.sigmoid_().mul_(-bound)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from .accelerated import _is_recent
 from .cache import StaticDiJiangCacheLayer
 from .linear_attention import FASTEST, FLOOR
+from .rotary import Turn
 
 try:
     import triton
@@ -46,7 +47,7 @@ def decodes(child: Any, q: Tensor) -> bool:
 
 def decode(
     child: Any, cache: StaticDiJiangCacheLayer, q: Tensor, k: Tensor, v: Tensor, far: tuple[Tensor, Tensor] | None,
-    turn: Tensor | None, real: Tensor | None, call: Any,
+    turn: Turn | None, real: Tensor | None, call: Any,
 ) -> Tensor:  # fmt: skip
     """Attention of one token of each row, which enters the cache.
 
@@ -66,7 +67,7 @@ def decode(
     kept = [state.s, state.m, cache.count, recent.k, recent.v, recent.valid]
     kept += [x for x in (recent.far_k, recent.gates, recent.code) if x is not None]
     inputs = [call.hidden_states if kernel.selective or kernel.decay_rank else None, real]
-    inputs += [None, None, None] if turn is None else [*call.cos_sin, turn]
+    inputs += [None, None, None] if turn is None else [*call.cos_sin, turn.pairing]
     numbers = [call.scaling, 0.0 if call.softcap is None else call.softcap]
     decay = DECAYS.index(kernel.decay)
     switches = [recent.far_k is not None, kernel.selective, kernel.normalize, kernel.gate]

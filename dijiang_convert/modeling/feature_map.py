@@ -110,9 +110,9 @@ class FeatureMap(nn.Module):
             y = self._of_one(x, scaling)
         else:
             if self not in quick.matrices:
-                quick.matrices[self] = self.matrix(scaling, x.dtype)
+                quick.matrices[self] = self.matrix(scaling, x.dtype)[:, : self.head_dim]
             y = x @ quick.matrices[self].mT
-        y = self._with_bias(y)
+        y = self._with_bias(torch.cat([y, -y], -1) if self.kernel.signed else y)
         top = y.amax(-1)
         features = y.sub_(top[..., None]).exp_()
         if quick.strength is None:
@@ -125,12 +125,11 @@ class FeatureMap(nn.Module):
         return features, scale * quick.strength - log_sum
 
     def _of_one(self, x: Tensor, scaling: float) -> Tensor:
-        """[y, −y] of one token [B, H, 1, D], from T, C and W as they are."""
+        """y of one token [B, H, 1, D], from T, C and W as they are."""
         x = x[:, :, 0].transpose(0, 1) * math.sqrt(scaling)  # [H, B, D]
         y = (x @ self.dct.to(x.dtype).mT) * self.frequency.to(x.dtype)[:, None]
         if self.kernel.projection:
             y = torch.baddbmm(y, x, self.projection.to(x.dtype).mT)
-        y = torch.cat([y, -y], -1) if self.kernel.signed else y
         return y.transpose(0, 1)[:, :, None]
 
     def _with_bias(self, y: Tensor) -> Tensor:

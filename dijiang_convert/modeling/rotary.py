@@ -19,10 +19,26 @@ def parameter_names(function: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def rotation(apply_rotary: Any, cos: Tensor, sin: Tensor, dim: int) -> Tensor | None:
-    """How a model's rotary function pairs numbers: number j becomes x_j cos_j ± x_p sin_j, and the entry is ±(p + 1).
+class Turn(NamedTuple):
+    """A rotary function: number j becomes x_j cos_j + x_p sign_j sin_j, p its partner. partner, sign: [dim]; pairing
+    has both in one, ±(p + 1), as kernels read it."""
 
-    cos, sin: [B, 1, dim], of one token. Returns [dim], or None where the function is of another kind."""
+    partner: Tensor
+    sign: Tensor
+    pairing: Tensor
+
+    def back(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, A, N, D] with its first numbers turned back. cos, sin: [B, N, dim], over their squared length."""
+        dim, head_dim = self.partner.shape[0], x.shape[-1]
+        cos, sin = cos[:, None], -sin[:, None] * self.sign
+        first = x if dim == head_dim else x[..., :dim]
+        turned = torch.addcmul(first * cos, first.index_select(-1, self.partner), sin).to(x.dtype)
+        return turned if dim == head_dim else torch.cat([turned, x[..., dim:]], -1)
+
+
+def rotation(apply_rotary: Any, cos: Tensor, sin: Tensor, dim: int) -> Turn | None:
+    """How a model's rotary function pairs numbers, or None where it is of another kind. cos, sin: [B, 1, dim], of one
+    token."""
     is_usual = (
         cos.dim() == 3 and cos.shape[1:] == (1, dim) and sin.shape == cos.shape
     )  # a row for one token, or for all
@@ -44,24 +60,4 @@ def rotation(apply_rotary: Any, cos: Tensor, sin: Tensor, dim: int) -> Tensor | 
     found = turned(x, some_cos.reshape(shape), some_sin.reshape(shape))
     if not torch.allclose(found, x * some_cos + sign * x[:, partner] * some_sin, atol=1e-5):
         return None
-    return ((partner + 1) * sign.sign()).to(torch.int32)
-
-
-class Turn(NamedTuple):
-    """How to turn back by one gather: x_j cos_j + x_p sign_j sin_j. partner, sign: [dim]."""
-
-    partner: Tensor
-    sign: Tensor
-
-    @classmethod
-    def of(cls, pairing: Tensor) -> "Turn":
-        """From what `rotation` found."""
-        return cls(pairing.abs().long() - 1, -pairing.sign().float())
-
-    def back(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, A, N, D] with its first numbers turned back. cos, sin: [B, N, dim], over their squared length."""
-        dim, head_dim = self.partner.shape[0], x.shape[-1]
-        cos, sin = cos[:, None], sin[:, None] * self.sign
-        first = x if dim == head_dim else x[..., :dim]
-        turned = torch.addcmul(first * cos, first.index_select(-1, self.partner), sin).to(x.dtype)
-        return turned if dim == head_dim else torch.cat([turned, x[..., dim:]], -1)
+    return Turn(partner, sign.sign(), ((partner + 1) * sign.sign()).to(torch.int32))
