@@ -170,12 +170,13 @@ def _too_long(signum: int, frame: Any) -> None:
 @contextmanager
 def kernels(on: bool, dry: bool) -> Iterator[None]:
     """With kernels for GPUs, or in plain torch. (A dry run takes Triton's interpreter, where there is one.)"""
-    before, interpreted = accelerated.MODE, "interpret" if accelerated.TRITON else "torch"
+    before, interpreted = (accelerated.MODE, accelerated.FLA), "interpret" if accelerated.TRITON else "torch"
     accelerated.MODE = (interpreted if dry else "") if on else "torch"
+    accelerated.FLA = accelerated.FLA and not dry  # flash-linear-attention asks for a driver
     try:
         yield
     finally:
-        accelerated.MODE = before
+        accelerated.MODE, accelerated.FLA = before
 
 
 def main() -> None:

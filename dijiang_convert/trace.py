@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.integrations import hub_kernels
 from transformers.masking_utils import (
     AttentionMaskInterface,
     bidirectional_mask_function,
@@ -136,7 +137,7 @@ class Notes:
         try:
             for source, function in functions:
                 source.apply_rotary_pos_emb = self._noting_rotation(function)  # type: ignore[attr-defined]
-            with torch.no_grad(), quiet(), _WithoutValues():
+            with torch.no_grad(), quiet(), _WithoutValues(), _torch_alone():
                 self.model.set_attn_implementation("dijiang_probe")
                 out = self.model(**self._inputs())
                 self.returns_cache = any(isinstance(value, Cache) for value in out.values())
@@ -318,6 +319,21 @@ class Notes:
 
 def _takes_more(module: nn.Module) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values())
+
+
+@contextlib.contextmanager
+def _torch_alone() -> Iterator[None]:
+    """Recurrent layers run in plain torch where transformers would take a package's kernels, which need a GPU: it does
+    so itself when it exports a model."""
+    is_exporting = getattr(hub_kernels, "is_torchdynamo_exporting", None)
+    hub_kernels.is_torchdynamo_exporting = lambda: True
+    try:
+        yield
+    finally:
+        if is_exporting is None:  # versions that don't ask
+            del hub_kernels.is_torchdynamo_exporting
+        else:
+            hub_kernels.is_torchdynamo_exporting = is_exporting
 
 
 class _WithoutValues(TorchDispatchMode):

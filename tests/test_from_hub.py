@@ -12,7 +12,7 @@ from dijiang_convert.models import load_any, load_converted, load_tokenizer
 from dijiang_convert.push import push
 from tests.hub import Hub
 from tests.modeling.test_loading import run
-from tests.models import difference, load, logits_of, moved_checkpoint, tokens
+from tests.models import difference, forget_far_part, load, logits_of, moved_checkpoint, tokens
 
 FROM_HUB = """
 def load(name, revision=None):
@@ -37,11 +37,7 @@ found["imported"] = [name for name in sys.modules if name.partition(".")[0] in H
 
 def of_another_version(folder: Path) -> None:
     """Code that has forgotten its far part, and says so."""
-    path = folder / "linear_attention.py"
-    returned = "return share * out + (1 - share) * near[0]"
-    code = path.read_text()
-    assert code.count(returned) == 1
-    path.write_text(code.replace(returned, "return near[0]"))
+    forget_far_part(folder)
     config = json.loads((folder / "config.json").read_text())
     config["dijiang"]["version"] = "0.0.1"
     (folder / "config.json").write_text(json.dumps(config))

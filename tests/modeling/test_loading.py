@@ -25,7 +25,17 @@ from transformers import AutoModelForCausalLM
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.modeling import configuration_dijiang
 from dijiang_convert.models import load_converted
-from tests.models import KINDS, checkpoint, difference, load, logits_of, moved_checkpoint, source, tokens
+from tests.models import (
+    KINDS,
+    checkpoint,
+    difference,
+    forget_far_part,
+    load,
+    logits_of,
+    moved_checkpoint,
+    source,
+    tokens,
+)
 
 # Hides packages from every finder, the one of an editable installation too.
 PREAMBLE = """
@@ -324,14 +334,7 @@ def test_versions_do_not_mix(tmp_path: Path) -> None:
     """Two checkpoints of the same folder name, one with another kernel, each run their own code in one process."""
     for name in ("one", "two"):
         moved_checkpoint("llama", tmp_path / name / "model")
-    for file, returned, instead in (  # the second one has forgotten its far part
-        ("linear_attention.py", "return share * out + (1 - share) * near[0]", "return near[0]"),
-        ("inference.py", "share = (far_scale - scale).exp_()[..., None]", "share = 0 * far_scale[..., None]"),
-    ):
-        path = tmp_path / "two" / "model" / file
-        code = path.read_text()
-        assert code.count(returned) == 1
-        path.write_text(code.replace(returned, instead))
+    forget_far_part(tmp_path / "two" / "model")
     found = run(TWO_VERSIONS, tmp_path / "out", tmp_path)
     assert found["differ"] > 1e-2
     assert found["first_stays"] and found["first_again"] and found["second_again"]

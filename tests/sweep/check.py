@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.modules["dijiang_convert"] = None  # type: ignore[assignment]  # importing it fails from here on
+sys.modules["fla"] = None  # type: ignore[assignment]  # transformers would hand CPU tensors to its kernels
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

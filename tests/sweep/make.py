@@ -6,6 +6,7 @@ Run as a module it serves such jobs (`forks`).
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -232,4 +233,5 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
+    sys.modules["fla"] = None  # type: ignore[assignment]  # transformers would hand CPU tensors to its kernels
     serve(make, SECONDS)
