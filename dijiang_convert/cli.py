@@ -95,8 +95,8 @@ def _fail(message: str, debug: bool) -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Around a verb's imports. What torch and transformers make of them stays, a million objects that the garbage
-    collector would look through again and again: without it `dijiang inspect` takes a quarter less time."""
+    """Around a verb's imports, which make a million objects that stay: the garbage collector would look through them
+    again and again. (Freezing them afterwards would gain more, but triton then reports leaks at the end.)"""
     if "torch" in sys.modules:
         yield
         return
@@ -104,7 +104,6 @@ def loading() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
         gc.enable()
 
 

@@ -19,6 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dijiang_convert.cli import app
+from dijiang_convert.demo import MODEL
 from tests.hub import Hub
 from tests.sources_on_disk import edit_config, llama_config, neox_config, write_source
 
@@ -462,3 +463,10 @@ def test_an_interrupt_from_within(source: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "copy_file_range", interrupt)
     assert refusal("convert", "source") == "stopped; nothing half-written was left behind"
     assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+def test_nothing_is_said_at_the_end() -> None:
+    """Libraries that are imported on the way complain of leaks, where the garbage collector was tampered with."""
+    command = [sys.executable, "-m", "dijiang_convert", "inspect", str(MODEL), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == "" and json.loads(done.stdout)["supported"]
