@@ -13,6 +13,8 @@ from .errors import DijiangError
 from .files import Lay, check_out, copy_file, default_out, weight_files
 from .sources import check_space
 
+AT_ONCE = 2  # files copied at a time: one core copies less than a disk's cache takes
+
 
 @contextmanager
 def head_start(source: str, out: Path | None, force: bool) -> Iterator[Lay]:
@@ -26,7 +28,7 @@ def head_start(source: str, out: Path | None, force: bool) -> Iterator[Lay]:
         yield copy_file
         return
     shards, folder = begun
-    copied, stopped, pool = dict.fromkeys(shards, 0), threading.Event(), ThreadPoolExecutor(1)
+    copied, stopped, pool = dict.fromkeys(shards, 0), threading.Event(), ThreadPoolExecutor(AT_ONCE)
 
     def copy(shard: Path) -> None:
         def count(written: int) -> None:

@@ -470,3 +470,20 @@ def test_nothing_is_said_at_the_end() -> None:
     command = [sys.executable, "-m", "dijiang_convert", "inspect", str(MODEL), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == "" and json.loads(done.stdout)["supported"]
+
+
+END = """
+import atexit, sys, threading, time
+from dijiang_convert.__main__ import main
+atexit.register(print, "registered")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+main()
+"""
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("--nonsense", 2)])
+def test_the_end_waits_for_what_is_still_to_do(argument: str, code: int) -> None:
+    """Modules are not torn down one by one; threads, what was registered for the end, and output are as ever."""
+    done = subprocess.run([sys.executable, "-c", END, argument], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout.splitlines()[-2:] == ["thread", "registered"]
