@@ -207,15 +207,16 @@ def time_attention(lengths: list[int], repeats: int, heads: int, dim: int) -> li
 def prepared(window: int, arguments: list[Tensor], options: Row) -> Callable[[], float]:
     """Times `in_pieces`, to which keys come with the window before them, as a converted layer keeps them."""
     q, k, v, fq, gq, fk, gk = arguments
+    lq = fq.log()
     k, v, fk = (F.pad(x, (0, 0, window, 0)) for x in (k, v, fk))
     late = {"log_decay": F.pad(options["log_decay"], (window, 0)),
             "feature_decay": F.pad(options["feature_decay"], (0, 0, window, 0))}  # fmt: skip
-    keys = (q, k, v, fq, gq, fk, F.pad(gk, (window, 0)))
+    keys = (q, k, v, lq, gq, fk, F.pad(gk, (window, 0)))
     return lambda: seconds(CPU, lambda: in_pieces(*keys, window=window, **options | late))
 
 
 def in_pieces(
-    q: Tensor, k: Tensor, v: Tensor, fq: Tensor, gq: Tensor, fk: Tensor, gk: Tensor, *, window: int,
+    q: Tensor, k: Tensor, v: Tensor, lq: Tensor, gq: Tensor, fk: Tensor, gk: Tensor, *, window: int,
     log_decay: Tensor, feature_decay: Tensor, scaling: float,
 ) -> Tensor:  # fmt: skip
     """`prefill` of a prompt piece by piece, as a converted layer does it. Of keys there are ``window`` more, in front,
@@ -226,7 +227,7 @@ def in_pieces(
     for start in range(0, q.shape[2], step):
         now, keys = slice(start, start + step), slice(start, start + step + window)
         done = prefill(
-            q[:, :, now], k[:, :, keys], v[:, :, keys], fq[:, :, now], gq[:, :, now], fk[:, :, now], gk[:, :, now],
+            q[:, :, now], k[:, :, keys], v[:, :, keys], lq[:, :, now], gq[:, :, now], fk[:, :, now], gk[:, :, now],
             scaling=scaling, window=window, log_decay=log_decay[:, :, now], feature_decay=feature_decay[:, :, now],
             mask=None if start >= window else real[:, keys], state=state, chunk_size=size,
         )  # fmt: skip

@@ -50,6 +50,7 @@ MODELING_FILES = (
     "feature_kernels.py",
     "packing.py",
     "inference.py",
+    "decoding.py",
     "rotary.py",
     "cache.py",
 )

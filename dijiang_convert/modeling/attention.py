@@ -7,7 +7,7 @@ Shape legend: B batch, H query heads, G key/value heads, N new tokens, D head_di
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +18,21 @@ from transformers import initialization as init
 from .accelerated import triton_available, wants_kernels
 from .cache import DiJiangCacheLayer, Kept, StaticDiJiangCacheLayer, Tokens, preceding
 from .configuration_dijiang import Kernel, Layers
-from .feature_map import FeatureMap, Quick
-from .inference import Absorption, absorptions, prefill
-from .linear_attention import FASTEST, FarState, absorb, accumulated, attend_one, attend_window, chunked
-from .rotary import Turn, parameter_names, rotation
+from .decoding import Absorption, absorptions, attend
+from .feature_map import FeatureMap, Prepared
+from .inference import prefill
+from .linear_attention import (
+    FASTEST,
+    FarState,
+    absorb,
+    accumulated,
+    accumulation_dtype,
+    attend_one,
+    attend_window,
+    chunked,
+    near_logits,
+)
+from .rotary import known_rotation, parameter_names
 
 AHEAD = 16  # tokens that leave the window next whose features are made together
 PIECE = 2**17  # numbers in a piece's queries, for each thread, see `_in_pieces`
@@ -32,7 +43,7 @@ class Call(NamedTuple):
 
     segments: [B, N], the document of each token where rows are packed (then there is no cache, and no padding).
     scaling, softcap, sink: of the source's logits, see `chunked`. causal: False for encoders.
-    matrices: of feature maps, made once for all pieces of a prompt (see `Quick`).
+    prepared: what is made of parameters once for all pieces of a prompt, where nothing needs a gradient.
     """
 
     cache: DiJiangCacheLayer | None
@@ -43,7 +54,7 @@ class Call(NamedTuple):
     softcap: float | None = None
     sink: Tensor | None = None
     causal: bool = True
-    matrices: dict[FeatureMap, Tensor] | None = None
+    prepared: dict[str, Any] | None = None
 
 
 class DiJiangAttention(nn.Module):
@@ -60,7 +71,6 @@ class DiJiangAttention(nn.Module):
         self.arguments: list[str] = []  # of the attention module's forward
         self.borrows = False  # keys and values of an earlier layer
         self.apply_rotary = apply_rotary if kernel.rotary == "remove" else None
-        self.turns: dict[torch.device, Turn | None] = {}  # see `_turn`
         heads, kv_heads = layers.heads, layers.kv_heads
         if kernel.far:
             self.q_features = FeatureMap(heads, layers.head_dim, kernel, scaled=kernel.window > 0)
@@ -122,31 +132,9 @@ class DiJiangAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         """q [B, H, N, D], k [B, G, N, D], v [B, G, N, V], mask [B, N] or None if no token is padding → [B, H, N, V]."""
         with torch.autocast(q.device.type, enabled=False):  # which would make the state's products half precision
-            if _gradless(q) and call.causal and call.segments is None:
-                return self._in_pieces(q, k, v, mask, call)
+            if _gradless(q):
+                call = call._replace(prepared={} if call.cache is None else call.cache.prepared)
             return self._forward(q, k, v, mask, call)
-
-    def _in_pieces(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
-        """The same, so many tokens at a time that their features and weights stay in the processor's cache."""
-        length, size = q.shape[2], self.kernel.chunk_size
-        call = call._replace(matrices={} if length > 1 else None)
-        cache = DiJiangCacheLayer(self.kernel.window) if call.cache is None else call.cache
-        step = PIECE * torch.get_num_threads() // (q[:, :, 0].numel() * size) * size
-        whole = length - length % size  # chunks, and then the rest
-        bounds = sorted({*range(0, whole, max(step, size)), whole, length, 0})
-        if len(bounds) == 2 or length <= self.kernel.window or cache.record_past:
-            return self._forward(q, k, v, mask, call)
-        out = v.new_empty(v.shape[0], length, q.shape[1], v.shape[3]).transpose(1, 2)
-        for start, end in itertools.pairwise(bounds):
-            piece, part = slice(start, end), call._replace(cache=cache)
-            if call.hidden_states is not None:
-                part = part._replace(hidden_states=call.hidden_states[:, piece])
-            if call.cos_sin is not None:
-                cos, sin = call.cos_sin
-                part = part._replace(cos_sin=(cos[..., piece, :], sin[..., piece, :]))
-            of_piece = None if mask is None else mask[:, piece]
-            out[:, :, piece] = self._forward(q[:, :, piece], k[:, :, piece], v[:, :, piece], of_piece, part)
-        return out
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         if triton_available(q) and q.shape[2] == 1 and isinstance(call.cache, StaticDiJiangCacheLayer):
@@ -158,7 +146,7 @@ class DiJiangAttention(nn.Module):
         if self.kernel.far and self.kernel.shift:
             far_q, far_k = self._shifted(far_q, far_k, mask, call)
         valid = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask.bool()
-        new = Tokens(k, v, far_k if self._keeps_far_keys else None, *self._gates(call.hidden_states), valid)
+        new = Tokens(k, v, far_k if self._keeps_far_keys else None, *self._gates(call), valid)
         cache = call.cache
         if cache is not None and self.borrows:  # the module, which has no keys of its own, did not
             cache.update(k, v)
@@ -178,18 +166,26 @@ class DiJiangAttention(nn.Module):
             old = past.split_oldest(past.kept - window - past.pending)
             if self.kernel.far:
                 past.state = self._absorb(past.state, old, call)
-        past.append(new)
-
-        order = _padding_first(past.tokens().valid) if padded and call.causal else None
-        if order is not None:  # the window counts real tokens: padding moves out of their way, and back below
-            past.reorder_tokens(order)
-            shift = order.shape[1] - queries
-            rows = (order[:, shift:] - shift).clamp(min=0)[:, None, :, None]
-            q, far_q = q.gather(2, rows.expand_as(q)), far_q.gather(2, rows.expand_as(far_q))
-        out, state = self._chunked(past, q, far_q, call)
-        if order is not None:
-            rows = (order.argsort(1)[:, shift:] - shift).clamp(min=0)[:, None, :, None]
-            out = out.gather(2, rows.expand_as(out))
+        fast = _gradless(q) and self.kernel.far and self.kernel.normalize and call.causal and call.segments is None
+        fast = fast and past.kept <= window and not past.record_past
+        if fast and not padded:
+            out, state = self._in_pieces(q, far_q, past.tokens() if past.kept else None, new, past.state, call)
+            past.overtake(new)
+        else:
+            past.append(new)
+            order = _padding_first(past.tokens().valid) if padded and call.causal else None
+            if order is not None:  # the window counts real tokens: padding moves out of their way, and back below
+                past.reorder_tokens(order)
+                shift = order.shape[1] - queries
+                rows = (order[:, shift:] - shift).clamp(min=0)[:, None, :, None]
+                q, far_q = q.gather(2, rows.expand_as(q)), far_q.gather(2, rows.expand_as(far_q))
+            if fast:
+                out, state = self._in_pieces(q, far_q, None, past.tokens(), past.state, call)
+            else:
+                out, state = self._chunked(past.tokens(), q, far_q, past.state, call)
+            if order is not None:
+                rows = (order.argsort(1)[:, shift:] - shift).clamp(min=0)[:, None, :, None]
+                out = out.gather(2, rows.expand_as(out))
 
         if past.record_past:
             past.pending += queries
@@ -200,41 +196,64 @@ class DiJiangAttention(nn.Module):
         past.trim_trail()
         return out
 
-    def _chunked(self, past: DiJiangCacheLayer, q: Tensor, far_q: Tensor, call: Call) -> tuple[Tensor, FarState | None]:
-        if _gradless(q) and self.kernel.far and self.kernel.normalize and call.causal and call.segments is None:
-            fast = self._prefill_piece(past, q, far_q, call)
-            if fast is not None:
-                return fast
-        k, v, _, gates, code, valid = past.tokens()
+    def _in_pieces(
+        self, q: Tensor, far_q: Tensor, kept: Tokens | None, new: Tokens, state: FarState | None, call: Call
+    ) -> tuple[Tensor, FarState | None]:
+        """`_chunked`, so many tokens at a time that their features and weights stay in the processor's cache.
+
+        kept: at most a window of tokens before ``new``. Where they are None, ``new`` has them, too.
+        """
+        length, window, count = q.shape[2], self.kernel.window, 0 if kept is None else kept.length
+        before = count + new.length - length
+        out = q.new_empty(q.shape[0], length, q.shape[1], new.v.shape[3], dtype=accumulation_dtype(q)).transpose(1, 2)
+        for start, end in self._pieces(q):
+            first, last, piece = max(start + before - window, 0), end + before, slice(start, end)
+            if kept is None or first >= count:
+                tokens = new.narrow(first - count, last - count)
+            else:
+                tokens = kept.narrow(first, count).followed_by(new.narrow(0, last - count))
+            given = tokens, q[:, :, piece], far_q[:, :, piece], state, call
+            out[:, :, piece], state = self._prefill_piece(*given) or self._chunked(*given)
+        return out, state
+
+    def _pieces(self, q: Tensor) -> Iterator[tuple[int, int]]:
+        """Where a prompt is divided: all but the last pieces are whole chunks."""
+        length, size = q.shape[2], self.kernel.chunk_size
+        step = PIECE * torch.get_num_threads() // (q.shape[0] * q.shape[1] * q.shape[3] * size) * size
+        whole = length - length % size
+        return itertools.pairwise(sorted({*range(0, whole, max(step, size)), whole, length, 0}))
+
+    def _chunked(
+        self, tokens: Tokens, q: Tensor, far_q: Tensor, state: FarState | None, call: Call
+    ) -> tuple[Tensor, FarState | None]:
+        """The output for the last of the tokens, whose queries these are, and the state after all but a window."""
         features: tuple[Tensor | None, ...] = (None,) * 4
         if self.kernel.far:
-            features = (*self._query_features(far_q, call), *self._key_features(past.tokens(), call))
+            features = (*self._query_features(far_q, call), *self._key_features(tokens, call))
         return chunked(
-            q, self._per_state_head(k), self._per_state_head(v), *features,
+            q, self._per_state_head(tokens.k), self._per_state_head(tokens.v), *features,
             scaling=call.scaling, window=self.kernel.window, softcap=call.softcap, sink=call.sink,
-            log_decay=self._log_decay(gates), feature_decay=self._feature_decay(code), mask=valid, state=past.state,
-            segments=call.segments, causal=call.causal, normalize=self.kernel.normalize,
-            chunk_size=self.kernel.chunk_size,
+            log_decay=self._log_decay(tokens.gates), feature_decay=self._feature_decay(tokens.code, call),
+            mask=tokens.valid, state=state, segments=call.segments, causal=call.causal,
+            normalize=self.kernel.normalize, chunk_size=self.kernel.chunk_size,
         )  # fmt: skip
 
     def _prefill_piece(
-        self, past: DiJiangCacheLayer, q: Tensor, far_q: Tensor, call: Call
+        self, tokens: Tokens, q: Tensor, far_q: Tensor, state: FarState | None, call: Call
     ) -> tuple[Tensor, FarState] | None:
-        """`prefill`, or None where the tokens are not as it needs them."""
-        window, queries, size = self.kernel.window, q.shape[2], self.kernel.chunk_size
-        missing = window + queries - past.kept
-        if missing < 0 or (queries > size and queries % size):
-            return None
-        tokens = past.tokens()
+        """`prefill`, or None where it gives up."""
+        window, queries = self.kernel.window, q.shape[2]
+        missing = window + queries - tokens.length
         if missing:  # before the first
             tokens = tokens.map(lambda x, dim: F.pad(x, (0, 0) * (x.dim() - dim - 1) + (missing, 0)))
-        absorbed = tokens.map(lambda x, dim: x.narrow(dim, 0, queries))
+        absorbed = tokens.narrow(0, queries)
         return prefill(
             q, self._per_state_head(tokens.k), self._per_state_head(tokens.v),
-            *self._query_features(far_q, call, quick=True), *self._key_features(absorbed, call, quick=True),
+            *self.q_features.logarithms(far_q, self._prepared_queries(far_q, call)),
+            *self._quick_key_features(absorbed, call),
             scaling=call.scaling, window=window, softcap=call.softcap, sink=call.sink,
-            log_decay=self._log_decay(absorbed.gates), feature_decay=self._feature_decay(absorbed.code),
-            mask=None if tokens.valid.all() else tokens.valid, state=past.state, chunk_size=size,
+            log_decay=self._log_decay(absorbed.gates), feature_decay=self._feature_decay(absorbed.code, call),
+            mask=None if tokens.valid.all() else tokens.valid, state=state, chunk_size=self.kernel.chunk_size,
         )  # fmt: skip
 
     def _decode_in_kernels(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
@@ -246,7 +265,9 @@ class DiJiangAttention(nn.Module):
         if self.borrows:
             call.cache.update(k, v)
         if self._keeps_far_keys and not torch.compiler.is_compiling() and not self.kernel.shift:
-            turn = None if call.cos_sin is None else self._turn(*call.cos_sin)
+            turn = None
+            if call.cos_sin is not None:
+                turn = known_rotation(self.apply_rotary, *call.cos_sin, self.layers.rotary_dim)
         if self._keeps_far_keys and turn is None:
             far = self._without_rotation(q, k, call.cos_sin)
             if self.kernel.shift:
@@ -258,45 +279,60 @@ class DiJiangAttention(nn.Module):
 
     def _decode(self, cache: DiJiangCacheLayer, q: Tensor, far_q: Tensor, new: Tokens, call: Call) -> Tensor:
         """One token, in place: the oldest one leaves the window for the state, the new one takes its slot."""
-        kernel, static = self.kernel, isinstance(cache, StaticDiJiangCacheLayer)
-        exact: dict[str, Any] = {"scaling": call.scaling, "softcap": call.softcap, "sink": call.sink}
-        if static:
+        step: Absorption | None = None
+        if isinstance(cache, StaticDiJiangCacheLayer):
             old = cache.replace_oldest(new)
-            if kernel.far:
+            if self.kernel.far:
                 cache.set_state(self._absorb(cache.state, old, call))
             padding: Tensor | None = cache.tokens(ordered=False).valid
         else:
             cache.make_writable()
-            if kernel.far:
+            if self.kernel.far:
                 if not cache.ahead:
                     cache.ahead = self._look_ahead(cache, cache.oldest_tokens(new, AHEAD), call)
-                cache.ahead.pop(0).apply(cache.state)
+                step = cache.absorb_next()
             cache.replace_oldest(new)
             padding = cache.padding()
         cache.trim_trail()
         keys, values, *_ = cache.tokens(ordered=False)
-        if not kernel.far:
+        exact: dict[str, Any] = {"scaling": call.scaling, "softcap": call.softcap, "sink": call.sink}
+        if not self.kernel.far:
             return attend_window(q, keys, values, valid=padding, **exact)[0]
+        keys, values = self._per_state_head(keys), self._per_state_head(values)
+        if step is not None and self.kernel.normalize:
+            near = near_logits(q, keys, call.scaling, call.softcap, padding)
+            far, scale = self.q_features.logarithms(far_q, self._prepared_queries(far_q, call))
+            far = far.add_(step.scale if scale is None else step.scale + scale[..., None])
+            out = attend(near, values, far, cache.lagging_state.s, call.sink)
+            if out is not None:
+                return out
+        features = self._query_features(far_q, call)
         return attend_one(
-            q, self._per_state_head(keys), self._per_state_head(values),
-            *self._query_features(far_q, call, quick=kernel.normalize and not static), cache.state, valid=padding,
-            normalize=kernel.normalize, **exact,
-        )  # fmt: skip
+            q, keys, values, *features, cache.state, valid=padding, normalize=self.kernel.normalize, **exact
+        )
 
     def _look_ahead(self, cache: DiJiangCacheLayer, old: Tokens, call: Call) -> list[Absorption]:
         """What the next tokens to leave the window do to the state, made for all of them at once."""
-        call = call._replace(matrices={})
-        fk, gk = self._key_features(old, call, quick=self.kernel.normalize)
+        fk, gk = self._quick_key_features(old, call) if self.kernel.normalize else self._key_features(old, call)
         padding = None if cache.padding() is None else old.valid
-        decays = (self._log_decay(old.gates), self._feature_decay(old.code))
-        return absorptions(cache.state.m, fk, gk, self._per_state_head(old.v), *decays, padding)
+        decays = (self._log_decay(old.gates), self._feature_decay(old.code, call))
+        return absorptions(
+            cache.lagging_state.m,
+            cache.lag,
+            fk,
+            gk,
+            self._per_state_head(old.v),
+            *decays,
+            padding,
+            self.layers.heads // gk.shape[1],
+        )
 
     def _absorb(self, state: FarState | None, old: Tokens, call: Call) -> FarState:
         fk, gk = self._key_features(old, call)
         v = self._per_state_head(old.v)
         if state is None:
             state = FarState.empty(v.shape[0], v.shape[1], fk.shape[-1], v.shape[-1], v)
-        return absorb(state, fk, gk, v, self._log_decay(old.gates), self._feature_decay(old.code), old.valid)
+        return absorb(state, fk, gk, v, self._log_decay(old.gates), self._feature_decay(old.code, call), old.valid)
 
     # ------------------------------------------------------------------------------------------------------ features
 
@@ -321,40 +357,58 @@ class DiJiangAttention(nn.Module):
     def _keeps_far_keys(self) -> bool:
         return self.kernel.far and (self.kernel.shift or self.apply_rotary is not None)
 
-    def _query_features(self, q: Tensor, call: Call, quick: bool = False) -> tuple[Tensor, Tensor]:
-        features, scale = self.q_features(q, call.scaling, Quick(call.matrices) if quick else None)
+    def _query_features(self, q: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        features, scale = self.q_features(q, call.scaling)
         return features, scale + self.q_offset[:, None] if self.q_features.scaled else scale
 
-    def _key_features(self, tokens: Tokens, call: Call, quick: bool = False) -> tuple[Tensor, Tensor]:
+    def _key_features(self, tokens: Tokens, call: Call) -> tuple[Tensor, Tensor]:
+        features, scale = self.k_features(tokens.far_keys, call.scaling)
+        if self.kernel.learned_features:
+            scale = scale * self.k_strength[:, None]
+        return self._of_state(features, scale, tokens)
+
+    def _quick_key_features(self, tokens: Tokens, call: Call) -> tuple[Tensor, Tensor]:
+        """The same as `_key_features` does together, in fewer passes and without gradients."""
+        x, known = tokens.far_keys, call.prepared
+        assert known is not None
+        if "k" not in known:
+            known["k"] = self.k_features.prepared(call.scaling, accumulation_dtype(x))
         strength = self.k_strength[:, None] if self.kernel.learned_features else 1.0
-        if quick:
-            features, scale = self.k_features(tokens.far_keys, call.scaling, Quick(call.matrices, strength))
-        else:
-            features, scale = self.k_features(tokens.far_keys, call.scaling)
-            scale = scale * strength
+        return self._of_state(*self.k_features.unnormalized(x, known["k"], strength), tokens)
+
+    def _of_state(self, features: Tensor, scale: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         if tokens.gates is not None:
             scale = scale + tokens.gates[..., 0]
         return self._per_state_head(features), self._per_state_head(scale)
+
+    def _prepared_queries(self, q: Tensor, call: Call) -> Prepared:
+        assert call.prepared is not None
+        if "q" not in call.prepared:
+            offset = self.q_offset if self.q_features.scaled else None
+            call.prepared["q"] = self.q_features.prepared(call.scaling, accumulation_dtype(q), offset)
+        return call.prepared["q"]
 
     def _per_state_head(self, x: Tensor) -> Tensor:
         """Repeats key/value heads where every query head has a state of its own (a fixed decay a query head)."""
         repeats = self.layers.heads // self.layers.kv_heads if self.kernel.decay == "retnet" else 1
         return x if repeats == 1 else x.repeat_interleave(repeats, 1)
 
-    def _gates(self, hidden_states: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _gates(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """What each token's hidden state adds to its key's log-scale and to log(−log γ), [B, G, N, 2], and the code of
         what it does to the decays of features, [B, 1, N, R]."""
         if not (self.kernel.far and (self.kernel.selective or self.kernel.decay_rank)):
             return None, None
-        if hidden_states is None:
+        if call.hidden_states is None:
             raise ValueError(
                 "the attention module got no hidden_states: convert with kernel.selective false, kernel.decay_rank 0"
             )
-        x = accumulated(hidden_states)
-        norm = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6).rsqrt()
-        weights: list[Tensor] = [self.selection] if self.kernel.selective else []
-        weights += [self.decay_down] if self.kernel.decay_rank else []
-        made = x @ torch.cat(weights).to(x.dtype).mT * norm
+        x, known = accumulated(call.hidden_states), {} if call.prepared is None else call.prepared
+        if "gates" not in known:
+            parts: list[Tensor] = [self.selection] if self.kernel.selective else []
+            parts += [self.decay_down] if self.kernel.decay_rank else []
+            known["gates"] = torch.cat(parts).to(x.dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+        made = F.linear(x, known["gates"]) * (norm.square() + 1e-6).rsqrt()
         gates, code = made.split([made.shape[-1] - self.kernel.decay_rank, self.kernel.decay_rank], -1)
         return (
             gates.unflatten(-1, (-1, 2)).transpose(1, 2) if self.kernel.selective else None,
@@ -371,13 +425,18 @@ class DiJiangAttention(nn.Module):
         # At most 4: a single token can wipe out what came before it.
         return -decay.exp() if gates is None else _bounded_decay(gates[..., 1] + (decay[:, None] - math.log(4.0)), 4.0)
 
-    def _feature_decay(self, code: Tensor | None) -> Tensor | None:
+    def _feature_decay(self, code: Tensor | None, call: Call) -> Tensor | None:
         """log γ of each key and feature, [B, G, K, F]."""
         if code is None:
             return None
-        up = self.decay_up.to(code.dtype).unflatten(0, self.feature_decay.shape)  # [G, F, R]
-        start = accumulated(self.feature_decay)[:, None] - math.log(FASTEST)
-        return _bounded_decay((code @ up.mT).add_(start), FASTEST)
+        known = {} if call.prepared is None else call.prepared
+        if "decay" not in known:
+            up = self.decay_up.to(code.dtype).unflatten(0, self.feature_decay.shape).mT  # [G, R, F]
+            known["decay"] = up, accumulated(self.feature_decay)[:, None] - math.log(FASTEST)
+        up, start = known["decay"]
+        if torch.is_grad_enabled() or code.shape[0] > 1:
+            return _bounded_decay((code @ up).add_(start), FASTEST)
+        return _bounded_decay(torch.baddbmm(start, code[0].expand(up.shape[0], -1, -1), up)[None], FASTEST)
 
     def _shifted(self, q: Tensor, k: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """Adds a share of the token before to queries and keys; the first of a document has none before it."""
@@ -397,14 +456,15 @@ class DiJiangAttention(nn.Module):
         scaled variants (YaRN) give cos and sin."""
         if not self._keeps_far_keys or self.apply_rotary is None or cos_sin is None:
             return q, k
-        cos, sin = (accumulated(x) for x in cos_sin)
         dim = self.layers.rotary_dim  # less than head_dim with partial rotary embedding
+        turn = known_rotation(self.apply_rotary, *cos_sin, dim) if _gradless(q) else None
+        if turn is not None:
+            if q.shape[2] > 1:
+                return turn.back(q, *cos_sin), turn.back(k, *cos_sin)
+            both = turn.back(torch.cat([q, k], 1), *cos_sin)
+            return both[:, : q.shape[1]], both[:, q.shape[1] :]
+        cos, sin = (accumulated(x) for x in cos_sin)
         length = cos[..., :1].square() + sin[..., :1].square()
-        if _gradless(q) and cos.dim() == 3:
-            turn = self._turn(cos, sin)
-            if turn is not None:
-                both = turn.back(torch.cat([q, k], 1), cos / length, sin / length)
-                return both[:, : q.shape[1]], both[:, q.shape[1] :]
         back = (cos / length, -sin / length)
         if "k" in parameter_names(self.apply_rotary):
             turned_q, turned_k = self.apply_rotary(q[..., :dim], k[..., :dim], *back)
@@ -414,12 +474,6 @@ class DiJiangAttention(nn.Module):
             torch.cat([turned_q.to(q.dtype), q[..., dim:]], -1),
             torch.cat([turned_k.to(k.dtype), k[..., dim:]], -1),
         )
-
-    def _turn(self, cos: Tensor, sin: Tensor) -> Turn | None:
-        """How the model's rotary function pairs numbers, looked up once a device: a CUDA graph can't ask."""
-        if cos.device not in self.turns:
-            self.turns[cos.device] = rotation(self.apply_rotary, cos[:, :1], sin[:, :1], self.layers.rotary_dim)
-        return self.turns[cos.device]
 
     def _gated(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
         """Group norm a head and the output gate SiLU(x W_G) of the published formulation."""

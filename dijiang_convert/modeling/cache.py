@@ -58,6 +58,13 @@ class Tokens(NamedTuple):
     def far_keys(self) -> Tensor:
         return self.k if self.far_k is None else self.far_k
 
+    @property
+    def length(self) -> int:
+        return self.valid.shape[1]
+
+    def narrow(self, start: int, end: int) -> "Tokens":
+        return self.map(lambda x, dim: x.narrow(dim, start, end - start))
+
     def map(self, change: Callable[[Tensor, int], Tensor]) -> "Tokens":
         """``change(tensor, token dimension)`` of everything."""
         dims = (2, 2, 2, 2, 2, 1)
@@ -76,6 +83,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    lag: Tensor | None = None  # the state's s is to be multiplied by e^lag, [B, G, F or 1], see `absorb_next`
 
     def __init__(self, window: int) -> None:
         super().__init__()
@@ -84,14 +92,15 @@ class DiJiangCacheLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        self.state: Any = None  # FarState, once there is one
+        self.state = None
         self.recent: Tokens | None = None
         self.trail: Tensor | None = None  # see `follow`
         self.oldest = 0  # index of the oldest token in the ring
         self.seen = 0
         self.pending = 0  # tokens that `crop` can still take back
         self.is_padded: bool | None = None  # see `padding`
-        self.ahead: list[Any] = []  # what the oldest tokens will do to the state, next one first
+        self.ahead: list[Any] = []  # what the oldest tokens will do to the state, next one first: see `absorptions`
+        self.prepared: dict[str, Any] = {}  # what decoding makes of the layer's parameters, see `Prepared`
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -117,8 +126,32 @@ class DiJiangCacheLayer(CacheLayerMixin):
 
     # ------------------------------------------------------------------------------ what the attention function uses
 
+    @property
+    def state(self) -> Any:
+        """A `FarState`, or None before there is one."""
+        if self.lag is not None:
+            self.state = FarState(self._state.s * self.lag.exp()[..., None], self._state.m)
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._state, self.lag, self.ahead = state, None, []
+
+    @property
+    def lagging_state(self) -> FarState:
+        """The state as it is kept, which lacks the decay e^lag."""
+        assert self._state is not None
+        return self._state
+
     def set_state(self, state: FarState | None) -> None:
         self.state = state
+
+    def absorb_next(self) -> Any:
+        """Lets the next key into the state, in place: the first `Absorption` of ``ahead``, which it returns."""
+        step = self.ahead.pop(0)
+        step.apply(self._state.s)
+        self._state, self.lag = FarState(self._state.s, step.m), step.lag
+        return step
 
     def opened(self) -> "DiJiangCacheLayer":
         """A layer that any number of tokens can be appended to."""
@@ -130,7 +163,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
     @property
     def kept(self) -> int:
         """L, how many tokens are kept one by one."""
-        return 0 if self.recent is None else self.recent.valid.shape[1]
+        return 0 if self.recent is None else self.recent.length
 
     def takes_one(self, mask: Tensor | None) -> bool:
         """Whether `replace_oldest` can take a single token. mask: [B, 1] if it is padding in some rows."""
@@ -149,10 +182,16 @@ class DiJiangCacheLayer(CacheLayerMixin):
         self.is_padded, self.ahead = None, []
         self.recent = new if self.recent is None else self.tokens().followed_by(new)
 
+    def overtake(self, new: Tokens) -> None:
+        """`append`, but where the kept tokens leave the window they are gone: they are part of the state already."""
+        if new.length >= self.window:
+            self.recent, self.oldest = None, 0
+        self.append(new)
+
     def split_oldest(self, count: int) -> Tokens:
         """Takes the ``count`` oldest tokens out of the kept ones and returns them."""
         count = max(count, 0)
-        old = self.tokens().map(lambda x, dim: x.narrow(dim, 0, count))
+        old = self.tokens().narrow(0, count)
         # A copy, so that the memory of a long prompt is freed and the ring owns what it writes to.
         self._map(lambda x, dim: x.narrow(dim, count, x.shape[dim] - count).clone())
         return old
@@ -178,13 +217,16 @@ class DiJiangCacheLayer(CacheLayerMixin):
     def oldest_tokens(self, new: Tokens, most: int) -> Tokens:
         """A view of those that `replace_oldest` overwrites next. Without a window the new one is itself the oldest."""
         count = min(most, self.window - self.oldest)
-        return self.tokens(ordered=False).map(lambda x, dim: x.narrow(dim, self.oldest, count)) if self.window else new
+        return self.tokens(ordered=False).narrow(self.oldest, self.oldest + count) if self.window else new
 
     def replace_oldest(self, new: Tokens) -> Any:
         """Puts one real token in the place of the oldest."""
         if self.window > 0:
-            parts = iter(x for x in new if x is not None)
-            self.oldest_tokens(new, 1).map(lambda x, dim: x.copy_(next(parts)))
+            for kept, part in zip(self.tokens(ordered=False)[:-1], new[:-1], strict=True):
+                if kept is not None and part is not None:
+                    kept.narrow(2, self.oldest, 1).copy_(part)
+            if self.is_padded is not False:
+                self.tokens(ordered=False).valid[:, self.oldest] = True
             self.oldest = (self.oldest + 1) % self.window
             if self.oldest == 0:
                 self.is_padded = None
@@ -198,7 +240,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
 
     def make_writable(self) -> None:
         """Copies what was made under torch.inference_mode() where that has ended: nothing else may write to it."""
-        tensors = (self.recent.valid if self.recent is not None else None, *(self.state or ()))
+        tensors = (self.recent.valid if self.recent is not None else None, *(self._state or ()))
         if not torch.is_inference_mode_enabled() and any(x is not None and x.is_inference() for x in tensors):
             self._map_batch(torch.clone)
 
@@ -291,6 +333,7 @@ class StaticDiJiangCacheLayer(DiJiangCacheLayer):
         self.sizes, self.window = kept, kept.window
         self.max_cache_len = max_cache_len  # of softmax layers in the same cache, whose masks are sized by any layer
         self.record_past, self.pending, self.oldest = False, 0, 0
+        self.prepared: dict[str, Any] = {}
         self.state, self.recent, self.trail = None, None, None
         self.seen = torch.tensor(0)  # type: ignore[assignment]
         self.is_initialized = False

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from .chunk_kernels import prefill  # noqa: F401
     from .cuda_graph import GraphedStep  # noqa: F401
     from .decode_kernels import decode  # noqa: F401
+    from .decoding import Absorption  # noqa: F401
     from .feature_kernels import feature_map  # noqa: F401
     from .feature_map import FeatureMap  # noqa: F401
     from .fla_kernels import train  # noqa: F401
-    from .inference import Absorption  # noqa: F401
+    from .inference import LEAST_TOTAL  # noqa: F401
     from .linear_attention import FarState  # noqa: F401
     from .modeling_dijiang import DiJiangMixin  # noqa: F401
     from .near_kernels import near_attention  # noqa: F401

@@ -34,15 +34,15 @@ def quasi_random_normal(heads: int, dim: int, seed: int) -> Tensor:
     return torch.special.ndtri(points.double().clamp(1e-6, 1 - 1e-6)).float()
 
 
-class Quick(NamedTuple):
-    """Asks a `FeatureMap` for features without gradients, for where φ and g count by e^g φ alone.
+class Prepared(NamedTuple):
+    """What a `FeatureMap` multiplies and adds where nothing needs a gradient, made once for many tokens.
 
-    matrices: what `FeatureMap.matrix` makes, kept here from one piece of a prompt to the next; None for a single token,
-    which makes none. strength: a number or [H, 1], what the log-scale of keys is multiplied by; None for queries.
+    matrix: [H, D, F], of `FeatureMap.matrix`. bias: [H, 1, F], or None. norm_weight: s·a, [H, 1], or None.
     """
 
-    matrices: "dict[FeatureMap, Tensor] | None" = None
-    strength: Tensor | float | None = None
+    matrix: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
 
 
 class FeatureMap(nn.Module):
@@ -87,9 +87,7 @@ class FeatureMap(nn.Module):
         if self.scaled:
             init.constant_(self.norm_weight, float(kernel.frequency) ** 2 / (2 * self.head_dim))
 
-    def forward(self, x: Tensor, scaling: float, quick: Quick | None = None) -> tuple[Tensor, Tensor]:
-        if quick is not None:
-            return self._unnormalized(x, scaling, quick)
+    def forward(self, x: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         matrix = self.matrix(scaling, accumulation_dtype(x))
         bias = self.bias if self.kernel.learned_features else None
         norm_weight = scaling * self.norm_weight if self.scaled else None
@@ -97,47 +95,49 @@ class FeatureMap(nn.Module):
         if form is not None:
             return form(x, matrix, bias, norm_weight, self.kernel.signed)
         x = accumulated(x)
-        y = self._with_bias(x @ matrix.mT)
-        if not self.scaled:
+        y = x @ matrix.mT
+        if bias is not None:
+            y = y + bias.to(y.dtype)[:, None]
+        if norm_weight is None:
             return y.softmax(-1), y.new_zeros(y.shape[:-1])
         features, lse = softmax_with_lse(y)
-        return features, lse - math.log(self.features) - self._norm(x, scaling)
+        norm = torch.linalg.vector_norm(x, dim=-1).square() * norm_weight.to(x.dtype)[:, None]
+        return features, lse - math.log(self.features) - norm
 
-    def _unnormalized(self, x: Tensor, scaling: float, quick: Quick) -> tuple[Tensor, Tensor]:
-        """The same e^g φ in fewer passes: features that don't sum to 1, and a log-scale that makes up for it."""
+    # ----------------------------------------------------------------------- without gradients, in fewer passes
+
+    def prepared(self, scaling: float, dtype: torch.dtype, offset: Tensor | None = None) -> Prepared:
+        """For `logarithms` and `unnormalized`. offset: [H], added to the log-scale."""
+        bias: Tensor | None = self.bias.to(dtype)[:, None] if self.kernel.learned_features else None
+        if self.scaled:
+            assert bias is not None
+            bias = bias - math.log(self.features)
+        if offset is not None:
+            bias = offset.to(dtype)[:, None, None] + (0 if bias is None else bias)
+        norm_weight = scaling * self.norm_weight.to(dtype)[:, None] if self.scaled else None
+        return Prepared(self.matrix(scaling, dtype).mT.contiguous(), bias, norm_weight)
+
+    @staticmethod
+    def logarithms(x: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
+        """log e^g φ(x) of queries as a sum, [B, H, N, F] and [B, H, N] (None for 0); where log-scales cancel, less what
+        all features of a query share."""
         x = accumulated(x)
-        if quick.matrices is None:
-            y = self._of_one(x, scaling)
-        else:
-            if self not in quick.matrices:
-                quick.matrices[self] = self.matrix(scaling, x.dtype)[:, : self.head_dim]
-            y = x @ quick.matrices[self].mT
-        y = self._with_bias(torch.cat([y, -y], -1) if self.kernel.signed else y)
+        norm = _norm(x, prepared)
+        return _product(x, prepared), None if norm is None else norm.neg_()
+
+    @staticmethod
+    def unnormalized(x: Tensor, prepared: Prepared, strength: Tensor | float) -> tuple[Tensor, Tensor]:
+        """φ(k) times something, and its log-scale multiplied by ``strength`` (a number or [H, 1]) less the logarithm of
+        that: [B, H, N, F], [B, H, N]."""
+        x = accumulated(x)
+        y = _product(x, prepared)
         top = y.amax(-1)
         features = y.sub_(top[..., None]).exp_()
-        if quick.strength is None:
-            scale = top - math.log(self.features) - self._norm(x, scaling) if self.scaled else torch.zeros_like(top)
-            return features, scale
         log_sum = features.sum(-1).log_()
-        if not self.scaled:
+        norm = _norm(x, prepared)
+        if norm is None:
             return features, -log_sum
-        scale = top + log_sum - math.log(self.features) - self._norm(x, scaling)
-        return features, scale * quick.strength - log_sum
-
-    def _of_one(self, x: Tensor, scaling: float) -> Tensor:
-        """y of one token [B, H, 1, D], from T, C and W as they are."""
-        x = x[:, :, 0].transpose(0, 1) * math.sqrt(scaling)  # [H, B, D]
-        y = (x @ self.dct.to(x.dtype).mT) * self.frequency.to(x.dtype)[:, None]
-        if self.kernel.projection:
-            y = torch.baddbmm(y, x, self.projection.to(x.dtype).mT)
-        return y.transpose(0, 1)[:, :, None]
-
-    def _with_bias(self, y: Tensor) -> Tensor:
-        return y.add_(self.bias.to(y.dtype)[:, None]) if self.kernel.learned_features else y
-
-    def _norm(self, x: Tensor, scaling: float) -> Tensor:
-        """a‖x̂‖²"""
-        return torch.linalg.vector_norm(x, dim=-1).square() * (scaling * self.norm_weight.to(x.dtype))[:, None]
+        return features, (top + log_sum - norm) * strength - log_sum
 
     def matrix(self, scaling: float, dtype: torch.dtype) -> Tensor:
         """√s (T C + W), and the negative of it below if signed: [H, F, D]."""
@@ -146,3 +146,20 @@ class FeatureMap(nn.Module):
             matrix = matrix + self.projection.to(dtype)
         matrix = matrix * math.sqrt(scaling)
         return torch.cat([matrix, -matrix], 1) if self.kernel.signed else matrix
+
+
+def _product(x: Tensor, prepared: Prepared) -> Tensor:
+    """y + D: [B, H, N, D] → [B, H, N, F]."""
+    if prepared.bias is None:
+        return x @ prepared.matrix
+    if x.shape[0] == 1:
+        return torch.baddbmm(prepared.bias, x[0], prepared.matrix)[None]
+    return (x @ prepared.matrix).add_(prepared.bias)
+
+
+def _norm(x: Tensor, prepared: Prepared) -> Tensor | None:
+    """a‖x̂‖², [B, H, N]."""
+    if prepared.norm_weight is None:
+        return None
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    return (norm * prepared.norm_weight).mul_(norm)

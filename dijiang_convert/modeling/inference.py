@@ -1,37 +1,42 @@
-"""The chunked and the recurrent form without gradients, in few passes: `prefill` for prompts on the CPU,
-`absorptions` for decoding.
+"""The chunked form without gradients, in few passes, for prompts on the CPU.
 
-With a window w and chunks of C, the queries of a chunk see the w + C keys that end with the chunk. Among the first C
-of these, key j weighs as far for query i where j ≤ i; all other weights are near ones. So near and far share one
-matrix of weights [C, w + C], one product with the values and one denominator. All keys before are in the state.
+Near and far part have one denominator: that of the near one, which its log-sum-exp tells. What the far part adds to it
+is e^{l_qf + M − Λ_q − lse} φ_f(k) e^{h_k − M}, summed over features and keys (l the logarithm of e^g φ), so that
 
-Far weights have one scale for all queries of a piece, where `chunked` has a running maximum for each, and near weights
-are masked only after the exponential. That is exact unless they span more than float32 does: then decays or a
-denominator tell, it is tried again with pieces of one chunk, and at last `prefill` gives up.
+    o = (o_near + Σ w_far v) / (1 + Σ w_far)
 
-Shape legend as in `linear_attention`; L queries, C to a chunk, R = H / G queries a key/value head.
+Far weights have one scale for all keys of a piece, where `chunked` has a running maximum. That is exact unless they
+span more than float32 does: then decays or weights tell, it is tried again with pieces of one chunk, and at last
+`prefill` gives up.
+
+Shape legend as in `linear_attention`; L queries, C to a chunk, R = H / G queries a key/value head, W = w + block.
 """
 
-from typing import NamedTuple
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear_attention import FLOOR, FarState, accumulated, per_key, rescaled, with_ones
+from .linear_attention import FLOOR, FarState, accumulated, per_key, rescaled, softmax_with_lse, with_ones
 
-# What a query's weights add up to at least, where what float32 can't hold of the smallest does not count.
+# What a query's weights add up to at least without a window, where what float32 can't hold of the smallest does not
+# count; and the most that a feature may weigh against all near keys, as a power of e.
 LEAST_TOTAL = 1e-28
+MOST_WEIGHT = 60.0
 # The most that the state may decay by in a piece, as a power of e: keys' features grow by as much in between.
 MOST_DECAY = 40.0
+BLOCK = 32  # queries that see one stretch of near keys
+
+flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # tells the log-sum-exp
 
 
 def prefill(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    fq: Tensor,
-    gq: Tensor,
+    lq: Tensor,
+    gq: Tensor | None,
     fk: Tensor,
     gk: Tensor,
     *,
@@ -49,7 +54,9 @@ def prefill(
 
     Arguments are those of `chunked`, but for this: k, v and mask are of w + L keys, w of them before the first query
     (those that don't exist are masked), and what belongs to the far part (fk, gk and decays) of the first L of these
-    alone. L is at most chunk_size, or a multiple of it.
+    alone. lq [B, H, L, F] is log fq; lq, gq, fk and gk need only be right in lq + gq
+    (None for 0) and e^gk fk. L is at most chunk_size, or a
+    multiple of it.
 
     Returns the output [B, H, L, V] (accumulation dtype) and the state after the first L keys, or None where the scales
     of keys span too much for this form.
@@ -63,7 +70,8 @@ def prefill(
     def piece(start: int, end: int, state: FarState) -> tuple[Tensor, FarState] | None:
         now, seen = slice(start, end), slice(start, end + window)
         return _piece(
-            q[:, :, now], k[:, :, seen], v[:, :, seen], fq[:, :, now], gq[:, :, now], fk[:, :, now], gk[:, :, now],
+            q[:, :, now], k[:, :, seen], v[:, :, seen], lq[:, :, now],
+            None if gq is None else gq[:, :, now], fk[:, :, now], gk[:, :, now],
             scaling=scaling, window=window, softcap=softcap, sink=sink,
             log_decay=None if log_decay is None else log_decay[:, :, now],
             feature_decay=None if feature_decay is None else feature_decay[:, :, now],
@@ -87,8 +95,8 @@ def _piece(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    fq: Tensor,
-    gq: Tensor,
+    lq: Tensor,
+    gq: Tensor | None,
     fk: Tensor,
     gk: Tensor,
     *,
@@ -105,23 +113,22 @@ def _piece(
     """`prefill` with one scale. log_decay: of each key."""
     batch, heads, queries, _ = q.shape
     kv_heads, size = k.shape[1], min(chunk_size, queries)
-    repeats = heads // kv_heads
+    repeats, chunks = heads // kv_heads, queries // size
+    mask = None if mask is None else mask.bool()
 
     def of_state(x: Tensor) -> Tensor:
         """A head's row, [B, G, …], beside others, [B · G, …]."""
         return x.flatten(0, 1)
 
-    q, k, v = accumulated(q) * scaling, of_state(accumulated(k)), of_state(with_ones(v))
-    (s, m), fk, gk = map(of_state, state), of_state(fk), of_state(gk.to(v.dtype))
+    (s, m), fk, gk = map(of_state, state), of_state(fk), of_state(gk.to(state.s.dtype))
     log_decay, feature_decay = (None if x is None else of_state(x) for x in (log_decay, feature_decay))
-    real = None if mask is None else mask.bool().repeat_interleave(kv_heads, 0)
-    absorbed = None if real is None else real[:, :queries]
+    absorbed = None if mask is None else mask[:, :queries].repeat_interleave(kv_heads, 0)
     if absorbed is not None:
         gk = gk.masked_fill(~absorbed, FLOOR)
         log_decay = None if log_decay is None else log_decay * absorbed
         feature_decay = None if feature_decay is None else feature_decay * absorbed[..., None]
 
-    # Scales: key j weighs e^{gq_i + h_j − Λ_i} for query i, Λ what the state has decayed by since the piece began.
+    # Scales: key j weighs e^{l_i + h_j − Λ_i} for query i, Λ what the state has decayed by since the piece began.
     lam = torch.zeros_like(gk) if log_decay is None else log_decay.cumsum(1).neg_()
     left = None if feature_decay is None else _cumulative(feature_decay, size)
     if lam[:, -1].amax() > MOST_DECAY or (left is not None and left[:, -1].amin() < -MOST_DECAY):
@@ -131,121 +138,115 @@ def _piece(
     weight = (h - top[:, None]).exp_()  # of each key
     if absorbed is not None:
         weight *= absorbed
-    far_scale = gq.unflatten(1, (kv_heads, repeats)) + (top[:, None] - lam).view(batch, kv_heads, 1, queries)
-    far_scale = far_scale.flatten(1, 2)
     s = s * (m - top).exp()[:, None, None]
-    v_far = v[:, :queries] * weight[..., None]
+    v_far = with_ones(of_state(v[:, :, :queries])).mul_(weight[..., None])
+
+    near, lq = None, lq.unflatten(1, (kv_heads, repeats))  # [B, G, R, L, F]
+    if window == 0:
+        lq = lq - lq.amax(-1, keepdim=True)
+    else:
+        near, lse = near_part(q, k, v, scaling, window, softcap, mask, BLOCK if size % BLOCK == 0 else size)
+        if sink is not None:
+            total = torch.logaddexp(lse, sink.to(lse.dtype)[:, None])
+            near, lse = near.mul_((lse - total).exp_()[..., None]), total
+        scale = (-lse if gq is None else gq - lse).view(batch, kv_heads, repeats, queries)
+        lq = lq + (scale + (top[:, None] - lam).view(batch, kv_heads, 1, queries))[..., None]
+        if not lq.amax() <= MOST_WEIGHT:
+            return None
 
     # Features: a query's shrink by what each has lost so far, a key's grow.
-    kept = None if left is None else left[:, -1, :, None].exp()
+    kept = None
     if left is not None:
-        left.exp_()
-        fq = (fq.unflatten(1, (kv_heads, repeats)) * left.view(batch, kv_heads, 1, queries, -1)).flatten(1, 2)
+        lq += left.view(batch, kv_heads, 1, queries, -1)
+        kept = left.exp_()[:, -1, :, None].clone()
         fk = torch.div(fk, left, out=left)
+    fq = lq.exp_().unflatten(3, (chunks, size)).transpose(2, 3).reshape(-1, repeats * size, lq.shape[-1])
 
-    of_sink = None
-    if sink is not None:
-        of_sink = sink.to(v.dtype).view(1, heads, 1).expand(batch, -1, size).reshape(-1, repeats * size)
-    lower, band = _masks(window, size, repeats, v.dtype)
-    out, least = v.new_empty(batch, heads, queries, v.shape[-1] - 1), v.new_ones(())
-    for start in range(0, queries, size):
-        keys, seen = slice(start, start + size), slice(start, start + size + window)
-        q_n, fq_n, scale_n = (
-            x[:, :, keys].reshape(batch * kv_heads, repeats * size, *x.shape[3:]) for x in (q, fq, far_scale)
-        )
-        read = fq_n @ s  # [B · G, R · C, V + 1]
-        far = (fq_n @ fk[:, keys].mT).mul_(weight[:, None, keys])
-        if window == 0:
-            read.baddbmm_(far.mul_(lower), v[:, seen])
-        else:
-            near = q_n @ k[:, seen].mT
-            if softcap is not None:
-                near = near.div_(softcap).tanh_().mul_(softcap)
-            scale = torch.maximum(near.amax(-1), scale_n)
-            if of_sink is not None:
-                scale = torch.maximum(scale, of_sink)
-            weights = near.sub_(scale[..., None]).exp_().mul_(band)
-            if real is not None:
-                weights *= real[:, None, seen]
-            share = (scale_n - scale).exp_()[..., None]
-            weights[..., :size].addcmul_(far, lower * share)
-            read.mul_(share).baddbmm_(weights, v[:, seen])
-            if of_sink is not None:
-                read[..., -1] += (of_sink - scale).exp_()
-        s.baddbmm_(fk[:, keys].mT, v_far[:, keys])
-        least = torch.minimum(least, read[..., -1].amin())
-        read = read.view(batch, heads, size, -1)
-        torch.div(read[..., :-1], read[..., -1:], out=out[:, :, keys])
-
-    if not least >= LEAST_TOTAL:
+    # All chunks at once but for the state, which each finds as the one before leaves it.
+    fk, v_far = (x.reshape(-1, size, x.shape[-1]) for x in (fk, v_far))  # [B · G · L / C, C, …]
+    read = (fq @ fk.mT).mul_(_lower(size, repeats, fk.dtype)) @ v_far
+    added = (fk.mT @ v_far).unflatten(0, (-1, chunks)).flatten(2)  # [B · G, L / C, F · (V + 1)]
+    before = F.pad(_lower(chunks, 1, s.dtype)[:-1], (0, 0, 1, 0)).expand(s.shape[0], -1, -1)
+    states = torch.baddbmm(s.flatten(1)[:, None], before, added)
+    s = (states[:, -1] + added[:, -1]).unflatten(1, s.shape[1:])
+    read.baddbmm_(fq, states.view(-1, *s.shape[1:]))
+    read = read.unflatten(0, (batch, kv_heads, chunks)).unflatten(3, (repeats, size)).transpose(2, 3)
+    read = read.reshape(batch, heads, queries, -1)
+    out, total = read[..., :-1], read[..., -1:]
+    if near is not None:
+        out, total = near.add_(out), total + 1
+    elif not total.amin() >= LEAST_TOTAL:
         return None
     if kept is not None:
-        s *= kept
+        s = s * kept
     shape = (batch, kv_heads)
-    return out, rescaled(s.unflatten(0, shape), top.view(shape), lam[:, -1].view(shape))
+    return out / total, rescaled(s.unflatten(0, shape), top.view(shape), lam[:, -1].view(shape))
 
 
-class Absorption(NamedTuple):
-    """What one key does to a state: s · factor + key valueᵀ, and the maximum that this s has."""
-
-    factor: Tensor
-    key: Tensor
-    value: Tensor
-    m: Tensor
-
-    def apply(self, state: FarState) -> None:
-        """In place."""
-        state.s.mul_(self.factor).flatten(0, 1).baddbmm_(self.key, self.value)
-        state.m.copy_(self.m)
-
-
-def absorptions(
-    m: Tensor,
-    fk: Tensor,
-    gk: Tensor,
+def near_part(
+    q: Tensor,
+    k: Tensor,
     v: Tensor,
-    log_decay: Tensor | None = None,
-    feature_decay: Tensor | None = None,
-    valid: Tensor | None = None,
-) -> list[Absorption]:
-    """`absorb` of some keys, one after the other, into a state with the maximum m. Arguments as there."""
-    gk = gk.to(m.dtype)
-    if log_decay is not None:
-        log_decay = per_key(log_decay, gk)
-    if valid is not None:
-        gk = gk.masked_fill(~valid[:, None], FLOOR)
-        log_decay = None if log_decay is None else log_decay * valid[:, None]
-        feature_decay = None if feature_decay is None else feature_decay * valid[:, None, :, None]
-    tops, losses = [], []
-    for i in range(gk.shape[-1]):
-        top = torch.maximum(m if log_decay is None else m + log_decay[..., i], gk[..., i])
-        losses.append(m - top)  # exact, so that what rounding takes from m + log γ ends up in the factor
-        tops.append(m := top)
-    loss = torch.stack(losses, -1) if log_decay is None else torch.stack(losses, -1) + log_decay
-    weight = (gk - torch.stack(tops, -1)).exp_()
-    if valid is not None:
-        weight *= valid[:, None]
-    factor = (loss[..., None] if feature_decay is None else loss[..., None] + feature_decay).exp()
-    key, value = fk.to(m.dtype) * weight[..., None], with_ones(v)
-    return [
-        Absorption(
-            factor[:, :, i, :, None], key[:, :, i, :, None].flatten(0, 1), value[:, :, i : i + 1].flatten(0, 1), top
+    scaling: float,
+    window: int,
+    softcap: float | None,
+    mask: Tensor | None,
+    block: int,
+    fused: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Softmax over each query's last w keys: [B, H, L, V] and the log-sum-exp [B, H, L], which is 0 for padding.
+
+    k, v and mask have w keys before the first query. fused: with torch's own kernel, where it can.
+    """
+    batch, heads, queries, dim = q.shape
+    kv_heads, blocks = k.shape[1], queries // block
+    repeats = heads // kv_heads
+    q, k, v = accumulated(q), accumulated(k), accumulated(v)
+
+    def stretches(x: Tensor) -> Tensor:
+        """[B, G, w + L, D] → [B · blocks, G, W, D], without a copy for a single row."""
+        return x.unfold(2, window + block, block).permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    rows = q.view(batch, kv_heads, repeats, blocks, block, dim).permute(0, 3, 1, 2, 4, 5)
+    rows = rows.reshape(batch * blocks, kv_heads, repeats * block, dim)
+    band = _band(block, window, repeats, q.dtype)
+    if mask is not None:
+        seen = mask.unfold(1, window + block, block).flatten(0, 1)[:, None, None]
+        band = torch.where(seen, band, torch.finfo(q.dtype).min)
+    if fused and flash is not None and softcap is None and v.shape[-1] == dim:
+        out, lse = flash(rows, stretches(k), stretches(v), attn_mask=band, scale=scaling)
+    else:
+        scores = (rows @ stretches(k).mT) * scaling
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
+        weights, lse = softmax_with_lse(scores.add_(band))
+        out = weights @ stretches(v)
+
+    def of_heads(x: Tensor) -> Tensor:
+        return (
+            x.reshape(batch, blocks, kv_heads, repeats, block, -1).permute(0, 2, 3, 1, 4, 5).reshape(*q.shape[:3], -1)
         )
-        for i, top in enumerate(tops)
-    ]
+
+    out, lse = of_heads(out), of_heads(lse)[..., 0]
+    return out, lse if mask is None else lse.masked_fill(~mask[:, None, window:], 0.0)
 
 
 def _cumulative(x: Tensor, size: int) -> Tensor:
     """x.cumsum(1) of [A, L, F], L whole chunks, as products with chunks of so many: several times as fast."""
-    lower = torch.ones(size, size, dtype=x.dtype).tril_()
-    sums = lower @ x.unflatten(1, (-1, size))  # [A, L / C, C, F]
+    sums = _lower(size, 1, x.dtype) @ x.unflatten(1, (-1, size))  # [A, L / C, C, F]
     before = F.pad(sums[:, :-1, -1].cumsum(1), (0, 0, 1, 0))
     return sums.add_(before[:, :, None]).flatten(1, 2)
 
 
-def _masks(window: int, size: int, repeats: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """1 where a chunk's query i sees one of its w + C keys j, else 0: the far ones among the first C (j ≤ i),
-    [R · C, C], and the near ones (i < j ≤ i + w), [R · C, w + C]."""
-    i, j = torch.arange(size)[:, None], torch.arange(window + size)
-    near = (j > i) & (j <= i + window)
-    return (j[:size] <= i).to(dtype).repeat(repeats, 1), near.to(dtype).repeat(repeats, 1)
+@functools.lru_cache(maxsize=8)
+def _lower(size: int, repeats: int, dtype: torch.dtype) -> Tensor:
+    """1 where one of R · C queries sees one of C keys of its chunk, else 0."""
+    return torch.ones(size, size, dtype=dtype).tril_().repeat(repeats, 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _band(block: int, window: int, repeats: int, dtype: torch.dtype) -> Tensor:
+    """0 where one of R · block queries sees one of the W keys, else the lowest number: [1, 1, R · block, W]."""
+    i, j = torch.arange(block)[:, None], torch.arange(window + block)
+    hidden = (j <= i) | (j > i + window)
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min).repeat(1, 1, repeats, 1)

@@ -562,14 +562,17 @@ def attend_window(
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One query [B, H, 1, D] over all W given keys: the output [B, H, 1, V] and the log-sum-exp [B, H, 1]."""
-    batch, heads, _, dim = q.shape
-    scores = q.reshape(batch, k.shape[1], -1, dim) @ k.mT
-    scores = _capped(accumulated(scores) * scaling, softcap)  # [B, G, R, W]
-    if valid is not None:
-        scores = scores.masked_fill(~valid[:, None, None], FLOOR)
-    weights, lse = softmax_with_lse(scores)
+    batch, heads = q.shape[:2]
+    weights, lse = softmax_with_lse(near_logits(q, k, scaling, softcap, valid))
     out = weights.to(v.dtype) @ v
     return _with_sink(out.to(lse.dtype).reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1), sink)
+
+
+def near_logits(q: Tensor, k: Tensor, scaling: float, softcap: float | None, valid: Tensor | None) -> Tensor:
+    """What one query [B, H, 1, D] makes of all W given keys, [B, G, R, W]."""
+    scores = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1]) @ k.mT
+    scores = _capped(accumulated(scores) * scaling, softcap)
+    return scores if valid is None else scores.masked_fill(~valid[:, None, None], FLOOR)
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers

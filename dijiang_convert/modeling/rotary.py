@@ -10,7 +10,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .linear_attention import accumulated
+
+_known: dict[tuple[Any, ...], "Turn | None"] = {}  # see `known_rotation`
 
 
 @functools.cache
@@ -21,26 +26,55 @@ def parameter_names(function: Callable[..., Any]) -> list[str]:
 
 class Turn(NamedTuple):
     """A rotary function: number j becomes x_j cos_j + x_p sign_j sin_j, p its partner. partner, sign: [dim]; pairing
-    has both in one, ±(p + 1), as kernels read it."""
+    has both in one, ±(p + 1), as kernels read it, and swap [dim, dim] as a product does: x swap is x_p sign_j."""
 
     partner: Tensor
     sign: Tensor
     pairing: Tensor
+    swap: Tensor
 
     def back(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, A, N, D] with its first numbers turned back. cos, sin: [B, N, dim], over their squared length."""
+        """x [B, A, N, D] with its first numbers turned back. cos, sin: [B, N, dim], as the model turned by them."""
         dim, head_dim = self.partner.shape[0], x.shape[-1]
-        cos, sin = cos[:, None], -sin[:, None] * self.sign
+        if x.shape[2] == 1:
+            return (x[:, :, 0] @ self._once(self._matrix, cos, sin, head_dim))[:, :, None]
+        cos, sin = self._once(self._factors, cos, sin)
         first = x if dim == head_dim else x[..., :dim]
-        turned = torch.addcmul(first * cos, first.index_select(-1, self.partner), sin).to(x.dtype)
-        return turned if dim == head_dim else torch.cat([turned, x[..., dim:]], -1)
+        swapped = first @ self.swap.to(x.dtype)  # several times as fast as a gather
+        turned = torch.addcmul(first * cos, swapped, sin).to(x.dtype)
+        if dim == head_dim:
+            return turned
+        out = x.clone()
+        out[..., :dim] = turned
+        return out
+
+    def _factors(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """What x_j and x_p are multiplied by to turn back: [B, 1, N, dim] each. The squared length that scaled variants
+        (YaRN) give cos and sin is made up for."""
+        length = (cos[..., :1].square() + sin[..., :1].square())[:, None]
+        return cos[:, None] / length, -sin[:, None] / length
+
+    def _matrix(self, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
+        """The turning back of a single token as a matrix to multiply by from the right, [B, D, D]."""
+        dim = self.partner.shape[0]
+        of_own, of_partner = (x[:, 0, 0] for x in self._factors(cos, sin))  # [B, dim]
+        matrix = torch.diag_embed(F.pad(of_own, (0, head_dim - dim), value=1.0))
+        places = torch.arange(dim, device=cos.device)
+        matrix[:, self.partner, places] += of_partner * self.sign
+        return matrix
+
+    def _once(self, make: Callable[..., Any], cos: Tensor, sin: Tensor, *arguments: int) -> Any:
+        """What ``make`` makes of cos and sin, kept with cos: all layers of a model turn by the same."""
+        key = (id(self.partner), make.__name__)
+        return _kept_with(cos, key, lambda: make(accumulated(cos), accumulated(sin), *arguments))
 
 
 def rotation(apply_rotary: Any, cos: Tensor, sin: Tensor, dim: int) -> Turn | None:
-    """How a model's rotary function pairs numbers, or None where it is of another kind. cos, sin: [B, 1, dim], of one
-    token."""
+    """How a model's rotary function pairs numbers, or None where it is of another kind. cos, sin: [B, 1, width], of one
+    token. dim: of what the function is given; of that it turns the first ``width`` numbers."""
+    width = cos.shape[-1]
     is_usual = (
-        cos.dim() == 3 and cos.shape[1:] == (1, dim) and sin.shape == cos.shape
+        cos.dim() == 3 and cos.shape[1] == 1 and width <= dim and sin.shape == cos.shape
     )  # a row for one token, or for all
     if not is_usual or not cos.is_floating_point():
         return None
@@ -53,11 +87,31 @@ def rotation(apply_rotary: Any, cos: Tensor, sin: Tensor, dim: int) -> Turn | No
 
     kind: dict[str, Any] = {"dtype": torch.float32, "device": cos.device}
     shape = (dim, *cos.shape[1:])
-    signs = turned(torch.eye(dim, **kind), torch.zeros(shape, **kind), torch.ones(shape, **kind)).T  # [j, p]
+    signs = turned(torch.eye(dim, **kind), torch.zeros(shape, **kind), torch.ones(shape, **kind)).T[:width]  # [j, p]
     partner = signs.abs().argmax(1)
     sign = signs.gather(1, partner[:, None])[:, 0]
-    x, some_cos, some_sin = (torch.linspace(0.1, last, dim, **kind).expand(dim, -1) for last in (1.3, 2.7, 3.1))
+    x = torch.linspace(0.1, 1.3, dim, **kind).expand(dim, -1)
+    some_cos, some_sin = (torch.linspace(0.1, last, width, **kind).expand(dim, -1) for last in (2.7, 3.1))
     found = turned(x, some_cos.reshape(shape), some_sin.reshape(shape))
-    if not torch.allclose(found, x * some_cos + sign * x[:, partner] * some_sin, atol=1e-5):
+    expected = x[:, :width] * some_cos + sign * x[:, partner] * some_sin
+    if not torch.allclose(found, torch.cat([expected, x[:, width:]], -1), atol=1e-5):
         return None
-    return Turn(partner, sign.sign(), ((partner + 1) * sign.sign()).to(torch.int32))
+    sign = sign.sign()
+    swap = torch.zeros(width, width, **kind).index_put_((partner, torch.arange(width, device=cos.device)), sign)
+    return Turn(partner, sign, ((partner + 1) * sign).to(torch.int32), swap)
+
+
+def known_rotation(apply_rotary: Any, cos: Tensor, sin: Tensor, dim: int) -> Turn | None:
+    """`rotation`, looked up once a function and device: a CUDA graph can't ask. All layers of a model get the same."""
+    key = (apply_rotary, cos.device, dim, cos.dim(), sin.dim(), *cos.shape[2:], *sin.shape[2:])
+    if key not in _known:
+        _known[key] = rotation(apply_rotary, cos[:, :1], sin[:, :1], dim)
+    return _known[key]
+
+
+def _kept_with(x: Tensor, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """What ``make`` returned when it was first asked for under this name, as long as x lives."""
+    made: dict[tuple[Any, ...], Any] = vars(x).setdefault("_dijiang", {})
+    if key not in made:
+        made[key] = make()
+    return made[key]

@@ -9,17 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dijiang_convert.modeling import attention
+from dijiang_convert.modeling import attention, inference
 from dijiang_convert.modeling.cache import DiJiangCacheLayer
 from dijiang_convert.modeling.configuration_dijiang import Kernel
-from dijiang_convert.modeling.feature_map import Quick
-from dijiang_convert.modeling.inference import absorptions, prefill
-from dijiang_convert.modeling.linear_attention import FarState, absorb, chunked
+from dijiang_convert.modeling.decoding import MOST_LAG, absorptions, attend
+from dijiang_convert.modeling.linear_attention import FarState, absorb, attend_one, chunked, near_logits
 from tests.modeling.test_feature_map import SCALING, feature_map
 from tests.modeling.test_linear_attention import relative
 from tests.models import KINDS, difference, feed, kernels, load, logits_of, tokens
 
 DECAYS = ("none", "head", "selective", "feature")
+
+
+def prefill(fq: Tensor, gq: Tensor, **arguments: Any) -> Any:
+    """`inference.prefill` by the arguments of `chunked`."""
+    return inference.prefill(lq=fq.log(), gq=gq, **arguments)
 
 
 def inputs(queries: int, window: int, heads: int = 4, kv_heads: int = 2, decay: str = "feature") -> dict[str, Any]:
@@ -113,8 +117,6 @@ def test_prefill_gives_up_where_float32_does(window: int) -> None:
     x = {name: t.float() if isinstance(t, Tensor) else t for name, t in inputs(64, window).items()}
     x["state"] = None
     x["gk"][:, :, 40] = 300.0
-    if window:
-        x["gq"] += 300.0  # so that the window does not count
     assert prefill(**x, scaling=0.4, window=window, chunk_size=16) is None
     x["gk"][:, :, 40] = 30.0
     assert prefill(**x, scaling=0.4, window=window, chunk_size=16) is not None
@@ -131,36 +133,92 @@ def test_absorptions(decay: str, padded: bool, together: int) -> None:
     valid = torch.ones(2, 50, dtype=torch.bool)
     valid[0, :10] = not padded
     expected = absorb(x["state"], **keys, log_decay=log_decay, feature_decay=feature_decay, valid=valid)
-    state = FarState(*(t.clone() for t in x["state"]))
-    for start in range(0, 50, together):
+    cache = DiJiangCacheLayer(0)
+    cache.set_state(FarState(*(t.clone() for t in x["state"])))
+    start = 0
+    while start < 50:
         t = slice(start, start + together)
-        made = absorptions(
-            state.m, **{name: each[:, :, t] for name, each in keys.items()},
+        cache.ahead = absorptions(
+            cache.lagging_state.m, cache.lag, **{name: each[:, :, t] for name, each in keys.items()},
             log_decay=log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[..., t],
             feature_decay=None if feature_decay is None else feature_decay[:, :, t],
             valid=valid[:, t] if padded else None,
         )  # fmt: skip
-        for each in made:
-            each.apply(state)
+        while cache.ahead:
+            cache.absorb_next()
+            start += 1
+    assert cache.lag is not None
+    state = cache.state
+    assert cache.lag is None
     scale = (state.m - expected.m).exp()[..., None, None]  # the maximum is of another moment
     assert relative(state.s * scale, expected.s) <= 1e-12
+
+
+def test_decays_that_are_too_strong_to_lack() -> None:
+    """are made up for at once, and so is a first key after none; the state lacks only what float32 holds."""
+    torch.manual_seed(0)
+    keys = {"fk": torch.rand(1, 2, 40, 6), "gk": 30 * torch.randn(1, 2, 40), "v": torch.randn(1, 2, 40, 5)}
+    decay = {"log_decay": -4 * torch.rand(1, 2, 40), "feature_decay": -2 * torch.rand(1, 2, 40, 6)}
+    expected = absorb(FarState.empty(1, 2, 6, 5, keys["v"]), **keys, **decay)
+    cache, start, lags = DiJiangCacheLayer(0), 0, []
+    cache.set_state(FarState.empty(1, 2, 6, 5, keys["v"]))
+    while start < 40:
+        rest = slice(start, start + 16)
+        made = {name: each[:, :, rest] for name, each in {**keys, **decay}.items()}
+        cache.ahead = absorptions(cache.lagging_state.m, cache.lag, **made)
+        while cache.ahead:
+            cache.absorb_next()
+            lags.append(cache.lag.amin().item())
+            start += 1
+    assert -MOST_LAG <= min(lags) < -MOST_LAG / 4
+    state = cache.state
+    assert relative(state.s * (state.m - expected.m).exp()[..., None, None], expected.s) <= 1e-5
+
+
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("sink", [False, True])
+def test_one_softmax(window: int, heads: int, sink: bool) -> None:
+    """`attend` does as `attend_one`, or says where it can't."""
+    torch.manual_seed(0)
+    kind: dict[str, Any] = {"dtype": torch.float64}
+    q, k, v = torch.randn(3, heads, 1, 6, **kind), *torch.randn(2, 3, 2, window, 6, **kind)
+    state = FarState(torch.rand(3, 2, 8, 7, **kind), torch.randn(3, 2, **kind))
+    fq, gq = torch.rand(3, heads, 1, 8, **kind).softmax(-1), torch.randn(3, heads, 1, **kind)
+    of_sink = torch.randn(heads, **kind) if sink and window else None
+    expected = attend_one(q, k, v, fq, gq, state, scaling=SCALING, sink=of_sink)
+    far = fq.log() + (gq + state.m.repeat_interleave(heads // 2, 1)[..., None])[..., None]
+    near = near_logits(q, k, SCALING, None, None)
+    found = attend(near, v, far, state.s, of_sink)
+    assert found is not None and relative(found, expected) <= 1e-12
+    assert attend(near, v, far + 800, 0 * state.s, of_sink) is None
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1.0, 300.0])
 @pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(
     "changes", [{}, {"signed": False}, {"projection": False}, {"learned_features": False, "selective": False}]
 )
-def test_unnormalized_features(changes: dict[str, Any], single: bool, size: float) -> None:
+def test_unnormalized_features(changes: dict[str, Any], rows: int, single: bool, size: float) -> None:
     """The same e^g φ; and of keys with a strength, e^{strength · g} φ."""
     made = feature_map(3, 8, Kernel(**changes)).double()
-    x = size * torch.randn(2, 3, 1 if single else 9, 8, dtype=torch.float64)
+    x = size * torch.randn(2, 3, 1 if single else 9, 8, dtype=torch.float64)[:rows]
     features, scale = made(x, SCALING)
-    for strength in (None, 1.0, torch.tensor([[0.0], [0.5], [-1.0]])) if made.scaled else (1.0,):
-        found, of_found = made(x, SCALING, Quick(None if single else {}, strength))
-        times = 1.0 if strength is None else strength
-        assert relative(found * (of_found - scale * times).exp()[..., None], features) <= 1e-10
+    for strength in (1.0, torch.tensor([[0.0], [0.5], [-1.0]])) if made.scaled else (1.0,):
+        found, of_found = made.unnormalized(x, made.prepared(SCALING, x.dtype), strength)
+        relative_error = relative(found * (of_found - scale * strength).exp()[..., None], features)
+        assert relative_error <= (1e-10 if size == 1 else 1e-9)  # of exponents in the thousands
+    offset = torch.randn(3, dtype=torch.float64)
+    logarithms, more = made.logarithms(x, made.prepared(SCALING, x.dtype, offset))
+    assert (more is None) == (not made.scaled)
+    logarithms = logarithms if more is None else logarithms + more[..., None]
+    expected = features.log() + (scale + offset[:, None])[..., None]
+    if not made.scaled:  # but for what all features of a query share
+        logarithms, expected = logarithms.log_softmax(-1), expected.log_softmax(-1)
+    possible = features > 1e-290  # which float64 holds in full
+    assert difference(logarithms[possible], expected[possible]) <= 1e-10 * size**2
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -174,7 +232,8 @@ def test_with_and_without_gradients(kind: str, variant: str, length: int, monkey
     model, ids = load(kind, variant), tokens(2, length)
     monkeypatch.setattr(attention, "PIECE", 1)
     calls = []
-    monkeypatch.setattr(attention, "prefill", lambda *args, **options: calls.append(1) or prefill(*args, **options))
+    count = lambda *args, **options: calls.append(1) or inference.prefill(*args, **options)  # noqa: E731
+    monkeypatch.setattr(attention, "prefill", count)
     found, cache = feed(model, ids[:, :-20], (length - 20,))
     assert len(calls) == (0 if variant in ("paper", "window-only") else len(kernels(model)) * -(-(length - 20) // 64))
     rest, _ = feed(model, ids[:, -20:], (1,), cache)
@@ -190,7 +249,9 @@ def test_a_piece_that_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = logits_of(model, ids)
     monkeypatch.setattr(attention, "PIECE", 1)
     answers = iter(range(1000))
-    monkeypatch.setattr(attention, "prefill", lambda *a, **o: None if next(answers) % 3 == 1 else prefill(*a, **o))
+    monkeypatch.setattr(
+        attention, "prefill", lambda *a, **o: None if next(answers) % 3 == 1 else inference.prefill(*a, **o)
+    )
     assert difference(logits_of(model, ids), expected) <= 1e-4 and next(answers) > 8
 
 
@@ -214,7 +275,7 @@ def test_decoding_allocates_no_state() -> None:
 
     def places() -> list[int]:
         layers = [layer for layer in cache.layers if isinstance(layer, DiJiangCacheLayer)]
-        kept = [x for layer in layers for x in (*layer.state, *layer.recent) if isinstance(x, Tensor)]  # type: ignore[misc]
+        kept = [x for layer in layers for x in (layer.lagging_state.s, *layer.recent) if isinstance(x, Tensor)]  # type: ignore[misc]
         assert len(kept) > 8
         return [x.data_ptr() for x in kept]
 
