@@ -372,7 +372,7 @@ class DiJiangAttention(nn.Module):
         x, known = tokens.far_keys, call.prepared
         assert known is not None
         if "k" not in known:
-            known["k"] = self.k_features.prepared(call.scaling, accumulation_dtype(x))
+            known["k"] = self.k_features.prepared(x, call.scaling)
         strength = self.k_strength[:, None] if self.kernel.learned_features else 1.0
         return self._of_state(*self.k_features.unnormalized(x, known["k"], strength), tokens)
 
@@ -385,7 +385,7 @@ class DiJiangAttention(nn.Module):
         assert call.prepared is not None
         if "q" not in call.prepared:
             offset = self.q_offset if self.q_features.scaled else None
-            call.prepared["q"] = self.q_features.prepared(call.scaling, accumulation_dtype(q), offset)
+            call.prepared["q"] = self.q_features.prepared(q, call.scaling, offset)
         return call.prepared["q"]
 
     def _per_state_head(self, x: Tensor) -> Tensor:

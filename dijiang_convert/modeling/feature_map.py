@@ -9,7 +9,7 @@ Shape legend: B batch, H heads, N tokens, D head_dim, F features (2·D, or D if 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,12 @@ def quasi_random_normal(heads: int, dim: int, seed: int) -> Tensor:
     """t = Φ⁻¹(u), u a scrambled Sobol sequence, one of its dimensions a head (the paper's T). Shape [H, D]."""
     points = torch.quasirandom.SobolEngine(heads, scramble=True, seed=seed).draw(dim, dtype=torch.float32).T
     return torch.special.ndtri(points.double().clamp(1e-6, 1 - 1e-6)).float()
+
+
+class Preparation(NamedTuple):
+    """Asks a `FeatureMap` for a `Prepared`, see there."""
+
+    offset: Tensor | None
 
 
 class Prepared(NamedTuple):
@@ -87,7 +93,10 @@ class FeatureMap(nn.Module):
         if self.scaled:
             init.constant_(self.norm_weight, float(kernel.frequency) ** 2 / (2 * self.head_dim))
 
-    def forward(self, x: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, scaling: float, prepared: Preparation | None = None) -> Any:
+        """(features, log-scale) of x; or with a `Preparation` what it asks for, which x tells the dtype of."""
+        if prepared is not None:
+            return self._prepared(scaling, accumulation_dtype(x), prepared.offset)
         matrix = self.matrix(scaling, accumulation_dtype(x))
         bias = self.bias if self.kernel.learned_features else None
         norm_weight = scaling * self.norm_weight if self.scaled else None
@@ -106,8 +115,11 @@ class FeatureMap(nn.Module):
 
     # ----------------------------------------------------------------------- without gradients, in fewer passes
 
-    def prepared(self, scaling: float, dtype: torch.dtype, offset: Tensor | None = None) -> Prepared:
-        """For `logarithms` and `unnormalized`. offset: [H], added to the log-scale."""
+    def prepared(self, x: Tensor, scaling: float, offset: Tensor | None = None) -> Prepared:
+        """For `logarithms` and `unnormalized` of x. offset: [H], added to the log-scale."""
+        return self(x, scaling, Preparation(offset))  # through the call, where parameters that are offloaded arrive
+
+    def _prepared(self, scaling: float, dtype: torch.dtype, offset: Tensor | None) -> Prepared:
         bias: Tensor | None = self.bias.to(dtype)[:, None] if self.kernel.learned_features else None
         if self.scaled:
             assert bias is not None

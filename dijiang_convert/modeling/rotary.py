@@ -37,10 +37,11 @@ class Turn(NamedTuple):
         """x [B, A, N, D] with its first numbers turned back. cos, sin: [B, N, dim], as the model turned by them."""
         dim, head_dim = self.partner.shape[0], x.shape[-1]
         if x.shape[2] == 1:
-            return (x[:, :, 0] @ self._once(self._matrix, cos, sin, head_dim))[:, :, None]
+            matrix = self._once(self._matrix, cos, sin, head_dim)
+            return (accumulated(x[:, :, 0]) @ matrix).to(x.dtype)[:, :, None]
         cos, sin = self._once(self._factors, cos, sin)
-        first = x if dim == head_dim else x[..., :dim]
-        swapped = first @ self.swap.to(x.dtype)  # several times as fast as a gather
+        first = accumulated(x if dim == head_dim else x[..., :dim])
+        swapped = first @ self.swap.to(first.dtype)  # several times as fast as a gather
         turned = torch.addcmul(first * cos, swapped, sin).to(x.dtype)
         if dim == head_dim:
             return turned

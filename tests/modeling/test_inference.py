@@ -207,11 +207,11 @@ def test_unnormalized_features(changes: dict[str, Any], rows: int, single: bool,
     x = size * torch.randn(2, 3, 1 if single else 9, 8, dtype=torch.float64)[:rows]
     features, scale = made(x, SCALING)
     for strength in (1.0, torch.tensor([[0.0], [0.5], [-1.0]])) if made.scaled else (1.0,):
-        found, of_found = made.unnormalized(x, made.prepared(SCALING, x.dtype), strength)
+        found, of_found = made.unnormalized(x, made.prepared(x, SCALING), strength)
         relative_error = relative(found * (of_found - scale * strength).exp()[..., None], features)
         assert relative_error <= (1e-10 if size == 1 else 1e-9)  # of exponents in the thousands
     offset = torch.randn(3, dtype=torch.float64)
-    logarithms, more = made.logarithms(x, made.prepared(SCALING, x.dtype, offset))
+    logarithms, more = made.logarithms(x, made.prepared(x, SCALING, offset))
     assert (more is None) == (not made.scaled)
     logarithms = logarithms if more is None else logarithms + more[..., None]
     expected = features.log() + (scale + offset[:, None])[..., None]

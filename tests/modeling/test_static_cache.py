@@ -298,7 +298,8 @@ def test_whole_sequences_compile(variant: str, given: str, compiler: Any) -> Non
     compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
     with torch.no_grad():
         found = compiled(ids, use_cache=False, **options[given]).logits
-    assert difference(found, expected) <= TOLERANCE
+    real = options[given].get("attention_mask", mask).bool()  # what comes out at padding means nothing
+    assert difference(found[real], expected[real]) <= TOLERANCE
     assert graphs(compiler) == 1
 
 
