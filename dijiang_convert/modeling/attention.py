@@ -131,12 +131,14 @@ class DiJiangAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         """q [B, H, N, D], k [B, G, N, D], v [B, G, N, V], mask [B, N] or None if no token is padding → [B, H, N, V]."""
+        if not torch.is_autocast_enabled(q.device.type):
+            return self._attend(q, k, v, mask, call)
         with torch.autocast(q.device.type, enabled=False):  # which would make the state's products half precision
-            if _gradless(q):
-                call = call._replace(prepared={} if call.cache is None else call.cache.prepared)
-            return self._forward(q, k, v, mask, call)
+            return self._attend(q, k, v, mask, call)
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+        if _gradless(q):
+            call = call._replace(prepared={} if call.cache is None else call.cache.prepared)
         if triton_available(q) and q.shape[2] == 1 and isinstance(call.cache, StaticDiJiangCacheLayer):
             from .decode_kernels import decodes
 
@@ -206,7 +208,7 @@ class DiJiangAttention(nn.Module):
         length, window, count = q.shape[2], self.kernel.window, 0 if kept is None else kept.length
         before = count + new.length - length
         out = q.new_empty(q.shape[0], length, q.shape[1], new.v.shape[3], dtype=accumulation_dtype(q)).transpose(1, 2)
-        for start, end in self._pieces(q):
+        for start, end in self._pieces(q, window - before):
             first, last, piece = max(start + before - window, 0), end + before, slice(start, end)
             if kept is None or first >= count:
                 tokens = new.narrow(first - count, last - count)
@@ -216,12 +218,13 @@ class DiJiangAttention(nn.Module):
             out[:, :, piece], state = self._prefill_piece(*given) or self._chunked(*given)
         return out, state
 
-    def _pieces(self, q: Tensor) -> Iterator[tuple[int, int]]:
-        """Where a prompt is divided: all but the last pieces are whole chunks."""
+    def _pieces(self, q: Tensor, missing: int) -> Iterator[tuple[int, int]]:
+        """Where a prompt is divided: all but the last pieces are whole chunks. Those of the first that see no whole
+        window, for so many tokens are missing before them, are a small piece of their own: the others need no mask."""
         length, size = q.shape[2], self.kernel.chunk_size
-        step = PIECE * torch.get_num_threads() // (q.shape[0] * q.shape[1] * q.shape[3] * size) * size
-        whole = length - length % size
-        return itertools.pairwise(sorted({*range(0, whole, max(step, size)), whole, length, 0}))
+        step = max(PIECE * torch.get_num_threads() // (q.shape[0] * q.shape[1] * q.shape[3] * size) * size, size)
+        first, whole = min(-(-missing // size) * size, length - length % size), length - length % size
+        return itertools.pairwise(sorted({0, *range(first, whole, step), whole, length}))
 
     def _chunked(
         self, tokens: Tokens, q: Tensor, far_q: Tensor, state: FarState | None, call: Call
@@ -301,8 +304,7 @@ class DiJiangAttention(nn.Module):
         keys, values = self._per_state_head(keys), self._per_state_head(values)
         if step is not None and self.kernel.normalize:
             near = near_logits(q, keys, call.scaling, call.softcap, padding)
-            far, scale = self.q_features.logarithms(far_q, self._prepared_queries(far_q, call))
-            far = far.add_(step.scale if scale is None else step.scale + scale[..., None])
+            far = self.q_features.logits(far_q, self._prepared_queries(far_q, call), step.scale)
             out = attend(near, values, far, cache.lagging_state.s, call.sink)
             if out is not None:
                 return out
@@ -316,16 +318,11 @@ class DiJiangAttention(nn.Module):
         fk, gk = self._quick_key_features(old, call) if self.kernel.normalize else self._key_features(old, call)
         padding = None if cache.padding() is None else old.valid
         decays = (self._log_decay(old.gates), self._feature_decay(old.code, call))
+        bias = self._prepared_queries(old.far_keys, call).bias if self.kernel.normalize else None
         return absorptions(
-            cache.lagging_state.m,
-            cache.lag,
-            fk,
-            gk,
-            self._per_state_head(old.v),
-            *decays,
-            padding,
-            self.layers.heads // gk.shape[1],
-        )
+            cache.lagging_state.m, cache.lag, fk, gk, self._per_state_head(old.v), *decays, padding,
+            repeats=self.layers.heads // gk.shape[1], bias=bias,
+        )  # fmt: skip
 
     def _absorb(self, state: FarState | None, old: Tokens, call: Call) -> FarState:
         fk, gk = self._key_features(old, call)
@@ -406,9 +403,10 @@ class DiJiangAttention(nn.Module):
         if "gates" not in known:
             parts: list[Tensor] = [self.selection] if self.kernel.selective else []
             parts += [self.decay_down] if self.kernel.decay_rank else []
-            known["gates"] = torch.cat(parts).to(x.dtype)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
-        made = F.linear(x, known["gates"]) * (norm.square() + 1e-6).rsqrt()
+            known["gates"] = torch.cat(parts).to(x.dtype), x.new_tensor(1e-6)
+        weight, epsilon = known["gates"]
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        made = F.linear(x, weight) * torch.addcmul(epsilon, norm, norm, value=1 / x.shape[-1]).rsqrt()
         gates, code = made.split([made.shape[-1] - self.kernel.decay_rank, self.kernel.decay_rank], -1)
         return (
             gates.unflatten(-1, (-1, 2)).transpose(1, 2) if self.kernel.selective else None,

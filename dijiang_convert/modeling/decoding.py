@@ -57,10 +57,12 @@ def absorptions(
     feature_decay: Tensor | None = None,
     valid: Tensor | None = None,
     repeats: int = 1,
+    bias: Tensor | None = None,
 ) -> list[Absorption]:
     """`absorb` of some keys, one after the other, into a state with the maximum m that lacks the decay e^lag.
 
-    Arguments as there. Returns one for each key, or for the first of them alone where decays are too strong to lack
+    Arguments as there; bias [H, 1, F] is added to what queries take, for R = repeats of them. Returns one for each key,
+    or for the first of them alone where decays are too strong to lack
     those of all.
     """
     gk = gk.to(m.dtype)
@@ -95,6 +97,8 @@ def absorptions(
     scales = lags + top[..., None]
     if repeats > 1:
         scales = scales.repeat_interleave(repeats, 1)
+    if bias is not None:
+        scales = scales + bias
     parts: Iterable[tuple[Tensor, ...]] = zip(
         key[..., None].unbind(1), value[:, :, None].unbind(1), tops, lags.unbind(2), scales[..., None, :].unbind(2),
         strict=True,
@@ -120,6 +124,6 @@ def attend(near: Tensor, v: Tensor, far: Tensor, s: Tensor, sink: Tensor | None 
         out, total = out + of_near @ v.to(out.dtype), total + of_near.sum(-1, keepdim=True)
     if sink is not None:
         total = total + weights[..., -1:]
-    if not total.amin() >= LEAST_TOTAL:
+    if not total.amin().item() >= LEAST_TOTAL:
         return None
     return (out / total).view(batch, heads, 1, -1)

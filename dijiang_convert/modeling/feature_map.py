@@ -138,6 +138,17 @@ class FeatureMap(nn.Module):
         return _product(x, prepared), None if norm is None else norm.neg_()
 
     @staticmethod
+    def logits(x: Tensor, prepared: Prepared, scale: Tensor) -> Tensor:
+        """The sum of both, and of ``scale`` [B, H, 1, F or 1], which has the bias in it: [B, H, 1, F]."""
+        x = accumulated(x)
+        if prepared.norm_weight is not None:
+            norm = torch.linalg.vector_norm(x, dim=-1)
+            scale = torch.addcmul(scale, (norm * prepared.norm_weight)[..., None], norm[..., None], value=-1)
+        if x.shape[0] == 1:
+            return torch.baddbmm(scale[0], x[0], prepared.matrix)[None]
+        return (x @ prepared.matrix).add_(scale)
+
+    @staticmethod
     def unnormalized(x: Tensor, prepared: Prepared, strength: Tensor | float) -> tuple[Tensor, Tensor]:
         """φ(k) times something, and its log-scale multiplied by ``strength`` (a number or [H, 1]) less the logarithm of
         that: [B, H, N, F], [B, H, N]."""

@@ -56,13 +56,14 @@ class Turn(NamedTuple):
         return cos[:, None] / length, -sin[:, None] / length
 
     def _matrix(self, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
-        """The turning back of a single token as a matrix to multiply by from the right, [B, D, D]."""
-        dim = self.partner.shape[0]
-        of_own, of_partner = (x[:, 0, 0] for x in self._factors(cos, sin))  # [B, dim]
-        matrix = torch.diag_embed(F.pad(of_own, (0, head_dim - dim), value=1.0))
-        places = torch.arange(dim, device=cos.device)
-        matrix[:, self.partner, places] += of_partner * self.sign
-        return matrix
+        """The turning back of a single token as a matrix to multiply by from the right, [B, D, D]; or [D, D] where it
+        is the same for all rows."""
+        rest = head_dim - self.partner.shape[0]
+        of_own, of_partner = (x[:, 0] for x in self._factors(cos, sin))  # [B, 1, dim]
+        own = torch.eye(head_dim, dtype=cos.dtype, device=cos.device) * F.pad(of_own, (0, rest), value=1.0)
+        swap = F.pad(self.swap.to(cos.dtype), (0, rest, 0, rest))
+        matrix = torch.addcmul(own, swap, F.pad(of_partner, (0, rest)))
+        return matrix[0] if len(matrix) == 1 else matrix
 
     def _once(self, make: Callable[..., Any], cos: Tensor, sin: Tensor, *arguments: int) -> Any:
         """What ``make`` makes of cos and sin, kept with cos: all layers of a model turn by the same."""
