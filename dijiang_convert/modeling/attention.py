@@ -403,7 +403,7 @@ class DiJiangAttention(nn.Module):
         if "gates" not in known:
             parts: list[Tensor] = [self.selection] if self.kernel.selective else []
             parts += [self.decay_down] if self.kernel.decay_rank else []
-            known["gates"] = torch.cat(parts).to(x.dtype), x.new_tensor(1e-6)
+            known["gates"] = torch.cat(parts).to(x.dtype), x.new_full((), 1e-6)
         weight, epsilon = known["gates"]
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         made = F.linear(x, weight) * torch.addcmul(epsilon, norm, norm, value=1 / x.shape[-1]).rsqrt()

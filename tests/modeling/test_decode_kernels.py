@@ -21,7 +21,7 @@ from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as i
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as halves
 from transformers.models.llama4.modeling_llama4 import apply_rotary_emb as complex_numbers
 
-from dijiang_convert.modeling import accelerated, attention, rotary
+from dijiang_convert.modeling import accelerated, rotary
 from dijiang_convert.modeling.attention import Call, DiJiangAttention
 from dijiang_convert.modeling.cache import StaticDiJiangCacheLayer
 from dijiang_convert.modeling.configuration_dijiang import Kernel, Layers
@@ -153,7 +153,8 @@ def test_a_rotation_of_another_kind(kernels: Any, monkeypatch: pytest.MonkeyPatc
     """It is undone by the model's own function, and asked about once: a recorded step can't look at values."""
 
     asked: list[int] = []
-    monkeypatch.setattr(attention, "rotation", lambda *arguments: asked.append(1))
+    monkeypatch.setattr(rotary, "rotation", lambda *arguments: asked.append(1))
+    monkeypatch.setattr(rotary, "_known", {})
     child = layer(DEFAULT, 8, 8, 8)
     (expected, _), (found, _) = decoded(kernels, child, Inputs(child, PROMPT + 2, torch.float32))
     assert difference(found, expected) <= TOLERANCE and len(asked) == 1

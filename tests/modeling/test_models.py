@@ -20,6 +20,7 @@ from dijiang_convert.modeling import attention
 from dijiang_convert.modeling.attention import Call
 from dijiang_convert.modeling.cache import DiJiangCacheLayer
 from dijiang_convert.modeling.linear_attention import naive
+from dijiang_convert.modeling.rotary import known_rotation
 from dijiang_convert.models import load_converted
 from tests.models import (
     KINDS,
@@ -209,6 +210,16 @@ def test_rotation_is_undone(kind: str, scale: float) -> None:
     assert difference(turned, x) > 0.1
     for undone in child._without_rotation(turned, turned, (cos, sin)):
         assert difference(undone, x) <= 1e-5
+    turn = known_rotation(child.apply_rotary, cos, sin, child.layers.rotary_dim)
+    assert turn is not None and turn.partner.shape == (dim,)  # though it is given the whole head
+    assert difference(turn.back(turned, cos, sin), x) <= 1e-5
+    for i in (0, 49):
+        one = turn.back(turned[:, :, i : i + 1], cos[:, i : i + 1], sin[:, i : i + 1])
+        assert difference(one, x[:, :, i : i + 1]) <= 1e-5
+    rows = torch.cat([cos[:, :1], cos[:, 1:2]]), torch.cat([sin[:, :1], sin[:, 1:2]])  # each row of a place of its own
+    first = torch.stack([turned[0, :, :1], turned[1, :, 1:2]])
+    assert difference(turn.back(first, *rows), torch.stack([x[0, :, :1], x[1, :, 1:2]])) <= 1e-5
+    assert known_rotation(child.apply_rotary, cos, sin, dim - 1) is None
 
 
 # ---------------------------------------------------------------------------------------------------------- generate
