@@ -1,4 +1,4 @@
-"""Conversion against `cp -r`: time and peak memory on synthetic sharded checkpoints.
+"""Conversion against `cp -r`: time and peak memory on synthetic sharded checkpoints; and how long commands start.
 
     python benchmarks/conversion.py --out benchmarks/results/conversion.json
 
@@ -26,6 +26,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dijiang_convert.checkpoint import INDEX, Tensor, write_json, write_safetensors
+from dijiang_convert.demo import MODEL
 
 SHARD = 2 * 10**9  # bytes, at most
 MODELS: dict[str, dict[str, Any]] = {  # Llamas in bfloat16; the second is Llama 3.2 3B with an output head of its own
@@ -110,6 +111,18 @@ def measure(folder: Path, shape: dict[str, Any], repeats: int) -> dict[str, Any]
     }
 
 
+def measure_startup(repeats: int) -> dict[str, float]:
+    """Seconds of commands that do little, and of Python importing the source's model class."""
+    dijiang, nowhere = [sys.executable, "-m", "dijiang_convert"], Path("nowhere")
+    commands = {
+        "help": [*dijiang, "--help"],
+        "inspect": [*dijiang, "inspect", str(MODEL)],
+        "imports": [sys.executable, "-c", IMPORTS],
+    }
+    runs = [{name: timed(command, nowhere)[0] for name, command in commands.items()} for _ in range(repeats)]
+    return {name: round(statistics.median(run[name] for run in runs), 2) for name in commands}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=MODELS, default=[*MODELS])
@@ -117,7 +130,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write, on the disk to measure")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    results = {}
+    results: dict[str, Any] = {"startup": measure_startup(args.repeats)}
+    print(results["startup"], flush=True)
     for size in args.sizes:
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             results[size] = measure(Path(name), MODELS[size], args.repeats)

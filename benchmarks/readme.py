@@ -38,6 +38,7 @@ def parts() -> dict[tuple[str, str], str]:
         ("docs/speed.md", "cpu"): f"{setting(speed)}\n\n{speed_table(speed)}\n{growth_table(speed)}",
         ("docs/speed.md", "attention"): attention_table(speed["attention"]),
         ("docs/speed.md", "conversion"): conversion_table(read("conversion.json")),
+        ("docs/speed.md", "startup"): startup_table(read("conversion.json")["startup"]),
         ("docs/encoders.md", "encoders"): encoders.table(read("encoders.json")["rows"]),
     }
     for name in ("stories", "books"):
@@ -145,12 +146,17 @@ def conversion_table(content: dict[str, Any]) -> str:
     header = ["weights", "`cp -r`", "`dijiang convert`", "to `cp -r`", "start-up of that", "`--link`", "peak memory"]
     lines = []
     for found in content.values():
-        if isinstance(found, dict):  # a size, and not what it was measured with
+        if isinstance(found, dict) and "bytes" in found:  # a size, and not what it was measured with
             cp, convert, startup = (found[f"{what}_seconds"] for what in ("cp", "convert", "startup"))
             link = f"{found['link_seconds']:.1f} s" if "link_seconds" in found else ""
             took = [f"{cp:.1f} s", f"{convert:.1f} s", times(convert / cp), f"{startup:.1f} s", link]
             lines.append([f"{found['bytes'] / 1e9:.1f} GB", *took, megabytes(found["peak_memory_bytes"])])
     return markdown(header, lines)
+
+
+def startup_table(found: dict[str, float]) -> str:
+    names = {"help": "`dijiang --help`", "inspect": "`dijiang inspect`", "imports": "Python alone, importing the class"}
+    return markdown(["", "seconds"], [[names[name], f"{seconds:.2f}"] for name, seconds in found.items()])
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:

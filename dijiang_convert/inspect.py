@@ -103,7 +103,8 @@ def state_bytes(kernel: Kernel, layers: Layers, width: int) -> int:
     if kernel.far:
         heads = layers.heads if kernel.decay == "retnet" else layers.kv_heads
         features = layers.head_dim * (2 if kernel.signed else 1)
-        state = heads * (features * (layers.value_dim + 1) + 1) * 4
+        lag = (features if kernel.decay_rank else 1) if kernel.normalize else 0  # on a CPU, see `DiJiangCacheLayer.lag`
+        state = heads * (features * (layers.value_dim + 1) + 1 + lag) * 4
     gates = 2 * 4 if kernel.far and kernel.selective else 0
     code = kernel.decay_rank * 4 if kernel.far else 0
     token = layers.kv_heads * ((layers.head_dim + layers.value_dim) * width + gates) + code + 1

@@ -507,11 +507,11 @@ def test_inspect_by_hand(sources: Path) -> None:
     # A key/value head's state has 16 features by 8 values and the sum z, and the running maximum; a token of the window
     # has a key, the same before its rotation, a value, two gates, 16 numbers for features, and whether it is padding.
     token = 2 * ((8 + 8 + 8) * 4 + 2 * 4) + 16 * 4 + 1
-    assert result.state_bytes == 3 * (2 * (16 * (8 + 1) + 1) * 4 + 64 * token)
+    assert result.state_bytes == 3 * (2 * (16 * (8 + 1) + 1 + 16) * 4 + 64 * token)
     assert result.kv_cache_bytes_at == {n: 3 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)}
     some = inspect(str(sources / "llama"), layers="0,1", settings=["window=0"])
     assert (some.layers, some.layers_converted) == (3, 2)
-    assert some.state_bytes == 2 * 2 * (16 * (8 + 1) + 1) * 4
+    assert some.state_bytes == 2 * 2 * (16 * (8 + 1) + 1 + 16) * 4
     shifted = inspect(str(sources / "llama"), layers="0,1", settings=["window=0", "shift=true"])
     assert shifted.state_bytes == some.state_bytes + 2 * (4 + 2) * 8 * 4  # the last token's query and key
     assert some.kv_cache_bytes_at == {n: 2 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)}

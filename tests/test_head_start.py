@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from dijiang_convert.cli import app
 from dijiang_convert.files import copy_file
-from dijiang_convert.head_start import head_start
+from dijiang_convert.head_start import AT_ONCE, head_start
 from tests.sources_on_disk import neox_config, write_source
 
 SHARDS = {"a.safetensors": b"a" * 3000, "b.safetensors": b"b" * 5000}
@@ -60,7 +60,7 @@ def test_an_error_comes_out_where_the_file_is_taken(
 
 
 def test_copying_stops_where_the_conversion_does(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the piece that is under way."""
+    """After the pieces that are under way."""
     begun, go_on, pieces = threading.Event(), threading.Event(), []
 
     def slow(reading: int, writing: int, count: int) -> int:
@@ -74,7 +74,7 @@ def test_copying_stops_where_the_conversion_does(source: Path, tmp_path: Path, m
         assert begun.wait(60)
         threading.Timer(0.1, go_on.set).start()
         raise KeyboardInterrupt
-    assert len(pieces) == 1
+    assert len(pieces) <= AT_ONCE
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

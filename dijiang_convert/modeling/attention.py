@@ -290,6 +290,8 @@ class DiJiangAttention(nn.Module):
             padding: Tensor | None = cache.tokens(ordered=False).valid
         else:
             cache.make_writable()
+            if call.prepared is None:
+                call = call._replace(prepared={} if torch.compiler.is_compiling() else cache.prepared)
             if self.kernel.far:
                 if not cache.ahead:
                     cache.ahead = self._look_ahead(cache, cache.oldest_tokens(new, AHEAD), call)
@@ -302,7 +304,7 @@ class DiJiangAttention(nn.Module):
         if not self.kernel.far:
             return attend_window(q, keys, values, valid=padding, **exact)[0]
         keys, values = self._per_state_head(keys), self._per_state_head(values)
-        if step is not None and self.kernel.normalize:
+        if step is not None and step.scale is not None and _gradless(q):
             near = near_logits(q, keys, call.scaling, call.softcap, padding)
             far = self.q_features.logits(far_q, self._prepared_queries(far_q, call), step.scale)
             out = attend(near, values, far, cache.lagging_state.s, call.sink)
@@ -319,9 +321,11 @@ class DiJiangAttention(nn.Module):
         padding = None if cache.padding() is None else old.valid
         decays = (self._log_decay(old.gates), self._feature_decay(old.code, call))
         bias = self._prepared_queries(old.far_keys, call).bias if self.kernel.normalize else None
+        lazy = self.kernel.normalize and _gradless(old.k)
+        state = cache.lagging_state if lazy else cache.state
         return absorptions(
-            cache.lagging_state.m, cache.lag, fk, gk, self._per_state_head(old.v), *decays, padding,
-            repeats=self.layers.heads // gk.shape[1], bias=bias,
+            state.m, cache.lag, fk, gk, self._per_state_head(old.v), *decays, padding,
+            repeats=self.layers.heads // gk.shape[1], bias=bias, lazy=lazy,
         )  # fmt: skip
 
     def _absorb(self, state: FarState | None, old: Tokens, call: Call) -> FarState:

@@ -11,7 +11,6 @@ at once (`absorptions`), and the state lacks the decay Λ since, which takes par
 Shape legend as in `linear_attention`; R = H / G queries a key/value head.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ MOST_LAG = 40.0
 
 class Absorption(NamedTuple):
     """What one key does to a state that lacks decay: s · factor + key valueᵀ, after which it has the maximum m and
-    lacks the decay e^lag.
+    lacks the decay e^lag (None for 1).
 
     factor: [B, G, F or 1, 1], or None for 1. key: [B · G, F, 1]. value: [B · G, 1, V + 1]. m: [B, G]. lag: [B, G, F or
     1]. scale: lag + m, as a query's logits take it, [B, H, 1, F or 1].
@@ -37,8 +36,8 @@ class Absorption(NamedTuple):
     key: Tensor
     value: Tensor
     m: Tensor
-    lag: Tensor
-    scale: Tensor
+    lag: Tensor | None
+    scale: Tensor | None
 
     def apply(self, s: Tensor) -> None:
         """In place. s: [B, G, F, V + 1]"""
@@ -58,12 +57,13 @@ def absorptions(
     valid: Tensor | None = None,
     repeats: int = 1,
     bias: Tensor | None = None,
+    lazy: bool = True,
 ) -> list[Absorption]:
     """`absorb` of some keys, one after the other, into a state with the maximum m that lacks the decay e^lag.
 
     Arguments as there; bias [H, 1, F] is added to what queries take, for R = repeats of them. Returns one for each key,
-    or for the first of them alone where decays are too strong to lack
-    those of all.
+    or for the first of them alone where decays are too strong to lack those of all. lazy: False where no value may be
+    looked at; then the state lacks nothing.
     """
     gk = gk.to(m.dtype)
     if log_decay is not None:
@@ -79,6 +79,14 @@ def absorptions(
         tops.append(m := top)
     loss = torch.stack(losses, -1) if log_decay is None else torch.stack(losses, -1) + log_decay
     loss = loss[..., None] if feature_decay is None else loss[..., None] + feature_decay  # [B, G, K, F or 1]
+    weight = (gk - torch.stack(tops, -1)).exp_()
+    if valid is not None:
+        weight *= valid[:, None]
+    key, value = fk.to(m.dtype) * weight[..., None], with_ones(v)
+    if not lazy:
+        steps = enumerate(zip(loss.exp()[..., None].unbind(2), tops, strict=True))
+        return [Absorption(factor, *_flat(key, value, i), top, None, None) for i, (factor, top) in steps]
+
     if lag is not None:
         loss[:, :, 0] += lag
     lags, factor = loss.cumsum(2), None
@@ -88,22 +96,20 @@ def absorptions(
         lags = loss.cumsum(2)
         if lags.amin() < -MOST_LAG:
             lags, tops = lags[:, :, :1], tops[:1]
-    keys, top = lags.shape[2], torch.stack(tops, -1)
-    weight = (gk[..., :keys] - top).exp_()
-    if valid is not None:
-        weight *= valid[:, None, :keys]
-    key = fk[:, :, :keys].to(m.dtype) * (weight[..., None] * lags.neg().exp_())
-    key, value = key.flatten(0, 1), with_ones(v[:, :, :keys]).flatten(0, 1)
-    scales = lags + top[..., None]
+    keys = lags.shape[2]
+    key = key[:, :, :keys] * lags.neg().exp_()
+    scales = lags + torch.stack(tops, -1)[..., None]
     if repeats > 1:
         scales = scales.repeat_interleave(repeats, 1)
     if bias is not None:
         scales = scales + bias
-    parts: Iterable[tuple[Tensor, ...]] = zip(
-        key[..., None].unbind(1), value[:, :, None].unbind(1), tops, lags.unbind(2), scales[..., None, :].unbind(2),
-        strict=True,
-    )  # fmt: skip
-    return [Absorption(None if i else factor, *each) for i, each in enumerate(parts)]
+    each = zip(tops, lags.unbind(2), scales[..., None, :].unbind(2), strict=True)
+    return [Absorption(None if i else factor, *_flat(key, value, i), *rest) for i, rest in enumerate(each)]
+
+
+def _flat(key: Tensor, value: Tensor, i: int) -> tuple[Tensor, Tensor]:
+    """Of key number i: [B · G, F, 1] and [B · G, 1, V + 1]."""
+    return key[:, :, i, :, None].flatten(0, 1), value[:, :, i : i + 1].flatten(0, 1)
 
 
 def attend(near: Tensor, v: Tensor, far: Tensor, s: Tensor, sink: Tensor | None = None) -> Tensor | None:

@@ -126,7 +126,8 @@ def test_prefill_gives_up_where_float32_does(window: int) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("together", [1, 7])
-def test_absorptions(decay: str, padded: bool, together: int) -> None:
+@pytest.mark.parametrize("lazy", [False, True])
+def test_absorptions(decay: str, padded: bool, together: int, lazy: bool) -> None:
     x = inputs(50, 0, decay=decay)
     keys = {name: x[name] for name in ("fk", "gk", "v")}
     log_decay, feature_decay = x.get("log_decay"), x.get("feature_decay")
@@ -142,12 +143,12 @@ def test_absorptions(decay: str, padded: bool, together: int) -> None:
             cache.lagging_state.m, cache.lag, **{name: each[:, :, t] for name, each in keys.items()},
             log_decay=log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[..., t],
             feature_decay=None if feature_decay is None else feature_decay[:, :, t],
-            valid=valid[:, t] if padded else None,
+            valid=valid[:, t] if padded else None, lazy=lazy,
         )  # fmt: skip
         while cache.ahead:
             cache.absorb_next()
             start += 1
-    assert cache.lag is not None
+    assert (cache.lag is not None) == lazy
     state = cache.state
     assert cache.lag is None
     scale = (state.m - expected.m).exp()[..., None, None]  # the maximum is of another moment
