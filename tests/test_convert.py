@@ -504,8 +504,8 @@ def test_inspect_by_hand(sources: Path) -> None:
     selection = 2 * 2 * hidden  # of a key's log-scale and decay, for two key/value heads
     of_features = 16 * hidden + 2 * 16 * 16 + 2 * 16  # down to 16 numbers, from them to each feature's decay, its start
     assert result.new_parameters == 3 * (4 * (features + 1) + 2 * (features + 2) + selection + of_features)
-    # A key/value head's state has 16 features by 8 values and the sum z, the running maximum, and what each feature lacks
-    # of decay; a token of the window has a key, the same before its rotation, a value, two gates, 16 numbers for
+    # A key/value head's state has 16 features by 8 values and the sum z, the running maximum, and what each feature
+    # lacks of decay; a token of the window has a key, the same before its rotation, a value, two gates, 16 numbers for
     # features, and whether it is padding.
     token = 2 * ((8 + 8 + 8) * 4 + 2 * 4) + 16 * 4 + 1
     assert result.state_bytes == 3 * (2 * (16 * (8 + 1) + 1 + 16) * 4 + 64 * token)
