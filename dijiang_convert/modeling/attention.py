@@ -267,10 +267,8 @@ class DiJiangAttention(nn.Module):
         far, turn = None, None
         if self.borrows:
             call.cache.update(k, v)
-        if self._keeps_far_keys and not torch.compiler.is_compiling() and not self.kernel.shift:
-            turn = None
-            if call.cos_sin is not None:
-                turn = known_rotation(self.apply_rotary, *call.cos_sin, self.layers.rotary_dim)
+        if self._keeps_far_keys and not torch.compiler.is_compiling() and not self.kernel.shift and call.cos_sin:
+            turn = known_rotation(self.apply_rotary, *call.cos_sin, self.layers.rotary_dim)
         if self._keeps_far_keys and turn is None:
             far = self._without_rotation(q, k, call.cos_sin)
             if self.kernel.shift:

@@ -16,12 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .inference import LEAST_TOTAL, MOST_DECAY
 from .linear_attention import FLOOR, per_key, with_ones
-
-# What a query's weights add up to at least, where what float32 can't hold of the smallest does not count.
-LEAST_TOTAL = 1e-28
-# The most that a state may lack of decay, as a power of e: keys grow by as much.
-MOST_LAG = 40.0
 
 
 class Absorption(NamedTuple):
@@ -90,11 +86,11 @@ def absorptions(
     if lag is not None:
         loss[:, :, 0] += lag
     lags, factor = loss.cumsum(2), None
-    if lags.amin() < -MOST_LAG:  # the first one's is made up for now
+    if lags.amin() < -MOST_DECAY:  # the first one's is made up for now
         factor = loss[:, :, 0, :, None].exp()
         loss[:, :, 0] = 0
         lags = loss.cumsum(2)
-        if lags.amin() < -MOST_LAG:
+        if lags.amin() < -MOST_DECAY:
             lags, tops = lags[:, :, :1], tops[:1]
     keys = lags.shape[2]
     key = key[:, :, :keys] * lags.neg().exp_()

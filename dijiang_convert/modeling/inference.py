@@ -20,11 +20,11 @@ from torch import Tensor
 
 from .linear_attention import FLOOR, FarState, accumulated, per_key, rescaled, softmax_with_lse, with_ones
 
-# What a query's weights add up to at least without a window, where what float32 can't hold of the smallest does not
-# count; and the most that a feature may weigh against all near keys, as a power of e.
+# What a query's weights add up to at least, where what float32 can't hold of the smallest does not count (not of a
+# prompt with a window); and the most that a feature may weigh against all near keys, as a power of e.
 LEAST_TOTAL = 1e-28
 MOST_WEIGHT = 60.0
-# The most that the state may decay by in a piece, as a power of e: keys' features grow by as much in between.
+# The most that the state may decay by in a piece, or lack of decay, as a power of e: keys' features grow by as much.
 MOST_DECAY = 40.0
 BLOCK = 32  # queries that see one stretch of near keys
 
@@ -54,9 +54,8 @@ def prefill(
 
     Arguments are those of `chunked`, but for this: k, v and mask are of w + L keys, w of them before the first query
     (those that don't exist are masked), and what belongs to the far part (fk, gk and decays) of the first L of these
-    alone. lq [B, H, L, F] is log fq; lq, gq, fk and gk need only be right in lq + gq
-    (None for 0) and e^gk fk. L is at most chunk_size, or a
-    multiple of it.
+    alone. lq [B, H, L, F] is log fq; lq, gq (None for 0), fk and gk need only be right in lq + gq and e^gk fk. L is at
+    most chunk_size, or a multiple of it.
 
     Returns the output [B, H, L, V] (accumulation dtype) and the state after the first L keys, or None where the scales
     of keys span too much for this form.
@@ -192,11 +191,10 @@ def near_part(
     softcap: float | None,
     mask: Tensor | None,
     block: int,
-    fused: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over each query's last w keys: [B, H, L, V] and the log-sum-exp [B, H, L], which is 0 for padding.
 
-    k, v and mask have w keys before the first query. fused: with torch's own kernel, where it can.
+    k, v and mask have w keys before the first query. Torch's own kernel does it where it can.
     """
     batch, heads, queries, dim = q.shape
     kv_heads, blocks = k.shape[1], queries // block
@@ -213,7 +211,7 @@ def near_part(
     if mask is not None:
         seen = mask.unfold(1, window + block, block).flatten(0, 1)[:, None, None]
         band = torch.where(seen, band, torch.finfo(q.dtype).min)
-    if fused and flash is not None and softcap is None and v.shape[-1] == dim:
+    if flash is not None and softcap is None and v.shape[-1] == dim:
         out, lse = flash(rows, stretches(k), stretches(v), attn_mask=band, scale=scaling)
     else:
         scores = (rows @ stretches(k).mT) * scaling

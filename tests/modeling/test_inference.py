@@ -12,7 +12,7 @@ from torch import Tensor
 from dijiang_convert.modeling import attention, inference
 from dijiang_convert.modeling.cache import DiJiangCacheLayer
 from dijiang_convert.modeling.configuration_dijiang import Kernel
-from dijiang_convert.modeling.decoding import MOST_LAG, absorptions, attend
+from dijiang_convert.modeling.decoding import absorptions, attend
 from dijiang_convert.modeling.linear_attention import FarState, absorb, attend_one, chunked, near_logits
 from tests.modeling.test_feature_map import SCALING, feature_map
 from tests.modeling.test_linear_attention import relative
@@ -100,6 +100,24 @@ def test_prefill_of_padded_rows_with_a_cap_and_a_sink(window: int, softcap: floa
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("window,chunk_size", [(5, 16), (40, 64)])
+def test_near_part_without_torchs_kernel(window: int, chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """is the same; values are as wide as keys here, so that the kernel runs."""
+    x = inputs(128, window)
+    x["v"] = torch.randn_like(x["k"])
+    x["state"] = None
+    assert inference.flash is not None
+    calls: list[int] = []
+    kernel = inference.flash
+    monkeypatch.setattr(inference, "flash", lambda *args, **options: calls.append(1) or kernel(*args, **options))
+    expected = prefill(**x, scaling=0.4, window=window, chunk_size=chunk_size)
+    monkeypatch.setattr(inference, "flash", None)
+    found = prefill(**x, scaling=0.4, window=window, chunk_size=chunk_size)
+    assert calls and relative(found[0], expected[0]) <= 1e-12
+    assert relative(found[0], chunked(**as_chunked(x, window), scaling=0.4, window=window)[0]) <= 1e-12
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_prefill_rounds_as_little(dtype: torch.dtype, tolerance: float) -> None:
     x = inputs(128, 16)
@@ -171,7 +189,7 @@ def test_decays_that_are_too_strong_to_lack() -> None:
             cache.absorb_next()
             lags.append(cache.lag.amin().item())
             start += 1
-    assert -MOST_LAG <= min(lags) < -MOST_LAG / 4
+    assert -inference.MOST_DECAY <= min(lags) < -inference.MOST_DECAY / 4
     state = cache.state
     assert relative(state.s * (state.m - expected.m).exp()[..., None, None], expected.s) <= 1e-5
 
