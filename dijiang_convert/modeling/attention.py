@@ -35,7 +35,7 @@ from .linear_attention import (
 from .rotary import known_rotation, parameter_names
 
 AHEAD = 16  # tokens that leave the window next whose features are made together
-PIECE = 2**17  # numbers in a piece's queries, for each thread, see `_in_pieces`
+PIECE = 3 * 2**16  # numbers in a piece's queries, for each thread, see `_in_pieces`
 
 
 class Call(NamedTuple):
@@ -208,23 +208,27 @@ class DiJiangAttention(nn.Module):
         length, window, count = q.shape[2], self.kernel.window, 0 if kept is None else kept.length
         before = count + new.length - length
         out = q.new_empty(q.shape[0], length, q.shape[1], new.v.shape[3], dtype=accumulation_dtype(q)).transpose(1, 2)
-        for start, end in self._pieces(q, window - before):
+        for start, end in self._pieces(q):
             first, last, piece = max(start + before - window, 0), end + before, slice(start, end)
             if kept is None or first >= count:
                 tokens = new.narrow(first - count, last - count)
             else:
                 tokens = kept.narrow(first, count).followed_by(new.narrow(0, last - count))
-            given = tokens, q[:, :, piece], far_q[:, :, piece], state, call
-            out[:, :, piece], state = self._prefill_piece(*given) or self._chunked(*given)
+            given, now = (tokens, q[:, :, piece], far_q[:, :, piece], state, call), out[:, :, piece]
+            done = self._prefill_piece(*given, now)
+            if done is None:
+                done = self._chunked(*given)
+                now.copy_(done[0])
+            state = done[1]
         return out, state
 
-    def _pieces(self, q: Tensor, missing: int) -> Iterator[tuple[int, int]]:
-        """Where a prompt is divided: all but the last pieces are whole chunks. Those of the first that see no whole
-        window, for so many tokens are missing before them, are a small piece of their own: the others need no mask."""
+    def _pieces(self, q: Tensor) -> Iterator[tuple[int, int]]:
+        """Where a prompt is divided: into pieces of whole chunks, about equally long, and what remains."""
         length, size = q.shape[2], self.kernel.chunk_size
-        step = max(PIECE * torch.get_num_threads() // (q.shape[0] * q.shape[1] * q.shape[3] * size) * size, size)
-        first, whole = min(-(-missing // size) * size, length - length % size), length - length % size
-        return itertools.pairwise(sorted({0, *range(first, whole, step), whole, length}))
+        numbers = q.shape[0] * q.shape[1] * size * q.shape[3]  # of a chunk
+        chunks, most = length // size, max(PIECE * torch.get_num_threads() // numbers, 1)
+        step = max(-(-chunks // max(-(-chunks // most), 1)), 1) * size
+        return itertools.pairwise(sorted({*range(0, chunks * size, step), chunks * size, length}))
 
     def _chunked(
         self, tokens: Tokens, q: Tensor, far_q: Tensor, state: FarState | None, call: Call
@@ -242,21 +246,24 @@ class DiJiangAttention(nn.Module):
         )  # fmt: skip
 
     def _prefill_piece(
-        self, tokens: Tokens, q: Tensor, far_q: Tensor, state: FarState | None, call: Call
+        self, tokens: Tokens, q: Tensor, far_q: Tensor, state: FarState | None, call: Call, out: Tensor
     ) -> tuple[Tensor, FarState] | None:
         """`prefill`, or None where it gives up."""
         window, queries = self.kernel.window, q.shape[2]
-        missing = window + queries - tokens.length
+        missing, padded = window + queries - tokens.length, not tokens.valid.all()
         if missing:  # before the first
-            tokens = tokens.map(lambda x, dim: F.pad(x, (0, 0) * (x.dim() - dim - 1) + (missing, 0)))
-        absorbed = tokens.narrow(0, queries)
+            tokens = tokens.map(
+                lambda x, dim: torch.cat([x.new_zeros(*x.shape[:dim], missing, *x.shape[dim + 1 :]), x], dim)
+            )
+        absorbed, known = tokens.narrow(0, queries), self._prepared_queries(far_q, call)
         return prefill(
             q, self._per_state_head(tokens.k), self._per_state_head(tokens.v),
-            *self.q_features.logarithms(far_q, self._prepared_queries(far_q, call)),
+            far_q, known.weight, self.q_features.log_scale(far_q, known),
             *self._quick_key_features(absorbed, call),
             scaling=call.scaling, window=window, softcap=call.softcap, sink=call.sink,
             log_decay=self._log_decay(absorbed.gates), feature_decay=self._feature_decay(absorbed.code, call),
-            mask=None if tokens.valid.all() else tokens.valid, state=state, chunk_size=self.kernel.chunk_size,
+            mask=tokens.valid if padded else None, missing=missing, state=state, chunk_size=self.kernel.chunk_size,
+            out=out,
         )  # fmt: skip
 
     def _decode_in_kernels(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:

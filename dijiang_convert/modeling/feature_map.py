@@ -43,12 +43,21 @@ class Preparation(NamedTuple):
 class Prepared(NamedTuple):
     """What a `FeatureMap` multiplies and adds where nothing needs a gradient, made once for many tokens.
 
-    matrix: [H, D, F], of `FeatureMap.matrix`. bias: [H, 1, F], or None. norm_weight: s·a, [H, 1], or None.
+    weight: [H, D + 2, F]; [x, 1, c] times it is y + D + c. norm_weight: s·a, [H, 1], or None.
     """
 
-    matrix: Tensor
-    bias: Tensor | None
+    weight: Tensor
     norm_weight: Tensor | None
+
+    @property
+    def matrix(self) -> Tensor:
+        """`FeatureMap.matrix`, [H, D, F]."""
+        return self.weight[:, :-2]
+
+    @property
+    def bias(self) -> Tensor:
+        """D, and what is added to it: [H, 1, F]."""
+        return self.weight[:, -2:-1]
 
 
 class FeatureMap(nn.Module):
@@ -116,26 +125,27 @@ class FeatureMap(nn.Module):
     # ----------------------------------------------------------------------- without gradients, in fewer passes
 
     def prepared(self, x: Tensor, scaling: float, offset: Tensor | None = None) -> Prepared:
-        """For `logarithms` and `unnormalized` of x. offset: [H], added to the log-scale."""
+        """For `unnormalized`, `logits` and `log_scale` of x. offset: [H], added to the log-scale."""
         return self(x, scaling, Preparation(offset))  # through the call, where parameters that are offloaded arrive
 
     def _prepared(self, scaling: float, dtype: torch.dtype, offset: Tensor | None) -> Prepared:
-        bias: Tensor | None = self.bias.to(dtype)[:, None] if self.kernel.learned_features else None
+        matrix = self.matrix(scaling, dtype).mT
+        bias = torch.zeros_like(matrix[:, :1])
+        if self.kernel.learned_features:
+            bias = bias + self.bias.to(dtype)[:, None]
         if self.scaled:
-            assert bias is not None
             bias = bias - math.log(self.features)
         if offset is not None:
-            bias = offset.to(dtype)[:, None, None] + (0 if bias is None else bias)
+            bias = bias + offset.to(dtype)[:, None, None]
         norm_weight = scaling * self.norm_weight.to(dtype)[:, None] if self.scaled else None
-        return Prepared(self.matrix(scaling, dtype).mT.contiguous(), bias, norm_weight)
+        return Prepared(torch.cat([matrix, bias, torch.ones_like(bias)], 1), norm_weight)
 
     @staticmethod
-    def logarithms(x: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
-        """log e^g φ(x) of queries as a sum, [B, H, N, F] and [B, H, N] (None for 0); where log-scales cancel, less what
-        all features of a query share."""
-        x = accumulated(x)
-        norm = _norm(x, prepared)
-        return _product(x, prepared), None if norm is None else norm.neg_()
+    def log_scale(x: Tensor, prepared: Prepared) -> Tensor | None:
+        """What is to be added to y + D for log e^g φ(x), [B, H, N], or None for 0; where log-scales cancel, that is less
+        what all features of a query share."""
+        norm = _norm(accumulated(x), prepared)
+        return None if norm is None else norm.neg_()
 
     @staticmethod
     def logits(x: Tensor, prepared: Prepared, scale: Tensor) -> Tensor:
@@ -173,8 +183,6 @@ class FeatureMap(nn.Module):
 
 def _product(x: Tensor, prepared: Prepared) -> Tensor:
     """y + D: [B, H, N, D] → [B, H, N, F]."""
-    if prepared.bias is None:
-        return x @ prepared.matrix
     if x.shape[0] == 1:
         return torch.baddbmm(prepared.bias, x[0], prepared.matrix)[None]
     return (x @ prepared.matrix).add_(prepared.bias)

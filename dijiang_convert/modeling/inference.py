@@ -13,17 +13,16 @@ Shape legend as in `linear_attention`; L queries, C to a chunk, R = H / G querie
 """
 
 import functools
+import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .linear_attention import FLOOR, FarState, accumulated, per_key, rescaled, softmax_with_lse, with_ones
+from .linear_attention import FLOOR, FarState, accumulated, per_key, rescaled, softmax_with_lse
 
 # What a query's weights add up to at least, where what float32 can't hold of the smallest does not count (not of a
-# prompt with a window); and the most that a feature may weigh against all near keys, as a power of e.
-LEAST_TOTAL = 1e-28
-MOST_WEIGHT = 60.0
+# prompt with a window), and at most.
+LEAST_TOTAL, MOST_TOTAL = 1e-28, 1e28
 # The most that the state may decay by in a piece, or lack of decay, as a power of e: keys' features grow by as much.
 MOST_DECAY = 40.0
 BLOCK = 32  # queries that see one stretch of near keys
@@ -35,7 +34,8 @@ def prefill(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lq: Tensor,
+    xq: Tensor,
+    weight: Tensor,
     gq: Tensor | None,
     fk: Tensor,
     gk: Tensor,
@@ -47,54 +47,63 @@ def prefill(
     log_decay: Tensor | None = None,
     feature_decay: Tensor | None = None,
     mask: Tensor | None = None,
+    missing: int = 0,
     state: FarState | None = None,
     chunk_size: int = 64,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, FarState] | None:
     """`chunked` for a piece of a prompt, without gradients.
 
-    Arguments are those of `chunked`, but for this: k, v and mask are of w + L keys, w of them before the first query
-    (those that don't exist are masked), and what belongs to the far part (fk, gk and decays) of the first L of these
-    alone. lq [B, H, L, F] is log fq; lq, gq (None for 0), fk and gk need only be right in lq + gq and e^gk fk. L is at
-    most chunk_size, or a multiple of it.
+    Arguments are those of `chunked`, but for this: k, v and mask are of w + L keys, w of them before the first query,
+    and what belongs to the far part (fk, gk and decays) of the first L of these alone. The first ``missing`` keys don't
+    exist, and the state is empty then. The logarithm of e^gq fq is [xq, 1, gq] times weight [H, E + 2, F], for xq [B,
+    H, L, E] and gq [B, H, L] or None for 0; fk and gk need only be right in e^gk fk. L is at most chunk_size, or a
+    multiple of it.
 
-    Returns the output [B, H, L, V] (accumulation dtype) and the state after the first L keys, or None where the scales
-    of keys span too much for this form.
+    Returns the output [B, H, L, V] (accumulation dtype; ``out`` if given) and the state after the first L keys, or None
+    where the scales of keys span too much for this form.
     """
     queries, kv_heads = q.shape[2], k.shape[1]
     if state is None:
         state = FarState.empty(q.shape[0], kv_heads, fk.shape[-1], v.shape[-1], v)
     if log_decay is not None:
         log_decay = per_key(log_decay, gk)
+    if out is None:
+        out = torch.empty(*q.shape[:3], v.shape[-1], dtype=state.s.dtype)
+    weight = weight.expand(q.shape[0], -1, -1, -1).flatten(0, 1)
 
-    def piece(start: int, end: int, state: FarState) -> tuple[Tensor, FarState] | None:
+    def piece(start: int, end: int, state: FarState) -> FarState | None:
         now, seen = slice(start, end), slice(start, end + window)
         return _piece(
-            q[:, :, now], k[:, :, seen], v[:, :, seen], lq[:, :, now],
+            out[:, :, now], q[:, :, now], k[:, :, seen], v[:, :, seen], xq[:, :, now], weight,
             None if gq is None else gq[:, :, now], fk[:, :, now], gk[:, :, now],
             scaling=scaling, window=window, softcap=softcap, sink=sink,
             log_decay=None if log_decay is None else log_decay[:, :, now],
             feature_decay=None if feature_decay is None else feature_decay[:, :, now],
-            mask=None if mask is None else mask[:, seen], state=state, chunk_size=chunk_size,
+            mask=None if mask is None else mask[:, seen], missing=max(missing - start, 0), state=state,
+            chunk_size=chunk_size,
         )  # fmt: skip
 
     whole = piece(0, queries, state)
-    if whole is not None or queries <= chunk_size:
-        return whole
-    outs = []
+    if whole is not None:
+        return out, whole
+    if queries <= chunk_size:
+        return None
     for start in range(0, queries, chunk_size):
         done = piece(start, start + chunk_size, state)
         if done is None:
             return None
-        outs.append(done[0])
-        state = done[1]
-    return torch.cat(outs, 2), state
+        state = done
+    return out, state
 
 
 def _piece(
+    out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lq: Tensor,
+    xq: Tensor,
+    weight: Tensor,
     gq: Tensor | None,
     fk: Tensor,
     gk: Tensor,
@@ -106,10 +115,11 @@ def _piece(
     log_decay: Tensor | None,
     feature_decay: Tensor | None,
     mask: Tensor | None,
+    missing: int,
     state: FarState,
     chunk_size: int,
-) -> tuple[Tensor, FarState] | None:
-    """`prefill` with one scale. log_decay: of each key."""
+) -> FarState | None:
+    """`prefill` with one scale. weight: [B · H, E + 2, F]; log_decay: of each key."""
     batch, heads, queries, _ = q.shape
     kv_heads, size = k.shape[1], min(chunk_size, queries)
     repeats, chunks = heads // kv_heads, queries // size
@@ -123,63 +133,78 @@ def _piece(
     log_decay, feature_decay = (None if x is None else of_state(x) for x in (log_decay, feature_decay))
     absorbed = None if mask is None else mask[:, :queries].repeat_interleave(kv_heads, 0)
     if absorbed is not None:
-        gk = gk.masked_fill(~absorbed, FLOOR)
         log_decay = None if log_decay is None else log_decay * absorbed
         feature_decay = None if feature_decay is None else feature_decay * absorbed[..., None]
 
     # Scales: key j weighs e^{l_i + h_j − Λ_i} for query i, Λ what the state has decayed by since the piece began.
     lam = torch.zeros_like(gk) if log_decay is None else log_decay.cumsum(1).neg_()
-    left = None if feature_decay is None else _cumulative(feature_decay, size)
-    if lam[:, -1].amax() > MOST_DECAY or (left is not None and left[:, -1].amin() < -MOST_DECAY):
+    lost = None if feature_decay is None else _lost(feature_decay)  # by each feature alone
+    if lam[:, -1].amax() > MOST_DECAY or (lost is not None and lost[:, -1].amax() > MOST_DECAY):
         return None
     h = gk + lam
-    top = torch.maximum(m, h.amax(1))
-    weight = (h - top[:, None]).exp_()  # of each key
     if absorbed is not None:
-        weight *= absorbed
+        h = h.masked_fill(~absorbed, FLOOR)
+    h[:, :missing] = FLOOR
+    top = torch.maximum(m, h.amax(1))
+    of_key = (h - top[:, None]).exp_()
+    if absorbed is not None:
+        of_key *= absorbed
+    of_key[:, :missing] = 0
     s = s * (m - top).exp()[:, None, None]
-    v_far = with_ones(of_state(v[:, :, :queries])).mul_(weight[..., None])
+    v_far = torch.empty(*of_key.shape, v.shape[-1] + 1, dtype=s.dtype)  # the last column sums the denominator
+    torch.mul(of_state(v[:, :, :queries]), of_key[..., None], out=v_far[..., :-1])
+    v_far[..., -1] = of_key
 
-    near, lq = None, lq.unflatten(1, (kv_heads, repeats))  # [B, G, R, L, F]
-    if window == 0:
-        lq = lq - lq.amax(-1, keepdim=True)
-    else:
-        near, lse = near_part(q, k, v, scaling, window, softcap, mask, BLOCK if size % BLOCK == 0 else size)
+    near, scale = None, (top[:, None] - lam).view(batch, kv_heads, 1, queries)
+    scale = scale.expand(-1, -1, repeats, -1).reshape(batch, heads, queries)
+    if gq is not None:
+        scale = scale + gq
+    if window > 0:
+        near, lse = near_part(q, k, v, scaling, window, softcap, mask, missing, BLOCK if size % BLOCK == 0 else size)
         if sink is not None:
             total = torch.logaddexp(lse, sink.to(lse.dtype)[:, None])
             near, lse = near.mul_((lse - total).exp_()[..., None]), total
-        scale = (-lse if gq is None else gq - lse).view(batch, kv_heads, repeats, queries)
-        lq = lq + (scale + (top[:, None] - lam).view(batch, kv_heads, 1, queries))[..., None]
-        if not lq.amax() <= MOST_WEIGHT:
-            return None
+        scale = scale - lse
 
     # Features: a query's shrink by what each has lost so far, a key's grow.
     kept = None
-    if left is not None:
-        lq += left.view(batch, kv_heads, 1, queries, -1)
-        kept = left.exp_()[:, -1, :, None].clone()
-        fk = torch.div(fk, left, out=left)
-    fq = lq.exp_().unflatten(3, (chunks, size)).transpose(2, 3).reshape(-1, repeats * size, lq.shape[-1])
+    if lost is not None:
+        grown = lost.exp()
+        kept = grown[:, -1, :, None].reciprocal()
+        fk = grown.mul_(fk)
+    one = scale.new_ones(()).expand(*scale.shape, 1)
+    rows = torch.cat([xq.to(scale.dtype), one, scale[..., None]], -1).flatten(0, 1)
+    if lost is not None and repeats == 1:
+        lq = lost.baddbmm_(rows, weight, beta=-1)
+    else:
+        lq = rows @ weight
+        if lost is not None:
+            lq.unflatten(0, (-1, repeats)).sub_(lost[:, None])
+    if window == 0:
+        lq -= lq.amax(-1, keepdim=True)
+    fq = lq.exp_().unflatten(0, (-1, repeats)).unflatten(2, (chunks, size)).transpose(1, 2)
+    fq = fq.reshape(-1, repeats * size, lq.shape[-1])  # [B · G · L / C, R · C, F]
 
     # All chunks at once but for the state, which each finds as the one before leaves it.
     fk, v_far = (x.reshape(-1, size, x.shape[-1]) for x in (fk, v_far))  # [B · G · L / C, C, …]
     read = (fq @ fk.mT).mul_(_lower(size, repeats, fk.dtype)) @ v_far
     added = (fk.mT @ v_far).unflatten(0, (-1, chunks)).flatten(2)  # [B · G, L / C, F · (V + 1)]
-    before = F.pad(_lower(chunks, 1, s.dtype)[:-1], (0, 0, 1, 0)).expand(s.shape[0], -1, -1)
-    states = torch.baddbmm(s.flatten(1)[:, None], before, added)
+    states = torch.baddbmm(s.flatten(1)[:, None], _before(chunks, s.dtype).expand(s.shape[0], -1, -1), added)
     s = (states[:, -1] + added[:, -1]).unflatten(1, s.shape[1:])
     read.baddbmm_(fq, states.view(-1, *s.shape[1:]))
     read = read.unflatten(0, (batch, kv_heads, chunks)).unflatten(3, (repeats, size)).transpose(2, 3)
     read = read.reshape(batch, heads, queries, -1)
-    out, total = read[..., :-1], read[..., -1:]
+    of_far, total = read[..., :-1], read[..., -1:]
     if near is not None:
-        out, total = near.add_(out), total + 1
-    elif not total.amin() >= LEAST_TOTAL:
+        of_far, total = near.add_(of_far), total + 1
+    least, most = total.aminmax()
+    if not (least >= LEAST_TOTAL and most <= MOST_TOTAL):
         return None
+    torch.div(of_far, total, out=out)
     if kept is not None:
         s = s * kept
     shape = (batch, kv_heads)
-    return out / total, rescaled(s.unflatten(0, shape), top.view(shape), lam[:, -1].view(shape))
+    return rescaled(s.unflatten(0, shape), top.view(shape), lam[:, -1].view(shape))
 
 
 def near_part(
@@ -190,11 +215,13 @@ def near_part(
     window: int,
     softcap: float | None,
     mask: Tensor | None,
+    missing: int,
     block: int,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over each query's last w keys: [B, H, L, V] and the log-sum-exp [B, H, L], which is 0 for padding.
 
-    k, v and mask have w keys before the first query. Torch's own kernel does it where it can.
+    k, v and mask have w keys before the first query, the first ``missing`` of which don't exist. Torch's own kernel does
+    it where it can.
     """
     batch, heads, queries, dim = q.shape
     kv_heads, blocks = k.shape[1], queries // block
@@ -207,7 +234,9 @@ def near_part(
 
     rows = q.view(batch, kv_heads, repeats, blocks, block, dim).permute(0, 3, 1, 2, 4, 5)
     rows = rows.reshape(batch * blocks, kv_heads, repeats * block, dim)
-    band = _band(block, window, repeats, q.dtype)
+    band = _band(block, window, repeats, q.dtype, blocks if missing else 1, missing)
+    if len(band) > 1:
+        band = band.repeat(batch, 1, 1, 1)
     if mask is not None:
         seen = mask.unfold(1, window + block, block).flatten(0, 1)[:, None, None]
         band = torch.where(seen, band, torch.finfo(q.dtype).min)
@@ -229,10 +258,11 @@ def near_part(
     return out, lse if mask is None else lse.masked_fill(~mask[:, None, window:], 0.0)
 
 
-def _cumulative(x: Tensor, size: int) -> Tensor:
-    """x.cumsum(1) of [A, L, F], L whole chunks, as products with chunks of so many: several times as fast."""
-    sums = _lower(size, 1, x.dtype) @ x.unflatten(1, (-1, size))  # [A, L / C, C, F]
-    before = F.pad(sums[:, :-1, -1].cumsum(1), (0, 0, 1, 0))
+def _lost(decay: Tensor) -> Tensor:
+    """−decay.cumsum(1) of [A, L, F], as products with blocks of few numbers: several times as fast."""
+    block = math.gcd(decay.shape[1], 16)
+    sums = -_lower(block, 1, decay.dtype) @ decay.unflatten(1, (-1, block))  # [A, L / block, block, F]
+    before = _before(sums.shape[1], decay.dtype) @ sums[:, :, -1]
     return sums.add_(before[:, :, None]).flatten(1, 2)
 
 
@@ -243,8 +273,16 @@ def _lower(size: int, repeats: int, dtype: torch.dtype) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _band(block: int, window: int, repeats: int, dtype: torch.dtype) -> Tensor:
-    """0 where one of R · block queries sees one of the W keys, else the lowest number: [1, 1, R · block, W]."""
+def _before(size: int, dtype: torch.dtype) -> Tensor:
+    """1 for those before: [size, size]."""
+    return torch.ones(size, size, dtype=dtype).tril_(-1)
+
+
+@functools.lru_cache(maxsize=8)
+def _band(block: int, window: int, repeats: int, dtype: torch.dtype, blocks: int, missing: int) -> Tensor:
+    """0 where one of R · block queries sees one of the W keys, else the lowest number: [blocks, 1, R · block, W]."""
     i, j = torch.arange(block)[:, None], torch.arange(window + block)
-    hidden = (j <= i) | (j > i + window)
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min).repeat(1, 1, repeats, 1)
+    start = block * torch.arange(blocks)[:, None, None]
+    hidden = (j <= i) | (j > i + window) | (start + j < missing)
+    band = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+    return band.repeat(1, repeats, 1)[:, None]

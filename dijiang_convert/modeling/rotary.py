@@ -40,14 +40,10 @@ class Turn(NamedTuple):
             matrix = self._once(self._matrix, cos, sin, head_dim)
             return (accumulated(x[:, :, 0]) @ matrix).to(x.dtype)[:, :, None]
         cos, sin = self._once(self._factors, cos, sin)
-        first = accumulated(x if dim == head_dim else x[..., :dim])
+        first = accumulated(x[..., :dim])
         swapped = first @ self.swap.to(first.dtype)  # several times as fast as a gather
         turned = torch.addcmul(first * cos, swapped, sin).to(x.dtype)
-        if dim == head_dim:
-            return turned
-        out = x.clone()
-        out[..., :dim] = turned
-        return out
+        return turned if dim == head_dim else torch.cat([turned, x[..., dim:]], -1)
 
     def _factors(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """What x_j and x_p are multiplied by to turn back: [B, 1, N, dim] each. The squared length that scaled variants
