@@ -205,34 +205,38 @@ def time_attention(lengths: list[int], repeats: int, heads: int, dim: int) -> li
 
 
 def prepared(window: int, arguments: list[Tensor], options: Row) -> Callable[[], float]:
-    """Times `in_pieces`, to which keys come with the window before them, as a converted layer keeps them."""
+    """Times `in_pieces`, to which keys come with the window before them, as a converted layer keeps them. Queries'
+    features it makes itself: of their logarithms times the identity, a product that the other forms are spared."""
     q, k, v, fq, gq, fk, gk = arguments
-    lq = fq.log()
+    features = fq.shape[-1]
+    weight = torch.eye(features + 2, features, dtype=q.dtype).repeat(q.shape[1], 1, 1)
+    weight[:, -1] = 1
     k, v, fk = (F.pad(x, (0, 0, window, 0)) for x in (k, v, fk))
     late = {"log_decay": F.pad(options["log_decay"], (window, 0)),
             "feature_decay": F.pad(options["feature_decay"], (0, 0, window, 0))}  # fmt: skip
-    keys = (q, k, v, lq, gq, fk, F.pad(gk, (window, 0)))
+    keys = (q, k, v, fq.log(), weight, gq, fk, F.pad(gk, (window, 0)))
     return lambda: seconds(CPU, lambda: in_pieces(*keys, window=window, **options | late))
 
 
 def in_pieces(
-    q: Tensor, k: Tensor, v: Tensor, lq: Tensor, gq: Tensor, fk: Tensor, gk: Tensor, *, window: int,
+    q: Tensor, k: Tensor, v: Tensor, xq: Tensor, weight: Tensor, gq: Tensor, fk: Tensor, gk: Tensor, *, window: int,
     log_decay: Tensor, feature_decay: Tensor, scaling: float,
 ) -> Tensor:  # fmt: skip
     """`prefill` of a prompt piece by piece, as a converted layer does it. Of keys there are ``window`` more, in front,
-    which are padding."""
+    which don't exist."""
     size, state, out = Kernel().chunk_size, None, torch.empty_like(q)
     step = max(NUMBERS * torch.get_num_threads() // (q[:, :, 0].numel() * size), 1) * size
-    real = torch.arange(k.shape[2])[None] >= window
     for start in range(0, q.shape[2], step):
-        now, keys = slice(start, start + step), slice(start, start + step + window)
+        end = min(start + step, q.shape[2])
+        now, keys = slice(start, end), slice(start, end + window)
         done = prefill(
-            q[:, :, now], k[:, :, keys], v[:, :, keys], lq[:, :, now], gq[:, :, now], fk[:, :, now], gk[:, :, now],
-            scaling=scaling, window=window, log_decay=log_decay[:, :, now], feature_decay=feature_decay[:, :, now],
-            mask=None if start >= window else real[:, keys], state=state, chunk_size=size,
+            q[:, :, now], k[:, :, keys], v[:, :, keys], xq[:, :, now], weight, gq[:, :, now], fk[:, :, now],
+            gk[:, :, now], scaling=scaling, window=window, log_decay=log_decay[:, :, now],
+            feature_decay=feature_decay[:, :, now], missing=max(window - start, 0), state=state, chunk_size=size,
+            out=out[:, :, now],
         )  # fmt: skip
         assert done is not None
-        out[:, :, now], state = done
+        state = done[1]
     return out
 
 

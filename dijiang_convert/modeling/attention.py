@@ -217,9 +217,10 @@ class DiJiangAttention(nn.Module):
             given, now = (tokens, q[:, :, piece], far_q[:, :, piece], state, call), out[:, :, piece]
             done = self._prefill_piece(*given, now)
             if done is None:
-                done = self._chunked(*given)
-                now.copy_(done[0])
-            state = done[1]
+                made, state = self._chunked(*given)
+                now.copy_(made)
+            else:
+                state = done[1]
         return out, state
 
     def _pieces(self, q: Tensor) -> Iterator[tuple[int, int]]:

@@ -142,8 +142,7 @@ class FeatureMap(nn.Module):
 
     @staticmethod
     def log_scale(x: Tensor, prepared: Prepared) -> Tensor | None:
-        """What is to be added to y + D for log e^g φ(x), [B, H, N], or None for 0; where log-scales cancel, that is less
-        what all features of a query share."""
+        """log e^g φ(x) less y + D: [B, H, N], or None for 0, where log-scales cancel."""
         norm = _norm(accumulated(x), prepared)
         return None if norm is None else norm.neg_()
 

@@ -14,6 +14,7 @@ Shape legend as in `linear_attention`; L queries, C to a chunk, R = H / G querie
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,62 +69,72 @@ def prefill(
         state = FarState.empty(q.shape[0], kv_heads, fk.shape[-1], v.shape[-1], v)
     if log_decay is not None:
         log_decay = per_key(log_decay, gk)
+    mask = None if mask is None else mask.bool()
     if out is None:
         out = torch.empty(*q.shape[:3], v.shape[-1], dtype=state.s.dtype)
     weight = weight.expand(q.shape[0], -1, -1, -1).flatten(0, 1)
 
-    def piece(start: int, end: int, state: FarState) -> FarState | None:
-        now, seen = slice(start, end), slice(start, end + window)
-        return _piece(
-            out[:, :, now], q[:, :, now], k[:, :, seen], v[:, :, seen], xq[:, :, now], weight,
-            None if gq is None else gq[:, :, now], fk[:, :, now], gk[:, :, now],
-            scaling=scaling, window=window, softcap=softcap, sink=sink,
-            log_decay=None if log_decay is None else log_decay[:, :, now],
-            feature_decay=None if feature_decay is None else feature_decay[:, :, now],
-            mask=None if mask is None else mask[:, seen], missing=max(missing - start, 0), state=state,
-            chunk_size=chunk_size,
-        )  # fmt: skip
-
-    whole = piece(0, queries, state)
-    if whole is not None:
-        return out, whole
-    if queries <= chunk_size:
-        return None
+    options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap, "sink": sink}
+    piece = Piece(out, q, xq, gq, fk, gk, log_decay, feature_decay, k, v, mask, missing)
+    whole = _attend(piece, weight, state, min(chunk_size, queries), **options)
+    if whole is not None or queries <= chunk_size:
+        return None if whole is None else (out, whole)
     for start in range(0, queries, chunk_size):
-        done = piece(start, start + chunk_size, state)
+        done = _attend(piece.part(start, chunk_size, window), weight, state, chunk_size, **options)
         if done is None:
             return None
         state = done
     return out, state
 
 
-def _piece(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    xq: Tensor,
+class Piece(NamedTuple):
+    """What `prefill` gets, and writes to: of L queries, of as many keys, and of w + L keys."""
+
+    out: Tensor
+    q: Tensor
+    xq: Tensor
+    gq: Tensor | None
+    fk: Tensor
+    gk: Tensor
+    log_decay: Tensor | None  # of each key
+    feature_decay: Tensor | None
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    missing: int
+
+    def part(self, start: int, count: int, window: int) -> "Piece":
+        """For ``count`` of the queries."""
+        seen = slice(start, start + count + window)
+        of_both: Any = {
+            name: None if x is None else x.narrow(2, start, count)
+            for name, x in zip(self._fields[:8], self[:8], strict=True)
+        }
+        return self._replace(
+            **of_both,
+            k=self.k[:, :, seen],
+            v=self.v[:, :, seen],
+            mask=None if self.mask is None else self.mask[:, seen],
+            missing=max(self.missing - start, 0),
+        )
+
+
+def _attend(
+    piece: Piece,
     weight: Tensor,
-    gq: Tensor | None,
-    fk: Tensor,
-    gk: Tensor,
+    state: FarState,
+    size: int,
     *,
     scaling: float,
     window: int,
     softcap: float | None,
     sink: Tensor | None,
-    log_decay: Tensor | None,
-    feature_decay: Tensor | None,
-    mask: Tensor | None,
-    missing: int,
-    state: FarState,
-    chunk_size: int,
 ) -> FarState | None:
-    """`prefill` with one scale. weight: [B · H, E + 2, F]; log_decay: of each key."""
+    """`prefill` with one scale and chunks of one size. weight: [B · H, E + 2, F]."""
+    out, q, xq, gq, fk, gk, log_decay, feature_decay, k, v, mask, missing = piece
     batch, heads, queries, _ = q.shape
-    kv_heads, size = k.shape[1], min(chunk_size, queries)
+    kv_heads = k.shape[1]
     repeats, chunks = heads // kv_heads, queries // size
-    mask = None if mask is None else mask.bool()
 
     def of_state(x: Tensor) -> Tensor:
         """A head's row, [B, G, …], beside others, [B · G, …]."""
@@ -144,12 +155,14 @@ def _piece(
     h = gk + lam
     if absorbed is not None:
         h = h.masked_fill(~absorbed, FLOOR)
-    h[:, :missing] = FLOOR
+    if missing:
+        h[:, :missing] = FLOOR
     top = torch.maximum(m, h.amax(1))
     of_key = (h - top[:, None]).exp_()
     if absorbed is not None:
         of_key *= absorbed
-    of_key[:, :missing] = 0
+    if missing:
+        of_key[:, :missing] = 0
     s = s * (m - top).exp()[:, None, None]
     v_far = torch.empty(*of_key.shape, v.shape[-1] + 1, dtype=s.dtype)  # the last column sums the denominator
     torch.mul(of_state(v[:, :, :queries]), of_key[..., None], out=v_far[..., :-1])
@@ -220,8 +233,8 @@ def near_part(
 ) -> tuple[Tensor, Tensor]:
     """Softmax over each query's last w keys: [B, H, L, V] and the log-sum-exp [B, H, L], which is 0 for padding.
 
-    k, v and mask have w keys before the first query, the first ``missing`` of which don't exist. Torch's own kernel does
-    it where it can.
+    k, v and mask have w keys before the first query, and the first ``missing`` don't exist. Torch's own kernel does it
+    where it can.
     """
     batch, heads, queries, dim = q.shape
     kv_heads, blocks = k.shape[1], queries // block

@@ -23,7 +23,10 @@ DECAYS = ("none", "head", "selective", "feature")
 
 def prefill(fq: Tensor, gq: Tensor, **arguments: Any) -> Any:
     """`inference.prefill` by the arguments of `chunked`."""
-    return inference.prefill(lq=fq.log(), gq=gq, **arguments)
+    features = fq.shape[-1]
+    weight = torch.eye(features + 2, features, dtype=fq.dtype).repeat(fq.shape[1], 1, 1)
+    weight[:, -1] = 1
+    return inference.prefill(xq=fq.log(), weight=weight, gq=gq, **arguments)
 
 
 def inputs(queries: int, window: int, heads: int = 4, kv_heads: int = 2, decay: str = "feature") -> dict[str, Any]:
@@ -97,6 +100,28 @@ def test_prefill_of_padded_rows_with_a_cap_and_a_sink(window: int, softcap: floa
     for row, start in ((0, 20), (1, 0)):  # what comes out at padding means nothing
         assert relative(found[0][row, :, start:], expected[row, :, start:]) <= 1e-12
     assert relative(found[1].s, state.s) <= 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("window,missing", [(5, 5), (5, 3), (40, 40)])
+def test_keys_that_do_not_exist(window: int, missing: int, kernel: bool, decay: str) -> None:
+    """count as padding does, whatever stands in their place; kernel: values are as wide as keys, so that torch's own
+    attention does the near part."""
+    x = inputs(96, window, decay=decay)
+    x["state"] = None
+    if kernel:
+        x["v"] = torch.randn_like(x["k"])
+    mask = (torch.arange(window + 96) >= missing).expand(2, -1)
+    options: dict[str, Any] = {"scaling": 0.4, "window": window, "chunk_size": 16}
+    expected, state = chunked(**as_chunked(x, window), **options, mask=mask)
+    x["gk"][:, :, :missing] += 100
+    found = prefill(**x, **options, missing=missing)
+    assert found is not None and state is not None
+    assert relative(found[0], expected) <= 1e-12
+    scale = (found[1].m - state.m).exp()[..., None, None]  # what does not exist decays an empty state
+    assert relative(found[1].s * scale, state.s) <= 1e-12
 
 
 @torch.no_grad()
@@ -230,9 +255,11 @@ def test_unnormalized_features(changes: dict[str, Any], rows: int, single: bool,
         relative_error = relative(found * (of_found - scale * strength).exp()[..., None], features)
         assert relative_error <= (1e-10 if size == 1 else 1e-9)  # of exponents in the thousands
     offset = torch.randn(3, dtype=torch.float64)
-    logarithms, more = made.logarithms(x, made.prepared(x, SCALING, offset))
+    prepared = made.prepared(x, SCALING, offset)
+    more = made.log_scale(x, prepared)
     assert (more is None) == (not made.scaled)
-    logarithms = logarithms if more is None else logarithms + more[..., None]
+    added = torch.zeros_like(x[..., 0]) if more is None else more
+    logarithms = torch.cat([x, torch.ones_like(x[..., :1]), added[..., None]], -1) @ prepared.weight
     expected = features.log() + (scale + offset[:, None])[..., None]
     if not made.scaled:  # but for what all features of a query share
         logarithms, expected = logarithms.log_softmax(-1), expected.log_softmax(-1)
