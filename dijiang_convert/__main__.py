@@ -1,7 +1,6 @@
 """The command itself: `dijiang`, which is `python -m dijiang_convert`."""
 
 import atexit
-import gc
 import os
 import sys
 import threading
@@ -13,7 +12,6 @@ from .cli import app
 def main() -> NoReturn:
     """Runs the command line and ends the process."""
     code: Any = None
-    gc.set_threshold(50_000, 20, 50)  # importing torch looks for garbage a hundred times, in vain
     try:
         app(prog_name="dijiang")
     except SystemExit as end:
