@@ -90,7 +90,7 @@ def forget_far_part(folder: Path) -> None:
     """Makes the code in a checkpoint another version: one that attends to the window alone."""
     for file, returned, instead in (
         ("linear_attention.py", "return share * out + (1 - share) * near[0]", "return near[0]"),
-        ("inference.py", "out, total = near.add_(out), total + 1", "out, total = near, total * 0 + 1"),
+        ("inference.py", "of_far, total = near.add_(of_far), total + 1", "of_far, total = near, total * 0 + 1"),
         ("decoding.py", "read = of_far @ s", "read = 0 * (of_far @ s)"),
     ):
         code = (folder / file).read_text()
