@@ -226,17 +226,18 @@ def in_pieces(
     log_decay: Tensor, feature_decay: Tensor, scaling: float,
 ) -> Tensor:  # fmt: skip
     """`prefill` of a prompt piece by piece, as a converted layer does it. Of keys there are ``window`` more, in front,
-    which don't exist."""
+    which are padding."""
     size, state, out = Kernel().chunk_size, None, torch.empty_like(q)
     step = max(NUMBERS * torch.get_num_threads() // (q[:, :, 0].numel() * size), 1) * size
+    real = torch.arange(k.shape[2])[None] >= window
     for start in range(0, q.shape[2], step):
         end = min(start + step, q.shape[2])
         now, keys = slice(start, end), slice(start, end + window)
         done = prefill(
             q[:, :, now], k[:, :, keys], v[:, :, keys], xq[:, :, now], weight, gq[:, :, now], fk[:, :, now],
             gk[:, :, now], scaling=scaling, window=window, log_decay=log_decay[:, :, now],
-            feature_decay=feature_decay[:, :, now], missing=max(window - start, 0), state=state, chunk_size=size,
-            out=out[:, :, now],
+            feature_decay=feature_decay[:, :, now], mask=None if start >= window else real[:, keys], state=state,
+            chunk_size=size, out=out[:, :, now],
         )  # fmt: skip
         assert done is not None
         state = done[1]

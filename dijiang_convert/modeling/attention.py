@@ -251,7 +251,7 @@ class DiJiangAttention(nn.Module):
     ) -> tuple[Tensor, FarState] | None:
         """`prefill`, or None where it gives up."""
         window, queries = self.kernel.window, q.shape[2]
-        missing, padded = window + queries - tokens.length, not tokens.valid.all()
+        missing = window + queries - tokens.length
         if missing:  # before the first
             tokens = tokens.map(
                 lambda x, dim: torch.cat([x.new_zeros(*x.shape[:dim], missing, *x.shape[dim + 1 :]), x], dim)
@@ -263,8 +263,7 @@ class DiJiangAttention(nn.Module):
             *self._quick_key_features(absorbed, call),
             scaling=call.scaling, window=window, softcap=call.softcap, sink=call.sink,
             log_decay=self._log_decay(absorbed.gates), feature_decay=self._feature_decay(absorbed.code, call),
-            mask=tokens.valid if padded else None, missing=missing, state=state, chunk_size=self.kernel.chunk_size,
-            out=out,
+            mask=None if tokens.valid.all() else tokens.valid, state=state, chunk_size=self.kernel.chunk_size, out=out,
         )  # fmt: skip
 
     def _decode_in_kernels(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:

@@ -48,18 +48,16 @@ def prefill(
     log_decay: Tensor | None = None,
     feature_decay: Tensor | None = None,
     mask: Tensor | None = None,
-    missing: int = 0,
     state: FarState | None = None,
     chunk_size: int = 64,
     out: Tensor | None = None,
 ) -> tuple[Tensor, FarState] | None:
     """`chunked` for a piece of a prompt, without gradients.
 
-    Arguments are those of `chunked`, but for this: k, v and mask are of w + L keys, w of them before the first query,
-    and what belongs to the far part (fk, gk and decays) of the first L of these alone. The first ``missing`` keys don't
-    exist, and the state is empty then. The logarithm of e^gq fq is [xq, 1, gq] times weight [H, E + 2, F], for xq [B,
-    H, L, E] and gq [B, H, L] or None for 0; fk and gk need only be right in e^gk fk. L is at most chunk_size, or a
-    multiple of it.
+    Arguments are those of `chunked`, but for this: k, v and mask are of w + L keys, w of them before the first query
+    (those that don't exist are masked), and what belongs to the far part (fk, gk and decays) of the first L of these
+    alone. The logarithm of e^gq fq is [xq, 1, gq] times weight [H, E + 2, F], for xq [B, H, L, E] and gq [B, H, L] or
+    None for 0; fk and gk need only be right in e^gk fk. L is at most chunk_size, or a multiple of it.
 
     Returns the output [B, H, L, V] (accumulation dtype; ``out`` if given) and the state after the first L keys, or None
     where the scales of keys span too much for this form.
@@ -75,7 +73,7 @@ def prefill(
     weight = weight.expand(q.shape[0], -1, -1, -1).flatten(0, 1)
 
     options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap, "sink": sink}
-    piece = Piece(out, q, xq, gq, fk, gk, log_decay, feature_decay, k, v, mask, missing)
+    piece = Piece(out, q, xq, gq, fk, gk, log_decay, feature_decay, k, v, mask)
     whole = _attend(piece, weight, state, min(chunk_size, queries), **options)
     if whole is not None or queries <= chunk_size:
         return None if whole is None else (out, whole)
@@ -101,7 +99,6 @@ class Piece(NamedTuple):
     k: Tensor
     v: Tensor
     mask: Tensor | None
-    missing: int
 
     def part(self, start: int, count: int, window: int) -> "Piece":
         """For ``count`` of the queries."""
@@ -115,7 +112,6 @@ class Piece(NamedTuple):
             k=self.k[:, :, seen],
             v=self.v[:, :, seen],
             mask=None if self.mask is None else self.mask[:, seen],
-            missing=max(self.missing - start, 0),
         )
 
 
@@ -131,7 +127,7 @@ def _attend(
     sink: Tensor | None,
 ) -> FarState | None:
     """`prefill` with one scale and chunks of one size. weight: [B · H, E + 2, F]."""
-    out, q, xq, gq, fk, gk, log_decay, feature_decay, k, v, mask, missing = piece
+    out, q, xq, gq, fk, gk, log_decay, feature_decay, k, v, mask = piece
     batch, heads, queries, _ = q.shape
     kv_heads = k.shape[1]
     repeats, chunks = heads // kv_heads, queries // size
@@ -146,6 +142,7 @@ def _attend(
     if absorbed is not None:
         log_decay = None if log_decay is None else log_decay * absorbed
         feature_decay = None if feature_decay is None else feature_decay * absorbed[..., None]
+        gk = gk.masked_fill(~absorbed, FLOOR)
 
     # Scales: key j weighs e^{l_i + h_j − Λ_i} for query i, Λ what the state has decayed by since the piece began.
     lam = torch.zeros_like(gk) if log_decay is None else log_decay.cumsum(1).neg_()
@@ -153,16 +150,10 @@ def _attend(
     if lam[:, -1].amax() > MOST_DECAY or (lost is not None and lost[:, -1].amax() > MOST_DECAY):
         return None
     h = gk + lam
-    if absorbed is not None:
-        h = h.masked_fill(~absorbed, FLOOR)
-    if missing:
-        h[:, :missing] = FLOOR
     top = torch.maximum(m, h.amax(1))
     of_key = (h - top[:, None]).exp_()
     if absorbed is not None:
         of_key *= absorbed
-    if missing:
-        of_key[:, :missing] = 0
     s = s * (m - top).exp()[:, None, None]
     v_far = torch.empty(*of_key.shape, v.shape[-1] + 1, dtype=s.dtype)  # the last column sums the denominator
     torch.mul(of_state(v[:, :, :queries]), of_key[..., None], out=v_far[..., :-1])
@@ -173,7 +164,7 @@ def _attend(
     if gq is not None:
         scale = scale + gq
     if window > 0:
-        near, lse = near_part(q, k, v, scaling, window, softcap, mask, missing, BLOCK if size % BLOCK == 0 else size)
+        near, lse = near_part(q, k, v, scaling, window, softcap, mask, BLOCK if size % BLOCK == 0 else size)
         if sink is not None:
             total = torch.logaddexp(lse, sink.to(lse.dtype)[:, None])
             near, lse = near.mul_((lse - total).exp_()[..., None]), total
@@ -228,13 +219,11 @@ def near_part(
     window: int,
     softcap: float | None,
     mask: Tensor | None,
-    missing: int,
     block: int,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over each query's last w keys: [B, H, L, V] and the log-sum-exp [B, H, L], which is 0 for padding.
 
-    k, v and mask have w keys before the first query, and the first ``missing`` don't exist. Torch's own kernel does it
-    where it can.
+    k, v and mask have w keys before the first query. Torch's own kernel does it where it can.
     """
     batch, heads, queries, dim = q.shape
     kv_heads, blocks = k.shape[1], queries // block
@@ -247,9 +236,7 @@ def near_part(
 
     rows = q.view(batch, kv_heads, repeats, blocks, block, dim).permute(0, 3, 1, 2, 4, 5)
     rows = rows.reshape(batch * blocks, kv_heads, repeats * block, dim)
-    band = _band(block, window, repeats, q.dtype, blocks if missing else 1, missing)
-    if len(band) > 1:
-        band = band.repeat(batch, 1, 1, 1)
+    band = _band(block, window, repeats, q.dtype)
     if mask is not None:
         seen = mask.unfold(1, window + block, block).flatten(0, 1)[:, None, None]
         band = torch.where(seen, band, torch.finfo(q.dtype).min)
@@ -292,10 +279,8 @@ def _before(size: int, dtype: torch.dtype) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _band(block: int, window: int, repeats: int, dtype: torch.dtype, blocks: int, missing: int) -> Tensor:
-    """0 where one of R · block queries sees one of the W keys, else the lowest number: [blocks, 1, R · block, W]."""
+def _band(block: int, window: int, repeats: int, dtype: torch.dtype) -> Tensor:
+    """0 where one of R · block queries sees one of the W keys, else the lowest number: [1, 1, R · block, W]."""
     i, j = torch.arange(block)[:, None], torch.arange(window + block)
-    start = block * torch.arange(blocks)[:, None, None]
-    hidden = (j <= i) | (j > i + window) | (start + j < missing)
-    band = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
-    return band.repeat(1, repeats, 1)[:, None]
+    hidden = (j <= i) | (j > i + window)
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min).repeat(1, 1, repeats, 1)
