@@ -4,8 +4,9 @@
 
 The text encoder is a small causal Llama taught to see both sides: its weights in EuroBERT, which is that architecture
 without the causal mask, trained on masked tokens of TEXT. The ViT (257 tokens an image) tells apart letters drawn at
-random places and sizes. Both are converted by each recipe with a window of 16, measured against the original on
-held-out text or images, finetuned on TEXT or the training images by the recipe's own stages, and measured again.
+random places and sizes. Both are converted by each recipe with its SETTINGS (a window of 16, and as many keys in the
+memory where there is one), measured against the original on held-out text or images, finetuned on TEXT or the training
+images by the recipe's own stages, and measured again.
 Writes the mean over seeds to benchmarks/results/encoders.json, and as a table into PAGE.
 """
 
@@ -30,6 +31,8 @@ from dijiang_convert.distill.images import open_images
 from dijiang_convert.models import load_any, silence
 
 RECIPES = {"text": ("encoder", "default", "pure", "window-only"), "vit": ("encoder",)}
+WINDOW = ["window=16", "block=16"]
+SETTINGS = {"encoder": [*WINDOW, "memory=16"], "default": [*WINDOW, "memory=16"], "window-only": WINDOW, "pure": []}
 ROW, MASKED = 512, 0.2
 SIDE, PATCH = 64, 4
 
@@ -63,7 +66,7 @@ def main() -> None:
                 row["original_accuracy"] = accuracy(source, images)
             rows.append(row)
             print(json.dumps(row), flush=True)
-    content = {"tokens": args.tokens, "seeds": args.seeds, "window": 16, "rows": rows}
+    content = {"tokens": args.tokens, "seeds": args.seeds, "settings": SETTINGS, "rows": rows}
     args.out.write_text(json.dumps(content, indent=1) + "\n")
     if args.into:
         write_between(args.into, "encoders", table(rows))
@@ -96,8 +99,7 @@ def measure(source: Path, recipe: str, data: str, held_out: str, args: Any, seed
     """Likeness to the original before and after finetuning, and of a ViT the accuracy."""
     name = f"{source.name}-{recipe}-{seed}"
     converted, tuned = args.work / f"{name}-converted", args.work / f"{name}-finetuned"
-    window = [] if recipe == "pure" else ["window=16"]
-    convert(str(source), converted, recipe=recipe, settings=window, force=True)
+    convert(str(source), converted, recipe=recipe, settings=SETTINGS[recipe], force=True)
     stages = ["distill"] if recipe == "window-only" else []
     finetune(converted, tuned, data=data, tokens=args.tokens, stages=stages, seed=seed, force=True, report=False)
     result: dict[str, float] = {}

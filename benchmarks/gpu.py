@@ -1,17 +1,18 @@
-"""Every figure that needs a GPU, in one call of less than eight minutes: python -m benchmarks.gpu --out gpu.json
+"""What a converted model does on a GPU, in one call of less than eight minutes:
 
-Random models of the shapes of Pythia-410M and 2.8B in bfloat16, converted by `convert` with the recipe default, beside
-the softmax models they came from. First each path for GPUs is compared with plain torch on the same GPU: a speed counts
-only if the paths it took are right. Then, each in a section with its own share of the time:
+    python -m benchmarks.gpu --out benchmarks/results/gpu.json      # then: python benchmarks/readme.py
 
-    generate   generate() as a user calls it, against transformers' default (SDPA, a cache that grows)
-    step       a compiled decode step: against the softmax model's with a static cache, as a share of what bytes allow;
-               at batch 1 against the time that reading the weights takes. And the recorded step, which is the default
-    prefill    the whole model against SDPA, as a share of what operations allow
-    attention  the attention operation alone against SDPA, and against flash-linear-attention's chunk kernels
-    train      a training step with kernels against one without
+First each path of a model of two layers is compared with that model in float64 on the CPU. Then come speeds of random
+models of the shapes of Pythia-410M and 2.8B in bfloat16, as softmax (SDPA) and converted by each of --recipes, every
+figure in a section with its own share of the time:
 
-An error ends a section, not the run; it is in the results. They are written after each figure. Times are medians after
+    prefill    a prompt, until its next token is known
+    decode     generate() as a user calls it, with the cache that grows: tokens after the first
+    train      forward and backward of all weights
+    compiled   generate(cache_implementation="static"), whose step transformers compiles; the row tells whether it was
+               compiled, into how many graphs, and how many of these could not become CUDA graphs (stderr says why)
+
+An error ends a section, not the run; it is in the results, which are written after each figure. Times are medians after
 a warm-up. With --dry-run all of it runs on the CPU in tiny shapes: that it runs, is all that this shows.
 """
 
@@ -24,57 +25,51 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from dijiang_convert import convert
 from dijiang_convert.demo import MODEL
-from dijiang_convert.modeling import accelerated
-from dijiang_convert.modeling.attention import Call, DiJiangAttention
-from dijiang_convert.modeling.cuda_graph import GraphedStep
 from dijiang_convert.models import load_converted, silence
+from dijiang_convert.timing import Pass, now, peak_memory, seconds, time_forward, time_generate
 
 TOTAL_SECONDS = 450
+RECIPES = ("default:window=64,memory=64", "default:window=128,memory=256")
 SHAPES: dict[str, dict[str, int]] = {
     "410m": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
     "2.8b": {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240},
 }
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+TINY_RECIPES = ("default:window=8,block=8,sinks=2,memory=8",)
 
 
 @dataclass
 class Sizes:
     """What is measured. The defaults are a GPU's; `tiny` is the dry run's."""
 
+    prefill: tuple[int, ...] = (2048, 16384, 65536)
+    contexts: tuple[int, ...] = (1024, 16384)  # tokens before those that are decoded
     batches: tuple[int, ...] = (1, 16)
-    contexts: tuple[int, ...] = (512, 8192)
-    new_tokens: int = 48
-    steps: int = 32
-    piece: int = 512
-    prefill: tuple[int, ...] = (2048, 16384)
-    attention: tuple[int, ...] = (16384, 131072)
-    fla: int = 16384
+    new_tokens: int = 128  # two blocks, so that the table's moves count
     train: tuple[int, int] = (4, 2048)
-    check: tuple[int, int] = (700, 80)  # prompt and decoded tokens of the comparison with torch
+    check: tuple[int, int] = (700, 140)  # prompt and decoded tokens of the comparison with float64
+    pieces: tuple[int, ...] = (100, 64, 1, 300, 235)  # of that prompt
     repeats: int = 3
     vocabulary: int = 50304
-    settings: tuple[str, ...] = ()
-    copy_bytes: int = 2**31
 
     @classmethod
     def tiny(cls) -> "Sizes":
-        return cls(
-            (1, 2), (16, 40), 4, 3, 16, (32, 64), (64, 128), 64, (1, 32), (40, 2), 1, 512, ("window=8",), 2**20
-        )  # fmt: skip
+        return cls((32, 64), (16, 40), (1, 2), 4, (1, 32), (50, 20), (10, 8, 1, 31), 1, 512)
 
 
 @dataclass
@@ -84,9 +79,10 @@ class Run:
     device: torch.device
     sizes: Sizes
     out: Path | None
-    dry: bool
     deadline: float
-    results: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(
+        default_factory=lambda: {"correct": {}, "compiled": {}, "rows": [], "errors": {}, "seconds": {}}
+    )
 
     def section(self, name: str, seconds: float, work: Callable[..., Any], *args: Any) -> Any:
         """What ``work`` returns, or None where it failed or took too long."""
@@ -118,135 +114,81 @@ class Run:
         print(f"  {path}: {error:.2e} (at most {bound:.0e})", flush=True)
         self.write()
 
-    def row(self, name: str, value: float, target: float | None, paths: tuple[str, ...] = (), **figures: Any) -> None:
-        """One figure. It meets its target only if the paths that it took are right."""
-        wrong = [path for path in paths if not self.results["correct"].get(path, {}).get("ok")]
-        met = None if target is None else value >= target and not wrong
-        row = {"row": name, "value": value, "target": target, "met": met, "wrong_paths": wrong, **figures}
+    def row(self, what: str, path: str, tokens_per_second: float, **figures: Any) -> None:
+        """One figure. It counts only if the path that it took is right, in each dtype that was looked at."""
+        looked_at = [found["ok"] for name, found in self.results["correct"].items() if name.split()[0] == path]
+        right = bool(looked_at) and all(looked_at)
+        row = {"row": what, **figures, "tokens_per_second": tokens_per_second, "right": right}
         self.results["rows"].append(row)
-        print("  " + json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        print("  " + json.dumps(row), flush=True)
         self.write()
 
     def write(self) -> None:
         if self.out:
             self.out.write_text(json.dumps(self.results, indent=1) + "\n")
 
-    # ------------------------------------------------------------------------------------------- memory and time
-
-    def start_memory(self) -> int:
-        """Forgets the peak; returns what is allocated. 0 on a CPU, as the peak is."""
-        if self.device.type != "cuda":
-            return 0
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-
-    def peak_memory(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
-
-    def sync(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(self, work: Callable[[], Any], warm: int = 1, repeats: int | None = None) -> float:
-        """The median, after ``warm`` calls."""
-        times = []
-        for i in range(warm + (repeats or self.sizes.repeats)):
-            self.sync()
-            start = time.perf_counter()
-            work()
-            self.sync()
-            if i >= warm:
-                times.append(time.perf_counter() - start)
-        return statistics.median(times)
-
     def ids(self, batch: int, length: int) -> Tensor:
         return torch.randint(1, self.sizes.vocabulary, (batch, length), device=self.device)
+
+    def median(self, call: Callable[[], Any], figure: Callable[[Any], Any]) -> tuple[float, int]:
+        """(the median of a figure of what ``call`` returns, after a warm-up; the bytes it takes beside the model)."""
+        call()
+        results, held = zip(*(peak_memory(self.device, call) for _ in range(self.sizes.repeats)), strict=True)
+        return statistics.median(map(figure, results)), max(held)
 
 
 def _too_long(signum: int, frame: Any) -> None:
     raise TimeoutError("the section took longer than its share of the time")
 
 
-@contextmanager
-def kernels(on: bool, dry: bool) -> Iterator[None]:
-    """With kernels for GPUs, or in plain torch. (A dry run takes Triton's interpreter, where there is one.)"""
-    before, interpreted = (accelerated.MODE, accelerated.FLA), "interpret" if accelerated.TRITON else "torch"
-    accelerated.MODE = (interpreted if dry else "") if on else "torch"
-    accelerated.FLA = accelerated.FLA and not dry  # flash-linear-attention asks for a driver
-    try:
-        yield
-    finally:
-        accelerated.MODE, accelerated.FLA = before
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--recipes", nargs="+", metavar="RECIPE[:key=value,…]")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all of it")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("needs a CUDA device; --dry-run tries all of it on the CPU")
-    measure(args.models, args.seconds, args.out, args.dry_run)
+    recipes = args.recipes or (TINY_RECIPES if args.dry_run else RECIPES)
+    measure(args.models, recipes, args.seconds, args.out, args.dry_run)
 
 
-def measure(models: list[str], seconds: float, out: Path | None, dry: bool) -> dict[str, Any]:
+def measure(models: list[str], recipes: Sequence[str], seconds: float, out: Path | None, dry: bool) -> dict[str, Any]:
     silence()
     torch.manual_seed(0)
-    device = torch.device("cpu" if dry else "cuda")
-    sizes = Sizes.tiny() if dry else Sizes()
-    run = Run(device, sizes, out, dry, time.monotonic() + seconds)
-    run.results = {"dry_run": dry, **environment(device), "correct": {}, "rows": [], "errors": {}, "seconds": {}}
-    run.results["copy_bytes_per_second"] = run.section("bandwidth", 20, copy_bandwidth)
-    for name in models[:1] if dry else models:
-        shape, dtype = TINY if dry else SHAPES[name], torch.float32 if dry else torch.bfloat16
-        is_first = name == models[0]
-        with tempfile.TemporaryDirectory() as folder, kernels(not dry, dry):
-            if is_first:
-                run.section(
-                    "correct",
-                    80,
-                    check,
-                    {**shape, "num_hidden_layers": min(shape["num_hidden_layers"], 2)},
-                    Path(folder) / "two",
-                )
-            pair = run.section(f"{name}: convert", 60, make_pair, shape, Path(folder) / "all", dtype)
-            if pair is None:
-                continue
-            run.section(f"{name}: generate", 60, measure_generate, name, *pair)
-            run.section(f"{name}: prefill", 15, measure_prefill, name, *pair)
-            run.section(f"{name}: attention", 30, measure_attention, name, pair[1])
-            if is_first:
-                run.section(f"{name}: train", 25, measure_training, name, pair[1])
-            run.section(f"{name}: step", 110, measure_steps, name, *pair)
-            del pair
+    if not dry:
+        torch._logging.set_logs(cudagraphs=True)  # says why a graph could not become a CUDA graph
+    run = Run(
+        torch.device("cpu" if dry else "cuda"), Sizes.tiny() if dry else Sizes(), out, time.monotonic() + seconds
+    )  # fmt: skip
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "cuda": torch.version.cuda}
+    run.results |= {"dry_run": dry, "gpu": None if dry else torch.cuda.get_device_name(), "versions": versions}
+    shapes = {name: TINY if dry else SHAPES[name] for name in models}
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        run.section("correct", 130, check, recipes[0], shapes[models[0]], Path(folder) / "check")
+        for name in models:
+            dtype = torch.float32 if dry else torch.bfloat16
+            kinds = run.section(f"{name}: convert", 60, make_models, shapes[name], recipes, Path(folder) / name, dtype)
+            found[name] = kinds or {}
+            run.section(f"{name}: prefill", 20, measure_prefill, name, found[name])
+            run.section(f"{name}: decode", 60, measure_decoding, name, found[name])
+            if name == models[0]:
+                run.section(f"{name}: train", 30, measure_training, name, found[name])
+        for name in models:
+            for kind in sorted(found[name], key=lambda kind: [recipes[0], "softmax", *recipes[1:]].index(kind)):
+                run.section(f"{name}: compiled {kind}", 120, measure_compiled, name, kind, found[name][kind])
     run.results["seconds"]["all"] = round(seconds - (run.deadline - time.monotonic()), 1)
     run.write()
-    print_table(run.results)
     return run.results
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "cuda": torch.version.cuda}
-    for name in ("triton", "fla"):
-        try:
-            versions[name] = getattr(__import__(name), "__version__", "?")
-        except ImportError:
-            versions[name] = None
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return {"gpu": gpu, "versions": versions}
-
-
-def copy_bandwidth(run: Run) -> float:
-    """Bytes read and written a second by a copy in the GPU's memory."""
-    a = torch.empty(run.sizes.copy_bytes, dtype=torch.uint8, device=run.device)
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / run.seconds(lambda: b.copy_(a), warm=3, repeats=10)
-
-
-def make_pair(run: Run, shape: dict[str, int], folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(softmax model, converted model) of random weights."""
+def make_models(
+    run: Run, shape: dict[str, int], recipes: Sequence[str], folder: Path, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The softmax model of random weights, and it converted by each recipe."""
     longest = max(*run.sizes.contexts, *run.sizes.prefill) + 1024
     config = GPTNeoXConfig(
         vocab_size=run.sizes.vocabulary, max_position_embeddings=longest, rotary_pct=0.25, dtype=dtype, **shape
@@ -256,286 +198,199 @@ def make_pair(run: Run, shape: dict[str, int], folder: Path, dtype: torch.dtype)
     softmax.save_pretrained(folder / "source")
     for path in MODEL.glob("tokenizer*"):
         shutil.copy(path, folder / "source")
-    convert(str(folder / "source"), folder / "converted", recipe="default", settings=run.sizes.settings)
-    shutil.rmtree(folder / "source")
-    converted = load_converted(folder / "converted", device=run.device).eval()
-    for model in (softmax, converted):  # generate to the end, and no warning about it
+    models = {"softmax": softmax}
+    for i, recipe in enumerate(recipes):
+        name, _, settings = recipe.partition(":")
+        chosen = [s for s in settings.split(",") if s]
+        convert(str(folder / "source"), folder / str(i), recipe=name, settings=chosen, link=True)
+        models[recipe] = load_converted(folder / str(i), device=run.device).eval()
+    shutil.rmtree(folder)
+    for model in models.values():  # generate to the end, and no warning about it
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    return softmax, converted
-
-
-def attentions(model: Any) -> list[DiJiangAttention]:
-    return [module for module in model.modules() if isinstance(module, DiJiangAttention)]
+    return models
 
 
 # ------------------------------------------------------------------------------------------------------- correctness
 
 
-def check(run: Run, shape: dict[str, int], folder: Path) -> None:
-    """Each path against plain torch, with kernel parameters away from their start: a prompt (one row of it padded),
-    decoding far beyond the window, recorded, compiled, and gradients. Errors are root mean squares over the spread of
-    what is right. In float32 they are to be small; in half precision no more than torch's own by much."""
-    _, model = make_pair(run, shape, folder, torch.float32)
+def check(run: Run, recipe: str, shape: dict[str, int], folder: Path) -> None:
+    """Each path of a model whose kernels are away from their start, with a padded row, against float64 on the CPU.
+
+    Errors are root mean squares over the spread of what is right, and held against what the CPU's own are in the same
+    dtype: where two keys' scores are close, rounding decides which of them the memory keeps.
+    """
+    shape = {**shape, "num_hidden_layers": min(shape["num_hidden_layers"], 2)}
+    model = make_models(run, shape, [recipe], folder, torch.float32)[recipe]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".dijiang." in name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
     prompt, count = run.sizes.check
-    ids, mask = run.ids(2, prompt + count), torch.ones(2, prompt, dtype=torch.long, device=run.device)
+    ids, mask = run.ids(2, prompt), torch.ones(2, prompt, dtype=torch.long, device=run.device)
     mask[0, : prompt // 3] = 0
-
-    @torch.no_grad()
-    def logits(on: bool, wrap: Callable[[Any], Any] = lambda model: model) -> tuple[Tensor, Tensor]:
-        """Of the prompt's real tokens, and of those decoded, by the step that ``wrap`` makes of the model."""
-        with kernels(on, run.dry):
-            cache, rest = StaticCache(config=model.config, max_cache_len=prompt + count), []
-            first = model(ids[:, :prompt], attention_mask=mask, past_key_values=cache).logits
-            step = wrap(model)
-            for n in range(prompt, prompt + count):
-                out = step(input_ids=ids[:, n, None], past_key_values=cache, use_cache=True)
-                rest.append(out.logits.float().clone())
-        return first[mask.bool()].float(), torch.cat(rest, 1)
-
-    def gradient(on: bool) -> Tensor:
-        with kernels(on, run.dry):
-            model.zero_grad(set_to_none=True)
-            model(ids[:, :prompt], labels=ids[:, :prompt], use_cache=False).loss.backward()
-            return torch.cat([x.grad.float().flatten() for x in model.parameters() if x.grad is not None])
-
-    def error(found: Tensor, right: Tensor) -> float:
-        return ((found - right).norm() / (right - right.mean()).norm()).item()
-
-    right, right_gradient, recorded = logits(False), gradient(False), GraphedStep if run.device.type == "cuda" else None
-    half = torch.float16 if run.dry else torch.bfloat16  # which Triton's interpreter multiplies wrongly
-    for dtype, bound in ((torch.float32, 1e-3), (half, 1e-2)):
-        name, bounds = "" if dtype == half else " in float32", [bound] * 3
-        if dtype != torch.float32:
-            for each, parameter in model.named_parameters():
-                if ".dijiang." not in each:
-                    parameter.data = parameter.data.to(dtype)
-            own = logits(False)
-            of_torch = error(own[0], right[0]), error(own[1], right[1]), error(gradient(False), right_gradient)
-            bounds = [bound + 1.5 * each for each in of_torch]
-        found = logits(True)
-        run.correct(f"prefill{name}", error(found[0], right[0]), bounds[0])
-        run.correct(f"decode{name}", error(found[1], right[1]), bounds[1])
-        run.correct(f"train{name}", error(gradient(True), right_gradient), bounds[2] * 3)
-        if recorded is not None:
-            run.correct(f"recorded{name}", error(logits(True, recorded)[1], right[1]), bounds[1])
-    run.correct("compiled", error(logits(True, lambda model: compile_step(run, model))[1], right[1]), bounds[1])
+    exact, real = copied(model, torch.float64), mask.bool().cpu()
+    right, right_gradient = at_once(exact, ids, mask)[real], gradient(exact, ids)
+    for dtype, floor in ((torch.float32, 1e-3), (torch.bfloat16, 1e-2)):
+        label = str(dtype).removeprefix("torch.")
+        of_cpu = copied(model, dtype)
+        bound = floor + 2 * error(at_once(of_cpu, ids, mask)[real], right)
+        bound_of_gradient = 3 * floor + 2 * error(gradient(of_cpu, ids), right_gradient)
+        found = copied(model, dtype, run.device)
+        run.correct(f"prefill in {label}", error(at_once(found, ids, mask)[real], right), bound)
+        run.correct(f"pieces in {label}", error(in_pieces(found, ids, mask, run.sizes.pieces)[real], right), bound)
+        run.correct(f"train in {label}", error(gradient(found, ids), right_gradient), bound_of_gradient)
+        for path, options in (("decode", {}), ("compiled", compiled_options(run))):
+            with counted(found) as use:
+                logits, text = continued(found, ids, mask, count, options)
+            whole = at_once(exact, text, torch.cat([mask, mask.new_ones(2, count)], 1))
+            run.correct(f"{path} in {label}", error(logits, whole[:, prompt - 1 : -1]), bound)
+            if options:
+                run.results["compiled"][f"check in {label}"] = use
 
 
-def compile_step(run: Run, model: Any) -> Any:
-    options = {"backend": "eager"} if run.dry else {"mode": "reduce-overhead"}
-    return torch.compile(model.forward, fullgraph=True, dynamic=False, **options)
+def copied(model: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """The model in another dtype, as loading leaves it: kernels stay float32, but for a model in float64."""
+    copy = deepcopy(model).to(device)
+    if dtype == torch.float64:
+        return copy.double()
+    for name, parameter in copy.named_parameters():
+        parameter.data = parameter.data if ".dijiang." in name else parameter.data.to(dtype)
+    return copy
+
+
+@torch.no_grad()
+def at_once(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    return model(ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits.double().cpu()
+
+
+@torch.no_grad()
+def in_pieces(model: Any, ids: Tensor, mask: Tensor, pieces: tuple[int, ...]) -> Tensor:
+    """The same through a cache, some tokens at a time."""
+    cache, found, end = DynamicCache(config=model.config), [], 0
+    for piece in ids.split(pieces, 1):
+        end += piece.shape[1]
+        out = model(piece, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        found.append(out.logits.double().cpu())
+    return torch.cat(found, 1)
+
+
+def gradient(model: Any, ids: Tensor) -> Tensor:
+    """Of the loss, for all weights, in one row of numbers."""
+    ids = ids.to(model.device)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    found = torch.cat([x.grad.double().flatten().cpu() for x in model.parameters() if x.grad is not None])
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def continued(model: Any, ids: Tensor, mask: Tensor, count: int, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Logits [B, count, V] of tokens that generate() chose, and the whole text with them."""
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    return torch.stack(out.logits, 1).double().cpu(), out.sequences
+
+
+def error(found: Tensor, right: Tensor) -> float:
+    return ((found - right).norm() / (right - right.mean()).norm()).item()
+
+
+# -------------------------------------------------------------------------------------------------- compiled decoding
+
+
+def compiled_options(run: Run) -> dict[str, Any]:
+    """What makes generate() compile its step; on a CPU it must be told to, and nothing is gained."""
+    if run.device.type == "cuda":
+        return {"cache_implementation": "static"}
+    config = CompileConfig(backend="aot_eager", mode=None)  # type: ignore[arg-type]
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[dict[str, int]]:
+    """What is compiled inside: calls of the compiled model, graphs, breaks in them, and those without CUDA graphs."""
+    torch._dynamo.reset()
+    counters.clear()
+    found, get = {"calls": 0}, model.get_compiled_call
+    model.__dict__.pop("_compiled_call", None)
+
+    def get_counted(config: Any) -> Callable[..., Any]:
+        compiled = get(config)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found["calls"] += 1
+            return compiled(*args, **kwargs)
+
+        return call
+
+    model.get_compiled_call = get_counted
+    try:
+        yield found
+    finally:
+        del model.get_compiled_call
+        found["graphs"] = counters["stats"]["unique_graphs"]
+        found["graph_breaks"] = sum(counters["graph_break"].values())
+        found["without_cuda_graphs"] = counters["inductor"]["cudagraph_skips"]
+
+
+def measure_compiled(run: Run, name: str, kind: str, model: Any) -> None:
+    """At the longest context. Raises RuntimeError where generate() did not compile."""
+    context = max(run.sizes.contexts)
+    for batch in run.sizes.batches:
+        with counted(model) as use:
+            start = now(run.device)
+            time_generate(model, run.ids(batch, context), run.sizes.new_tokens, **compiled_options(run))
+            compiling = now(run.device) - start
+            row = decoding(run, model, batch, context, compiled_options(run))
+        use["seconds_until_compiled"] = round(compiling, 1)
+        run.results["compiled"][f"{name}, {kind}, batch {batch}"] = use
+        if not use["calls"] or not use["graphs"]:
+            raise RuntimeError(f"generate() did not compile its step: {use}")
+        run.row("decoding, compiled", "compiled", **row, shape=name, model=kind)
 
 
 # ------------------------------------------------------------------------------------------------------------- speed
 
 
-def measure_generate(run: Run, name: str, softmax: Any, converted: Any) -> None:
-    """Speed of tokens after the first: what a call for some tokens takes less what one for a single token does."""
-    paths = ("prefill", "decode", "recorded")
+def measure_prefill(run: Run, name: str, models: dict[str, Any]) -> None:
+    for length in run.sizes.prefill:
+        for kind, model in models.items():
+            ids = run.ids(1, length)
+            taken, held = run.median(lambda: time_forward(model, ids, 0), lambda p: p.first_token)  # noqa: B023
+            run.row("prefill", "prefill", length / taken, shape=name, model=kind, length=length, batch=1, bytes=held)
+
+
+def measure_decoding(run: Run, name: str, models: dict[str, Any]) -> None:
     for context in run.sizes.contexts:
         for batch in run.sizes.batches:
-            ids = run.ids(batch, context)
-            options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
-            figures: dict[str, Any] = {}
-            for kind, model in (("softmax", softmax), ("dijiang", converted)):
-
-                def call(count: int, model: Any = model, ids: Tensor = ids, options: Any = options) -> Any:
-                    return model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
-
-                before = run.start_memory()
-                whole = run.seconds(lambda: call(run.sizes.new_tokens + 1), repeats=2)
-                one = run.seconds(lambda: call(1), warm=0, repeats=2)
-                figures[f"{kind}_call_seconds"] = whole
-                figures[f"{kind}_tokens_per_second"] = batch * run.sizes.new_tokens / max(whole - one, 0.01 * whole)
-                figures[f"{kind}_bytes_beyond_weights"] = run.peak_memory() - before
-            ratio = figures["dijiang_tokens_per_second"] / figures["softmax_tokens_per_second"]
-            figures["whole_call_ratio"] = figures["softmax_call_seconds"] / figures["dijiang_call_seconds"]
-            target = 8.0 if context == max(run.sizes.contexts) else 1.0
-            run.row("generate() against transformers' default", ratio, target, paths, model=name, context=context,
-                    batch=batch, **figures)  # fmt: skip
+            for kind, model in models.items():
+                run.row("decoding", "decode", **decoding(run, model, batch, context, {}), shape=name, model=kind)
 
 
-@torch.no_grad()
-def measure_steps(run: Run, name: str, softmax: Any, converted: Any) -> None:
-    """The recorded step first, which needs no compiler; then compiled ones, the batch of 1 before the larger one."""
-    context, bandwidth = max(run.sizes.contexts), run.results["copy_bytes_per_second"]
-    for batch in run.sizes.batches:
-        at_all = {"model": name, "context": context, "batch": batch}
-        ours = filled(run, converted, batch, context)
-        recorded = GraphedStep(converted) if run.device.type == "cuda" else converted
-        of_recorded = step_seconds(run, recorded, ours, batch)
-        weights = weight_bytes(converted)
-        figures = {"recorded_seconds": of_recorded, "weight_bytes": weights}
-        if batch == 1:
-            run.row("recorded decode against reading the weights", weights / bandwidth / of_recorded, None,
-                    ("decode", "recorded"), **at_all, **figures)  # fmt: skip
-        of_compiled = step_seconds(run, compile_step(run, converted), ours, batch)
-        figures["compiled_seconds"] = of_compiled
-        if batch == 1:
-            target = {"410m": 0.2, "2.8b": 0.5}[name]
-            run.row("compiled decode against reading the weights", weights / bandwidth / of_compiled, target,
-                    ("decode", "compiled"), **at_all, **figures)  # fmt: skip
-            continue
-        traffic = state_traffic(ours)
-        del ours
-        theirs = filled(run, softmax, batch, context)
-        kv = sum(layer.keys[:, :, :context].nbytes + layer.values[:, :, :context].nbytes for layer in theirs.layers)
-        of_softmax = step_seconds(run, compile_step(run, softmax), theirs, batch)
-        allowed = (weight_bytes(softmax) + kv) / (weights + traffic)
-        share = of_softmax / of_compiled / allowed
-        run.row("compiled decode against softmax's with a static cache: share of what bytes allow", share, 0.7,
-                ("decode", "compiled"), **at_all, **figures, softmax_seconds=of_softmax, allowed=allowed,
-                kv_bytes=kv, state_traffic_bytes=traffic)  # fmt: skip
-
-
-def filled(run: Run, model: Any, batch: int, context: int) -> StaticCache:
-    """A static cache that has read a context, with room for what is timed."""
-    cache = StaticCache(config=model.config, max_cache_len=context + 8 * run.sizes.steps)
+def decoding(run: Run, model: Any, batch: int, context: int, options: dict[str, Any]) -> dict[str, Any]:
     ids = run.ids(batch, context)
-    for start in range(0, context, run.sizes.piece):
-        model(ids[:, start : start + run.sizes.piece], past_key_values=cache, logits_to_keep=1)
-    return cache
+
+    def generated() -> Pass:
+        return time_generate(model, ids, run.sizes.new_tokens, **options)
+
+    taken, held = run.median(generated, lambda each: each.decode)
+    return {"tokens_per_second": batch / taken, "length": context, "batch": batch, "bytes": held}
 
 
-def step_seconds(run: Run, step: Any, cache: StaticCache, batch: int) -> float:
-    """Of a decode step: the median of runs of several, each after the other without a pause."""
-    ids = run.ids(batch, 1)
-
-    def steps() -> None:
-        for _ in range(run.sizes.steps):
-            if run.device.type == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()
-            step(input_ids=ids, past_key_values=cache, use_cache=True)
-
-    return run.seconds(steps, warm=1) / run.sizes.steps
-
-
-def weight_bytes(model: Any) -> int:
-    """What a step reads of the weights: all but the table of embeddings, of which it reads a row."""
-    return sum(x.nbytes for x in model.parameters()) - model.get_input_embeddings().weight.nbytes
-
-
-def state_traffic(cache: StaticCache) -> int:
-    """What a step reads and writes of the layers' states, and reads of their windows."""
-    layers = cache.layers
-    return sum(2 * x.s.nbytes for x in (layer.state for layer in layers)) + sum(
-        x.nbytes for layer in layers for x in layer.recent[:2]
-    )
-
-
-@torch.no_grad()
-def measure_prefill(run: Run, name: str, softmax: Any, converted: Any) -> None:
-    for length in run.sizes.prefill:
-        ids, seconds = run.ids(1, length), {}
-        for kind, model in (("softmax", softmax), ("dijiang", converted)):
-
-            def prefill(model: Any = model, ids: Tensor = ids) -> None:
-                cache = DynamicCache(config=model.config)
-                model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-            seconds[kind] = run.seconds(prefill)
-        config = converted.config
-        linear = 2 * (weight_bytes(softmax) // softmax.dtype.itemsize)  # of a token
-        theirs = linear + 2 * config.hidden_size * length * config.num_hidden_layers
-        ours = linear + attention_operations(attentions(converted)[0]) * config.num_hidden_layers
-        ratio, allowed = seconds["softmax"] / seconds["dijiang"], theirs / ours
-        run.row("prefill against SDPA: share of what operations allow", ratio / allowed, 0.6, ("prefill",), model=name,
-                length=length, ratio=ratio, allowed=allowed, softmax_seconds=seconds["softmax"],
-                dijiang_seconds=seconds["dijiang"])  # fmt: skip
-
-
-def attention_operations(child: DiJiangAttention) -> int:
-    """Of a token and layer: the window, features, the state read and written, and half of each chunk of far keys."""
-    kernel, layers = child.kernel, child.layers
-    heads, dim, chunk = layers.heads, layers.head_dim, kernel.chunk_size
-    features, values = 2 * dim if kernel.signed else dim, layers.value_dim
-    near = 2 * heads * kernel.window * (dim + values)
-    maps = 2 * dim * dim * (heads + layers.kv_heads)
-    state = 2 * features * (values + 1) * (heads + layers.kv_heads)
-    return near + maps + state + heads * chunk * (features + values)
-
-
-@torch.no_grad()
-def measure_attention(run: Run, name: str, converted: Any) -> None:
-    """One layer's attention from q, k and v on, all that the kernel does to them included."""
-    child, config, dtype = attentions(converted)[0], converted.config, converted.dtype
-    shape = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    for length in run.sizes.attention:
-        q, k, v = (torch.randn(1, shape[0], length, shape[1], device=run.device, dtype=dtype) for _ in range(3))
-        call = a_call(child, run.device, length, config.hidden_size, dtype)
-        ours = run.seconds(lambda: child(q, k, v, None, call), warm=2)  # noqa: B023
-        sdpa = run.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), warm=2)  # noqa: B023
-        target = 6.0 if length == max(run.sizes.attention) else 1.0
-        at_all = {"model": name, "length": length, "dijiang_seconds": ours}
-        run.row("attention alone against SDPA", sdpa / ours, target, ("prefill",), **at_all, sdpa_seconds=sdpa)
-        if length == run.sizes.fla and run.results["versions"]["fla"] and run.device.type == "cuda":
-            for kind, seconds in fla_seconds(run, q, k, v).items():
-                target = 0.9 if kind == "chunk_gla" else None
-                run.row("the layer against flash-linear-attention on q, k, v of its size", seconds / ours, target,
-                        ("prefill",), **at_all, kernel=kind, fla_seconds=seconds)  # fmt: skip
-
-
-def a_call(child: DiJiangAttention, device: torch.device, length: int, hidden: int, dtype: torch.dtype) -> Call:
-    """What the attention module would hand over."""
-    hidden_states = torch.randn(1, length, hidden, device=device, dtype=dtype)
-    angles = torch.arange(length, device=device)[None, :, None] / 10 ** torch.linspace(
-        0, 4, child.layers.rotary_dim // 2, device=device
-    )
-    angles = torch.cat([angles, angles], -1)
-    return Call(
-        None, hidden_states, (angles.cos().to(dtype), angles.sin().to(dtype)), scaling=child.layers.head_dim**-0.5
-    )
-
-
-def fla_seconds(run: Run, q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
-    """Gated linear attention with a decay of each number of a key, and with one of each key; and the first with keys
-    as long as the layer's features."""
-    from fla.ops.gla import chunk_gla
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    g = F.logsigmoid(torch.randn_like(k).float())
-    wide = [torch.cat([x, x], -1) for x in (q, k)]
-    return {
-        "chunk_gla": run.seconds(lambda: chunk_gla(q, k, v, g.to(q.dtype)), warm=2),
-        "chunk_simple_gla": run.seconds(lambda: chunk_simple_gla(q, k, v, g[..., 0].contiguous()), warm=2),
-        "chunk_gla with keys twice as long": run.seconds(
-            lambda: chunk_gla(*wide, v, torch.cat([g, g], -1).to(q.dtype)), warm=2
-        ),
-    }
-
-
-def measure_training(run: Run, name: str, converted: Any) -> None:
-    """Forward and backward of all weights."""
+def measure_training(run: Run, name: str, models: dict[str, Any]) -> None:
     batch, length = run.sizes.train
-    ids, seconds, peaks = run.ids(batch, length), {}, {}
+    ids = run.ids(batch, length)
+    for kind, model in models.items():
 
-    def step() -> None:
-        converted.zero_grad(set_to_none=True)
-        converted(ids, labels=ids, use_cache=False).loss.backward()
+        def step(model: Any = model) -> None:
+            model(ids, labels=ids, use_cache=False).loss.backward()
+            model.zero_grad(set_to_none=True)
 
-    for kind, on in (("torch", False), ("kernels", True)):
-        with kernels(on, run.dry):
-            run.start_memory()
-            seconds[kind] = run.seconds(step)
-            peaks[kind] = run.peak_memory()
-    converted.zero_grad(set_to_none=True)
-    run.row("a training step with kernels against torch", seconds["torch"] / seconds["kernels"], None, ("train",),
-            model=name, batch=batch, length=length, seconds=seconds, peak_bytes=peaks)  # fmt: skip
-
-
-def print_table(results: dict[str, Any]) -> None:
-    print(f"\n{results['gpu'] or 'CPU'}, {results['versions']}" + (", a dry run" if results["dry_run"] else ""))
-    for row in results["rows"]:
-        at = {name: row[name] for name in ("model", "context", "length", "batch", "kernel") if name in row}
-        wanted = "" if row["target"] is None else f" of {row['target']} {'met' if row['met'] else 'NOT met'}"
-        print(f"{row['row']}, {' '.join(f'{k} {v}' for k, v in at.items())}: {row['value']:.3g}{wanted}")
-    for name, error in results["errors"].items():
-        print(f"{name}: {error['error'].splitlines()[0]}")
+        taken, held = run.median(lambda: seconds(run.device, step), float)
+        at_all = {"shape": name, "model": kind, "length": length, "batch": batch, "bytes": held}
+        run.row("training step", "train", batch * length / taken, **at_all)
 
 
 if __name__ == "__main__":

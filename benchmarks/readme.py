@@ -4,6 +4,7 @@ python benchmarks/readme.py
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ def main() -> None:
     for (file, mark), text in parts().items():
         report.write_between(ROOT / file, mark, text)
     content = read("speed-cpu.json")
-    draw_panels(
-        {"decoding": speeds(content["decode"]), "prefill": speeds(content["prefill"])}, ROOT / "docs" / "speed.png"
-    )
+    panels = {title: speeds(content[part]) for title, part in (("decoding", "decode"), ("prefill", "prefill"))}
+    lines = {title: {in_plot(name): each for name, each in found.items()} for title, found in panels.items()}
+    draw_panels(lines, ROOT / "docs" / "speed.png")
 
 
 def parts() -> dict[tuple[str, str], str]:
@@ -36,11 +37,12 @@ def parts() -> dict[tuple[str, str], str]:
     found = {
         ("README.md", "speed"): f"{setting(speed)}\n\n{speed_table(speed)}",
         ("docs/speed.md", "cpu"): f"{setting(speed)}\n\n{speed_table(speed)}\n{growth_table(speed)}",
-        ("docs/speed.md", "attention"): attention_table(speed["attention"]),
         ("docs/speed.md", "conversion"): conversion_table(read("conversion.json")),
         ("docs/speed.md", "startup"): startup_table(read("conversion.json")["startup"]),
         ("docs/encoders.md", "encoders"): encoders.table(read("encoders.json")["rows"]),
     }
+    if (RESULTS / "gpu.json").exists():
+        found["docs/speed.md", "gpu"] = gpu_table(read("gpu.json"))
     for name in ("stories", "books"):
         runs = report.load([RESULTS / f"fidelity-{name}.jsonl"])
         found |= {
@@ -57,7 +59,8 @@ def read(name: str) -> Any:
 
 
 def in_short(run: dict[str, Any]) -> bool:
-    return run["budget"] >= 100_000 and run["row"].removesuffix(":window=16") in SHORT_ROWS
+    """Rows of SHORT_ROWS, whatever their sizes."""
+    return run["budget"] >= 100_000 and run["row"].removesuffix(f":{report.sizes(run['row'])}") in SHORT_ROWS
 
 
 def fidelity(runs: Rows, columns: tuple[str, ...]) -> str:
@@ -84,7 +87,7 @@ def speeds(rows: Rows) -> Speeds:
 
 
 def speed_table(content: dict[str, Any]) -> str:
-    """Tokens a second of every model, and how many times softmax's they are."""
+    """Tokens a second of every model and what its cache takes, and how many times softmax's they are."""
     recipes = [name for name in speeds(content["prefill"]) if name != "softmax"]
     lines = []
     for what, part in (("prefill, tokens a second", "prefill"), ("decoding, tokens a second", "decode")):
@@ -95,14 +98,13 @@ def speed_table(content: dict[str, Any]) -> str:
                 cells += [number(found[name][n]), times(found[name][n] / found["softmax"][n])]
             lines.append(cells)
     sizes = {(row["model"], row["length"]): row["cache_bytes"] for row in content["decode"]}
-    lengths = sorted({n for _, n in sizes})
-    for n in (lengths[0], lengths[-1]):
+    for n in sorted({n for _, n in sizes}):
         of_softmax = sizes["softmax", n]
         cells = ["cache", f"{n:,}", megabytes(of_softmax)]
         for name in recipes:
             cells += [megabytes(sizes[name, n]), times(sizes[name, n] / of_softmax)]
         lines.append(cells)
-    header = ["", "tokens", "softmax"] + [cell for name in recipes for cell in (f"`{name}`", "to softmax")]
+    header = ["", "tokens", "softmax"] + [cell for name in recipes for cell in (label(name), "to softmax")]
     return markdown(header, lines)
 
 
@@ -124,22 +126,26 @@ def growth_table(content: dict[str, Any]) -> str:
     return markdown(header, [["linear prefill, constant decoding", f"{long / short:.0f}", "1"], *lines])
 
 
-def attention_table(rows: Rows) -> str:
-    taken = {(row["form"], row["window"], row["length"]): row["seconds"] for row in rows}
-    windows = sorted({row["window"] for row in rows}, reverse=True)
-    header = ["tokens"]
-    for window in windows:
-        beside = f"window {window}" if window else "no window"
-        header += [f"{beside}: all at once", "loop", "`prefill`", "times as fast"]
+def gpu_table(content: dict[str, Any]) -> str:
+    """Tokens a second of every model, of paths that were found to be right, and how many times softmax's they are."""
+    found: dict[tuple[str, str, int, int], dict[str, float]] = {}
+    for row in content["rows"]:
+        speeds = found.setdefault((row["row"], row["shape"], row["batch"], row["length"]), {})
+        if row["right"]:
+            speeds[row["model"]] = row["tokens_per_second"]
+    recipes = list(dict.fromkeys(row["model"] for row in content["rows"] if row["model"] != "softmax"))
     lines = []
-    for n in sorted({row["length"] for row in rows}):
-        cells = [f"{n:,}"]
-        for window in windows:
-            plain, loop, ours = (taken[form, window, n] for form in ("plain", "loop", "prefill"))
-            cells += [f"{seconds * 1000:,.0f} ms" for seconds in (plain, loop, ours)]
-            cells += [f"{times(plain / ours)}, {times(loop / ours)}"]
+    for (what, shape, batch, length), speeds in found.items():
+        cells = [what, shape, str(batch), f"{length:,}", number(speeds["softmax"]) if "softmax" in speeds else ""]
+        for name in recipes:
+            cells += [number(speeds[name]) if name in speeds else ""]
+            cells += [times(speeds[name] / speeds["softmax"]) if {name, "softmax"} <= speeds.keys() else ""]
         lines.append(cells)
-    return markdown(header, lines)
+    header = ["tokens a second", "model", "batch", "tokens", "softmax"]
+    header += [cell for name in recipes for cell in (label(name), "to softmax")]
+    versions = content["versions"]
+    setting = f"On one {content['gpu']}, bfloat16, torch {versions['torch']}, CUDA {versions['cuda']}:"
+    return f"{setting}\n\n{markdown(header, lines)}"
 
 
 def conversion_table(content: dict[str, Any]) -> str:
@@ -164,7 +170,14 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 
 def label(name: str) -> str:
-    return name if name == "softmax" else f"`{name}`"
+    """A recipe, and its settings: default:window=64,memory=64 is `default`, window 64, memory 64."""
+    recipe, *settings = re.split("[:,]", name)
+    return recipe if recipe == "softmax" else ", ".join([f"`{recipe}`", *(s.replace("=", " ") for s in settings)])
+
+
+def in_plot(name: str) -> str:
+    """The same for `draw_panels`, where a comma begins the batch size."""
+    return label(name).replace("`", "").replace(",", "")
 
 
 def number(x: float) -> str:

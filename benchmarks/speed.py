@@ -1,13 +1,13 @@
-"""Speed on a CPU, beside the softmax model: prefill, decoding, and chunked attention alone, all in one run.
+"""Speed on a CPU, beside the softmax model: prefill, decoding, and what the cache takes, all in one run.
 
     python benchmarks/speed.py MODEL --out benchmarks/results/speed-cpu.json     # then: python benchmarks/readme.py
 
 MODEL is a folder whose shape is widened: --hidden numbers, --layers layers, heads as wide as they were, random weights.
-It runs as the softmax model (SDPA, the cache that generate() makes) and converted by each of --recipes. Models and
-lengths take turns, five times as many for the shortest prompts; figures are medians. Decoding goes on from a context of
-the given length: converted models have read it, softmax's cache is filled with random keys and values of as many
-tokens, which costs a step the same. `prefill` is what a converted layer reads prompts with, `plain` and `loop` the same
-sums as they are written down (plain.py).
+It runs as the softmax model (SDPA, the cache that generate() makes) and converted by each of --recipes, which may have
+settings of the kernel after a colon: default:window=64,memory=64. Models and lengths take turns, five times as many for
+the shortest prompts; figures are medians. Decoding goes on from a context of the given length: converted models have
+read it, softmax's cache is filled with random keys and values of as many tokens, which costs a step the same. A turn of
+a converted model is a whole block of steps, since its table moves once a block.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import os
 import platform
 import shutil
 import statistics
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,25 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from dijiang_convert import convert
-from dijiang_convert.modeling.attention import PIECE as NUMBERS
 from dijiang_convert.modeling.configuration_dijiang import Kernel
-from dijiang_convert.modeling.inference import prefill
 from dijiang_convert.models import load_any, silence
-from dijiang_convert.timing import cache_bytes, random_ids, seconds, time_decoding, time_forward, with_cache
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.plain import CHUNK, loop, plain
+from dijiang_convert.timing import cache_bytes, random_ids, time_decoding, time_forward, with_cache
 
 CPU = torch.device("cpu")
 PREFILL = (2048, 8192, 16384, 32768)
 DECODE = (1024, 8192, 16384, 65536)
-PIECE = 8192  # of tokens that are read at a time before decoding
+PIECE = 8192  # tokens that are read at a time before decoding
+RECIPES = ("default:window=64,memory=64", "default:window=128,memory=256", "pure")
+STEPS = Kernel().block  # tokens that a turn decodes
 Row = dict[str, Any]
 
 
@@ -52,8 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--recipes", nargs="+", default=["default", "pure"])
-    parser.add_argument("--repeats", type=int, default=3, help="turns; decoding and attention alone take two more")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, metavar="RECIPE[:key=value,…]")
+    parser.add_argument("--repeats", type=int, default=3, help="turns; decoding takes two more")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the lengths, few turns: does it run?")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
@@ -64,9 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = widened(args.model, args.hidden, args.layers, max(decode) + 1024, Path(folder) / "source")
         models = {"softmax": load_any(str(source), CPU).eval()}
-        for recipe in args.recipes:
-            convert(str(source), Path(folder) / recipe, recipe=recipe)
-            models[recipe] = load_any(str(Path(folder) / recipe), CPU).eval()
+        for name in args.recipes:
+            recipe, _, settings = name.partition(":")
+            converted = Path(folder) / str(len(models))
+            convert(str(source), converted, recipe=recipe, settings=[s for s in settings.split(",") if s])
+            models[name] = load_any(str(converted), CPU).eval()
     config = models["softmax"].config
     content: dict[str, Any] = {
         "quick": args.quick,
@@ -76,13 +72,10 @@ def main(arguments: list[str] | None = None) -> None:
             "heads": config.num_attention_heads, "parameters": models["softmax"].num_parameters(),
         },
     }  # fmt: skip
-    for name, measure in (
-        ("prefill", lambda: time_prefill(models, prefill, repeats)),
-        ("decode", lambda: time_decode(models, decode, repeats + 2)),
-        ("attention", lambda: time_attention(prefill, repeats + 2, config.num_attention_heads, head_dim(config))),
-    ):
-        content[name] = measure()
-        print(name, *map(json.dumps, content[name]), sep="\n", flush=True)
+    content["prefill"] = time_prefill(models, prefill, repeats)
+    print("prefill", *map(json.dumps, content["prefill"]), sep="\n", flush=True)
+    content["decode"] = time_decode(models, decode, repeats + 2)
+    print("decode", *map(json.dumps, content["decode"]), sep="\n", flush=True)
     if args.out:
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -148,7 +141,9 @@ def time_decode(models: dict[str, PreTrainedModel], lengths: list[int], repeats:
     token = torch.zeros(1, 1, dtype=torch.long)
 
     def call(name: str, n: int) -> Callable[[], float]:
-        model, cache, steps = models[name], caches[name, n], 8 if name == "softmax" and n > 16384 else 32
+        model, cache, steps = models[name], caches[name, n], STEPS
+        if name == "softmax":  # whose steps are all alike
+            steps = 8 if n > 16384 else 32
 
         def decode() -> float:
             if name == "softmax" and cache.get_seq_length() > n:  # else each turn would find a longer one
@@ -186,80 +181,6 @@ def read(model: PreTrainedModel, lengths: list[int]) -> dict[int, DynamicCache]:
             model(input_ids=piece, logits_to_keep=1, **with_cache(model, cache))
         found[end] = copy.deepcopy(cache)
     return found
-
-
-@torch.inference_mode()
-def time_attention(lengths: list[int], repeats: int, heads: int, dim: int) -> list[Row]:
-    """`prefill`, `plain` and `loop` over the same random input, with the window and without."""
-
-    def call(form: Callable[..., Any], window: int, arguments: list[Tensor], options: Row) -> Callable[[], float]:
-        return lambda: seconds(CPU, lambda: form(*arguments, window=window, **options))
-
-    calls = {}
-    for n in lengths:
-        arguments, options = attention_input(heads, n, dim)
-        for window in (CHUNK, 0):
-            calls["plain", window, n] = call(plain, window, arguments, options)
-            calls["loop", window, n] = call(loop, window, arguments, options)
-            calls["prefill", window, n] = prepared(window, arguments, options)
-    in_turns(calls, 1)  # warm up
-    medians = in_turns(calls, repeats)
-    return [{"form": f, "window": window, "length": n, "seconds": taken} for (f, window, n), taken in medians.items()]
-
-
-def prepared(window: int, arguments: list[Tensor], options: Row) -> Callable[[], float]:
-    """Times `in_pieces`, to which keys come with the window before them, as a converted layer keeps them. Queries'
-    features it makes itself: of their logarithms times the identity, a product that the other forms are spared."""
-    q, k, v, fq, gq, fk, gk = arguments
-    features = fq.shape[-1]
-    weight = torch.eye(features + 2, features, dtype=q.dtype).repeat(q.shape[1], 1, 1)
-    weight[:, -1] = 1
-    k, v, fk = (F.pad(x, (0, 0, window, 0)) for x in (k, v, fk))
-    late = {"log_decay": F.pad(options["log_decay"], (window, 0)),
-            "feature_decay": F.pad(options["feature_decay"], (0, 0, window, 0))}  # fmt: skip
-    keys = (q, k, v, fq.log(), weight, gq, fk, F.pad(gk, (window, 0)))
-    return lambda: seconds(CPU, lambda: in_pieces(*keys, window=window, **options | late))
-
-
-def in_pieces(
-    q: Tensor, k: Tensor, v: Tensor, xq: Tensor, weight: Tensor, gq: Tensor, fk: Tensor, gk: Tensor, *, window: int,
-    log_decay: Tensor, feature_decay: Tensor, scaling: float,
-) -> Tensor:  # fmt: skip
-    """`prefill` of a prompt piece by piece, as a converted layer does it. Of keys there are ``window`` more, in front,
-    which are padding."""
-    size, state, out = Kernel().chunk_size, None, torch.empty_like(q)
-    step = max(NUMBERS * torch.get_num_threads() // (q[:, :, 0].numel() * size), 1) * size
-    real = torch.arange(k.shape[2])[None] >= window
-    for start in range(0, q.shape[2], step):
-        end = min(start + step, q.shape[2])
-        now, keys = slice(start, end), slice(start, end + window)
-        done = prefill(
-            q[:, :, now], k[:, :, keys], v[:, :, keys], xq[:, :, now], weight, gq[:, :, now], fk[:, :, now],
-            gk[:, :, now], scaling=scaling, window=window, log_decay=log_decay[:, :, now],
-            feature_decay=feature_decay[:, :, now], mask=None if start >= window else real[:, keys], state=state,
-            chunk_size=size, out=out[:, :, now],
-        )  # fmt: skip
-        assert done is not None
-        state = done[1]
-    return out
-
-
-def attention_input(
-    heads: int, length: int, dim: int, dtype: torch.dtype = torch.float32
-) -> tuple[list[Tensor], dict[str, Any]]:
-    """q, k, v, fq, gq, fk, gk and the options of `chunked`, about as a converted layer makes them."""
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(1, heads, length, *shape, dtype=dtype)
-
-    q, k, v = random(dim), random(dim), random(dim)
-    fq, fk = random(2 * dim).softmax(-1), random(2 * dim).softmax(-1)
-    options = {
-        "scaling": dim**-0.5,
-        "log_decay": -(random() * 0.3 - 5.5).exp(),
-        "feature_decay": -(random(2 * dim) * 0.3 - 5.5).exp(),
-    }
-    return [q, k, v, fq, 0.5 * random(), fk, 0.5 * random()], options
 
 
 if __name__ == "__main__":

@@ -17,6 +17,11 @@ OMP_NUM_THREADS=1, so that what else runs on the machine does not count:
 - transfer over softmax: attention transfer against one forward and backward pass of the softmax model (all gradients)
 
 Each for a large vocabulary and a small one, where no output head hides what the layers cost.
+
+With --against FOLDER, a checkout of this package, also the time of distill and of transfer by that version of it: each
+version in a process of its own, step by step in turns. --set is for this version alone:
+
+    OMP_NUM_THREADS=1 python benchmarks/training.py --memory --times distill --against ../before --set memory=256
 """
 
 import argparse
@@ -29,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, default_data_collator
 
+import dijiang_convert
 from dijiang_convert import convert
 from dijiang_convert.distill.adapters import lora_targets
 from dijiang_convert.distill.attention import original, recomputing
@@ -48,6 +54,7 @@ from dijiang_convert.models import default_device, load_converted
 
 WAYS = ("plain", "distill", "full-copy", "full-cached")
 TIMED = ("plain", "distill", "transfer", "softmax")
+OURS = ("distill", "transfer")  # of these, what another version of this package can be slower at
 STEPS = 3
 TOP = 64
 
@@ -63,7 +70,7 @@ def make_models(folder: Path, args: argparse.Namespace, vocabulary: int) -> tupl
     torch.manual_seed(0)
     GPTNeoXForCausalLM(config).save_pretrained(source)
     (source / "tokenizer.json").write_text("{}")
-    convert(str(source), converted, recipe=args.recipe)
+    convert(str(source), converted, recipe=args.recipe, settings=args.set)
     return source, converted
 
 
@@ -183,18 +190,75 @@ def measure_times(names: tuple[str, ...], folder: Path, vocabulary: int, args: a
     times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(args.repeats + 1):
         for name, step in steps.items():
-            start = clock()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            taken = timed(step)
             if i:  # the first warms up
-                times[name].append(clock() - start)
+                times[name].append(taken)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def timed(step: Callable[[], None]) -> float:
+    start = clock()
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def answer_steps(folder: Path, vocabulary: int, args: argparse.Namespace) -> None:
+    """Says where its package is; then takes names of ways from stdin, one a line, and answers each with the seconds of
+    a step."""
+    print(json.dumps(dijiang_convert.__file__), flush=True)
+    source, converted = make_models(folder, args, vocabulary)
+    torch.manual_seed(0)
+    inputs, steps = batch(vocabulary, args), {}
+    for line in sys.stdin:
+        name = line.strip()
+        if name not in steps:
+            steps[name] = stepper(name, *way(name, source, converted, inputs, args), inputs)
+        print(json.dumps(timed(steps[name])), flush=True)
+
+
+def measure_against(names: list[str], vocabulary: int, args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """Median seconds a step by this version of the package and by the one in args.against, and their ratio."""
+    checkouts = {"this": Path(dijiang_convert.__file__).parents[1], "other": args.against.resolve()}
+    times: dict[tuple[str, str], list[float]] = {(name, each): [] for name in names for each in checkouts}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
+        running = {}
+        for each, checkout in checkouts.items():
+            (Path(folder) / each).mkdir()
+            settings = [] if each == "this" else ["--set"]  # none
+            command = worker_command("steps", Path(folder) / each, vocabulary, [*argv, *settings])
+            environment = {**os.environ, "PYTHONPATH": str(checkout)}
+            process: Any = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            )
+            running[each] = processes.enter_context(process)
+            package = Path(json.loads(process.stdout.readline()))
+            if not package.is_relative_to(checkout):
+                raise SystemExit(f"error: no dijiang_convert in {checkout}: {package} was imported")
+        for i in range(args.repeats + 1):
+            for (name, each), values in times.items():
+                print(name, file=running[each].stdin, flush=True)
+                taken = json.loads(running[each].stdout.readline())
+                if i:  # the first warms up
+                    values.append(taken)
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    return {
+        name: {
+            "seconds": medians[name, "this"], "other_seconds": medians[name, "other"],
+            "this_over_other": round(medians[name, "this"] / medians[name, "other"], 3),
+        }
+        for name in names
+    }  # fmt: skip
+
+
+def worker_command(name: str, folder: Path, vocabulary: int, argv: list[str]) -> list[str]:
+    return [sys.executable, __file__, *argv, "--worker", name, str(folder), str(vocabulary)]
+
+
 def worker(name: str, folder: Path, vocabulary: int, argv: list[str]) -> Any:
-    command = [sys.executable, __file__, *argv, "--worker", name, str(folder), str(vocabulary)]
     environment = os.environ if name == "times" else {"MALLOC_MMAP_THRESHOLD_": "1000000", **os.environ}
+    command = worker_command(name, folder, vocabulary, argv)
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -221,15 +285,19 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--recipe", default="default")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's kernel")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--memory", nargs="*", choices=WAYS, default=WAYS)
     parser.add_argument("--times", nargs="*", choices=TIMED, default=TIMED)
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout of this package")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", nargs=3, metavar=("WAY", "FOLDER", "VOCABULARY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         name, folder, vocabulary = args.worker[0], Path(args.worker[1]), int(args.worker[2])
-        if name == "times":
+        if name == "steps":
+            answer_steps(folder, vocabulary, args)
+        elif name == "times":
             print(json.dumps(measure_times(tuple(args.times), folder, vocabulary, args)))
         else:
             print(json.dumps(measure_memory(name, folder, vocabulary, args)))
@@ -240,10 +308,13 @@ def main() -> None:
             make_models(Path(name), args, vocabulary)
             memory = {each: worker(each, Path(name), vocabulary, sys.argv[1:]) for each in args.memory}
             times = worker("times", Path(name), vocabulary, sys.argv[1:]) if args.times else {}
+        ours = [each for each in OURS if each in args.times]
+        against = measure_against(ours, vocabulary, args, sys.argv[1:]) if args.against else {}
         shape = {"hidden": args.hidden, "layers": args.layers, "length": args.length, "batch": args.batch}
         results.append({
-            "vocabulary": vocabulary, **shape, "recipe": args.recipe, "threads": torch.get_num_threads(),
-            "device": str(default_device()), "memory": memory, "seconds": times, "ratios": ratios(memory, times),
+            "vocabulary": vocabulary, **shape, "recipe": args.recipe, "settings": args.set,
+            "threads": torch.get_num_threads(), "device": str(default_device()), "memory": memory, "seconds": times,
+            "ratios": ratios(memory, times), **({"against": against} if against else {}),
         })  # fmt: skip
         print(json.dumps(results[-1], indent=1), flush=True)
         if args.out:

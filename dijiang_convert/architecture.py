@@ -14,8 +14,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .errors import DijiangError, Unsupported
+from .modeling.attention import DiJiangAttention
 from .modeling.configuration_dijiang import Kernel, Layers
-from .modeling.modeling_dijiang import DiJiangAttention, attach
+from .modeling.modeling_dijiang import attach
 from .trace import FOLLOWERS, Notes, first_line, skeleton
 
 # By model type, text models first; the others take images, sound or film as well, and their text part converts.

@@ -2,13 +2,12 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from .attention_speed import AttentionRow, fla_kernel, time_attention
 from .convert import DTYPES
 from .errors import DijiangError
 from .models import chosen_device, load_any, silence
@@ -40,13 +39,12 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """``device`` is the GPU's name, or the CPU with the number of threads; ``attention`` what --against asked for."""
+    """``device`` is the GPU's name, or the CPU with the number of threads."""
 
     rows: list[BenchRow]
     device: str
     dtype: str
     via: str = "generate"
-    attention: list[AttentionRow] = field(default_factory=list)
     plot: str | None = None
 
 
@@ -59,7 +57,6 @@ def benchmark(
     decode_tokens: int = 64,
     repeats: int = 3,
     via: str = "generate",
-    against: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     plot: str | Path | None = None,
@@ -73,7 +70,6 @@ def benchmark(
         lengths: tokens in the prompt; decoding is timed right after it.
         via: "generate" times `generate()` as a user calls it, "forward" calls the model token by token. Encoders make
             one pass.
-        against: "fla" times the attention of one layer alone, too, beside SDPA and flash-linear-attention's kernel.
         device: "cpu", "cuda", …; a GPU if there is one.
         dtype: float32, float16 or bfloat16; that of the checkpoint if None.
         plot: a .png or .svg to draw speed against length into.
@@ -85,28 +81,22 @@ def benchmark(
         raise DijiangError("lengths, batch sizes, decode tokens and repeats must be at least 1")
     if via not in WAYS:
         raise DijiangError(f"--via {via}: give {' or '.join(WAYS)}")
-    if against not in (None, "fla"):
-        raise DijiangError(f"--against {against}: only fla is known")
     if dtype is not None and dtype not in DTYPES:
         raise DijiangError(f"no dtype {dtype!r}: give one of {', '.join(DTYPES)}")
     silence()
     place = chosen_device(device)
-    kernel = fla_kernel(place) if against else None
     models = {"dijiang": load_any(str(checkpoint), place, dtype=dtype).eval()}
     if baseline:
         models["softmax"] = load_any(baseline, place, dtype=dtype).eval()
     for model in models.values():
         if model.main_input_name != "input_ids":
             raise DijiangError(f"{checkpoint} takes {model.main_input_name}: no length to time it by")
-    first = models["dijiang"]
     cells = [(batch_size, length) for batch_size in batch_sizes for length in lengths]
     rows = _time_models(models, cells, via, decode_tokens, repeats)
-    attention = time_attention(first, cells, repeats, kernel) if kernel else []
     if plot:
         draw(rows, Path(plot))
-    return BenchResult(
-        rows, device_name(place), str(first.dtype).removeprefix("torch."), via, attention, str(plot) if plot else None
-    )
+    dtype = str(models["dijiang"].dtype).removeprefix("torch.")
+    return BenchResult(rows, device_name(place), dtype, via, str(plot) if plot else None)
 
 
 def _time_models(

@@ -96,7 +96,8 @@ def _fail(message: str, debug: bool) -> None:
 @contextmanager
 def loading() -> Iterator[None]:
     """Around a verb's imports, which make a million objects that stay: the garbage collector would look through them
-    again and again. (Freezing them afterwards would gain more, but triton then reports leaks at the end.)"""
+    again and again. (Freezing them afterwards would gain more, but triton, which CUDA builds of torch bring, then
+    reports leaks at the end.)"""
     if "torch" in sys.modules:
         yield
         return
@@ -293,7 +294,6 @@ def bench(
     decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after the prompt.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Figures are medians of so many turns.")] = 3,
     via: Annotated[str, typer.Option(help="generate, or forward: call the model token by token.")] = "generate",
-    against: Annotated[str | None, typer.Option(help="fla: one layer's attention beside its kernel; CUDA.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … [default: a GPU if there is one]")] = None,
     dtype: Annotated[str | None, typer.Option(help="Run in float32, float16 or bfloat16.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw speed against length.")] = None,
@@ -306,7 +306,7 @@ def bench(
     result = benchmark(
         checkpoint, baseline=baseline, lengths=_numbers("--lengths", lengths),
         batch_sizes=_numbers("--batch-size", batch_size), decode_tokens=decode_tokens, repeats=repeats, via=via,
-        against=against, device=device, dtype=dtype, plot=plot,
+        device=device, dtype=dtype, plot=plot,
     )  # fmt: skip
     return result, _show_bench
 
@@ -441,9 +441,6 @@ def _show_bench(r: Any) -> None:
             _size(x.cache_bytes), _size(x.peak_memory_bytes),
         ])  # fmt: skip
     _table("model", "tokens", rows, "prefill /s", "decode /s", "1st token", "cache", "memory")
-    if r.attention:
-        alone = sorted(r.attention, key=lambda x: (x.batch_size, x.length, x.seconds))
-        _table("attention alone", "tokens", [[x.model, tokens(x), _duration(x.seconds)] for x in alone], "time")
     print(f"tokens a second, and times softmax's; {r.device}, {r.dtype}")
 
 

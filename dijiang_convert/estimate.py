@@ -136,7 +136,7 @@ def _activations(model: PreTrainedModel, kernel: Kernel, layers: Layers, stage: 
     config: Any = model.config.get_text_config()
     depth = getattr(config, "num_hidden_layers", len(layers.layers))
     vocabulary = config.vocab_size if generates(model) else 0
-    of_kernel = int(4 * BACKWARD * tokens * _kernel_numbers(kernel, layers, stage.objective == "attention_transfer"))
+    of_kernel = int(4 * BACKWARD * tokens * _kernel_numbers(kernel, layers))
     if stage.objective == "attention_transfer":
         return of_kernel
     cuda = torch.cuda.is_available()  # where the Trainer computes in bfloat16 and checkpoints activations
@@ -150,24 +150,21 @@ def _activations(model: PreTrainedModel, kernel: Kernel, layers: Layers, stage: 
     return projections + max(of_kernel, logits)
 
 
-def _kernel_numbers(kernel: Kernel, layers: Layers, transfer: bool) -> int:
-    """What autograd keeps of a layer's kernel for a token, as numbers: the tensors of `feature_map` and
-    `linear_attention.chunked`, counted. In attention transfer q, k and v need no gradient: the window keeps nothing.
-    """
-    query, key, value = layers.heads, layers.kv_heads, layers.value_dim
-    dim, chunk = layers.head_dim, kernel.chunk_size
-    features = dim * (2 if kernel.signed else 1)
-    numbers = 0
-    if kernel.far:
-        states = query if kernel.decay == "retnet" else key
-        decaying = 1 if kernel.decay_rank else 0  # features that decay are there twice, with the decays and their sums
-        numbers += query * (chunk + (2 + decaying) * features + 2 * dim + 3 * value)
-        numbers += states * (chunk + (2 + 3 * decaying) * features + 2 * dim + 3 * features * value // (2 * chunk))
-    if kernel.far and kernel.window:
-        numbers += query * 2 * (features + dim)  # the merge, and log-scales that count only then
-    if kernel.window and not transfer:
-        reach = kernel.window - 1 + min(max(kernel.window, 16), 128)  # keys that a block of queries is scored with
-        numbers += query * (2 * reach + 2 * dim) + key * 2 * (dim + value)
+def _kernel_numbers(kernel: Kernel, layers: Layers) -> int:
+    """What autograd keeps of a layer's kernel for a token, as numbers: the tensors of `feature_map`, `state` and
+    `kernel` (without a window `linear`), counted."""
+    query, key, value, dim = layers.heads, layers.kv_heads, layers.value_dim, layers.head_dim
+    if kernel.decay == "retnet":
+        key = query
+    features = dim * (2 if kernel.signed else 1) if kernel.far else 0
+    exact = kernel.sinks + kernel.memory + kernel.window + kernel.block if kernel.window else 0
+    # Of a query: its weights and what they are of, itself, and its features.
+    numbers = query * (exact + 2 * features + 3 * dim + 2 * value)
+    # Of a key: features, their logarithms and decays; of a block: the rows that it reads, and the state.
+    numbers += key * (6 * features + 2 * dim + 2 * value)
+    numbers += key * (exact * (dim + value) + 5 * features * value) // kernel.block
+    if not kernel.window:
+        numbers += query * (4 * kernel.block + 3 * features)
     return numbers + (4 * query * value if kernel.gate else 0)
 
 

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from .architecture import Architecture, check_kernel, examine
 from .errors import Unsupported
 from .estimate import stage_cost, teacher_copies
 from .modeling.configuration_dijiang import Kernel, Layers
 from .modeling.modeling_dijiang import attach
+from .modeling.past import Sizes
 from .recipe import Recipe, load_recipe
 from .sources import read_config, resolve
 from .trace import skeleton
@@ -65,7 +68,9 @@ def inspect(
         return InspectResult(str(found), kind, False, str(error))
     shape = architecture.layers
     new = sum(t.numel() for t in architecture.new_tensors(chosen.kernel).values())
-    width = 2 if str(config.get("dtype", config.get("torch_dtype"))) in ("float16", "bfloat16") else 4
+    half = str(config.get("dtype", config.get("torch_dtype"))) in ("float16", "bfloat16")
+    dtype = torch.bfloat16 if half else torch.float32
+    width = dtype.itemsize
     count = getattr(architecture.config.get_text_config(), "num_hidden_layers", 0)
     return InspectResult(
         source=str(found),
@@ -78,7 +83,7 @@ def inspect(
         head_dim=shape.head_dim,
         parameters=architecture.parameters,
         new_parameters=new,
-        state_bytes=state_bytes(chosen.kernel, shape, width) if shape.causal else 0,
+        state_bytes=state_bytes(chosen.kernel, shape, dtype) if shape.causal else 0,
         kv_cache_bytes_at={n: _kv_cache_bytes(shape, n, width) for n in LENGTHS} if shape.causal else None,
         finetune_bytes=_finetune_bytes(architecture, chosen, width),
     )
@@ -96,20 +101,13 @@ def _finetune_bytes(architecture: Architecture, recipe: Recipe, width: int) -> i
     return max((cost.memory_bytes for cost in costs), default=0)
 
 
-def state_bytes(kernel: Kernel, layers: Layers, width: int) -> int:
-    """What the cache of all converted layers holds for one sequence: float32 states, and the window's keys and values
-    at ``width`` bytes a number. Keys that the far part sees otherwise (not rotated, or shifted) are kept twice."""
-    state = 0
-    if kernel.far:
-        heads = layers.heads if kernel.decay == "retnet" else layers.kv_heads
-        features = layers.head_dim * (2 if kernel.signed else 1)
-        lag = (features if kernel.decay_rank else 1) if kernel.normalize else 0  # on a CPU, see `DiJiangCacheLayer.lag`
-        state = heads * (features * (layers.value_dim + 1) + 1 + lag) * 4
-    gates = 2 * 4 if kernel.far and kernel.selective else 0
-    code = kernel.decay_rank * 4 if kernel.far else 0
-    token = layers.kv_heads * ((layers.head_dim + layers.value_dim) * width + gates) + code + 1
-    last = (layers.heads + layers.kv_heads) * layers.head_dim * width if kernel.far and kernel.shift else 0
+def state_bytes(kernel: Kernel, layers: Layers, dtype: torch.dtype) -> int:
+    """What the cache of all converted layers holds for one sequence, with keys and values of this dtype."""
     turned = layers.rotates and kernel.rotary == "remove"
-    twice = [kernel.far and (kernel.shift or (turned and i not in layers.unrotated)) for i in layers.layers]
-    again = sum(twice) * kernel.window * layers.kv_heads * layers.head_dim * width
-    return len(layers.layers) * (state + kernel.window * token + last) + again
+    like = torch.empty(0, dtype=dtype, device="meta")
+    total = 0
+    for layer in layers.layers:
+        far_k = kernel.far and (kernel.shift or (turned and layer not in layers.unrotated))
+        sizes = Sizes(kernel, layers.heads, layers.kv_heads, layers.head_dim, layers.value_dim, far_k)
+        total += sum(x.nbytes for x in sizes.empty(1, like).tensors())
+    return total

@@ -6,7 +6,7 @@ Softmax models run as transformers runs them: SDPA, and the cache that `generate
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -74,16 +74,16 @@ def time_decoding(model: PreTrainedModel, cache: DynamicCache, token: Tensor, to
     return steps
 
 
-def time_generate(model: PreTrainedModel, ids: Tensor, decode_tokens: int) -> Pass:
+def time_generate(model: PreTrainedModel, ids: Tensor, decode_tokens: int, **options: Any) -> Pass:
     """The same through `generate()`, as a user calls it, with all that it does beside calling the model; the mean of
-    its steps, so that what it prepares for the first of them counts."""
+    its steps, so that what it prepares for the first of them counts. options: more of its arguments."""
     if not generates(model):
         return time_forward(model, ids, decode_tokens)
     clock, start = _Clock(), now(model.device)
     out = model.generate(  # type: ignore[operator]
         ids, attention_mask=torch.ones_like(ids), do_sample=False, return_dict_in_generate=True,
         max_new_tokens=decode_tokens + 1, min_new_tokens=decode_tokens + 1,
-        stopping_criteria=StoppingCriteriaList([clock]),
+        stopping_criteria=StoppingCriteriaList([clock]), **options,
     )  # fmt: skip
     first, last = clock.times[0], clock.times[-1]
     decode = (last - first) / decode_tokens if decode_tokens else None
@@ -108,9 +108,16 @@ def with_cache(model: PreTrainedModel, cache: DynamicCache) -> dict[str, Any]:
 
 def cache_bytes(cache: Any) -> int:
     """What a cache of any kind holds in tensors."""
-    values = [value for layer in cache.layers for value in vars(layer).values()]
-    tensors = [t for value in values for t in (value if isinstance(value, tuple) else (value,))]
-    return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+    return sum(t.nbytes for layer in cache.layers for value in vars(layer).values() for t in _tensors(value))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those that a layer's attribute is or has, also in tuples of tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

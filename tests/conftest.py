@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `pytest` alone does not put the root there
 from tests.hub import Hub
@@ -33,8 +32,6 @@ for name in (
 ):
     os.environ.pop(name, None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny here: threads only wait for each other
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU then
 os.environ |= {
     "HF_ENDPOINT": _HUB.url,
     "HF_HOME": _HOME.name,

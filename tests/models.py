@@ -1,6 +1,6 @@
 """Small converted models, made once a run: a Llama with grouped heads and a GPT-NeoX with partial rotary embedding.
 
-Weights are large enough and kernels far enough from their start that both attention and its far part show in logits.
+Weights are large enough and kernels far enough from their start that every kind of row of the table shows in logits.
 """
 
 from __future__ import annotations
@@ -18,22 +18,32 @@ from transformers import Cache, PreTrainedModel
 
 from dijiang_convert.convert import convert
 from dijiang_convert.modeling.attention import DiJiangAttention
+from dijiang_convert.modeling.cache import DiJiangCacheLayer
 from dijiang_convert.models import load_converted
 from tests.sources_on_disk import llama_config, neox_config, write_source
 
-WINDOW = 16
+# Sizes of the table: a text of 100 tokens has keys in the window, in the memory and in the state alone.
+WINDOW, BLOCK, MEMORY = 16, 16, 8
 VOCABULARY = 256  # of random prompts: without the special tokens
 KINDS = ("llama", "neox")
+_BLOCKS = (f"window={WINDOW}", f"block={BLOCK}")
+_SMALL = (*_BLOCKS, f"memory={MEMORY}")
 # name: recipe, settings, layers
 VARIANTS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "default": ("default", (f"window={WINDOW}",), "all"),
-    "keep": ("default", (f"window={WINDOW}", "rotary=keep", "shift=true"), "all"),
+    "default": ("default", _SMALL, "all"),
+    "keep": ("default", (*_SMALL, "rotary=keep", "shift=true"), "all"),
+    "wide": ("default", ("window=32", f"block={BLOCK}", f"memory={MEMORY}"), "all"),
+    "retnet": ("default", (*_SMALL, "decay=retnet", "selective=false", "decay_rank=0"), "all"),
+    "no-state": ("default", (*_SMALL, "far=false"), "all"),
+    "no-memory": ("default", (*_BLOCKS, "memory=0"), "all"),
     "pure": ("pure", (), "all"),
     "paper": ("paper", (), "all"),
-    "window-only": ("window-only", (f"window={WINDOW}",), "all"),
-    "partial": ("default", (f"window={WINDOW}",), "1"),
-    "partial-first": ("default", (f"window={WINDOW}",), "0"),
+    "window-only": ("window-only", _BLOCKS, "all"),
+    "partial": ("default", _SMALL, "1"),
+    "partial-first": ("default", _SMALL, "0"),
 }
+# Those that remember in a state what is in no exact row.
+WITH_STATE = tuple(name for name in VARIANTS if name not in ("no-state", "window-only"))
 _FOLDER = tempfile.TemporaryDirectory(prefix="converted-")
 
 
@@ -87,15 +97,35 @@ def moved_checkpoint(kind: str, folder: Path) -> Path:
 
 
 def forget_far_part(folder: Path) -> None:
-    """Makes the code in a checkpoint another version: one that attends to the window alone."""
-    for file, returned, instead in (
-        ("linear_attention.py", "return share * out + (1 - share) * near[0]", "return near[0]"),
-        ("inference.py", "of_far, total = near.add_(of_far), total + 1", "of_far, total = near, total * 0 + 1"),
-        ("decoding.py", "read = of_far @ s", "read = 0 * (of_far @ s)"),
-    ):
-        code = (folder / file).read_text()
-        assert code.count(returned) == 1
-        (folder / file).write_text(code.replace(returned, instead))
+    """Makes the code in a checkpoint another version: one that reads no row of the state."""
+    file, asked, instead = folder / "kernel.py", 'if "features" in part:', 'if "features" in part and False:'
+    code = file.read_text()
+    assert code.count(asked) == 1
+    file.write_text(code.replace(asked, instead))
+
+
+def forget(layer: Any, part: str) -> None:
+    """Zeroes what a layer of a cache keeps in one part: its ``state``, or the values of ``sinks``, ``memory`` or
+    ``window``. (The best rows come last, and sinks are the best.)"""
+    table, state = layer.past.table, layer.past.state
+    if part == "state":
+        (table.value if state is None else state.value).zero_()
+    else:
+        most, sinks = table.score.shape[2], 4
+        rows = {"memory": slice(most - sinks), "sinks": slice(most - sinks, most), "window": slice(most, None)}[part]
+        table.v[:, :, rows] = 0
+
+
+def assert_state_is_float32(cache: Any) -> None:
+    """In every converted layer, and so are the scores that choose what stays in the memory."""
+    found = 0
+    for layer in cache.layers:
+        if isinstance(layer, DiJiangCacheLayer):
+            table, state = layer.past.table, layer.past.state  # type: ignore[union-attr]
+            kept = state if table is None else (table.log_weight, table.value, table.received, table.score)
+            assert all(x.dtype == torch.float32 for x in kept)  # type: ignore[union-attr]
+            found += 1
+    assert found
 
 
 def kernels(model: Any) -> list[DiJiangAttention]:
@@ -125,6 +155,16 @@ def feed(model: Any, ids: Tensor, sizes: Any, cache: Cache | None = None, **opti
         start += size
     assert cache is not None
     return torch.cat(parts, 1), cache
+
+
+def root_mean_square(x: Tensor) -> float:
+    return x.float().square().mean().sqrt().item()
+
+
+def typical(x: Tensor) -> float:
+    """The root mean square of the median token's numbers, x [B, N, numbers]. Of two keys whose scores are nearly the
+    same, rounding decides which stays in the memory: the tokens that see it differ by more than rounding."""
+    return x.float().square().mean(-1).sqrt().median().item()
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -1,17 +1,13 @@
 """What `dijiang bench` measures with, and what it refuses."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dijiang_convert import DijiangError, benchmark, convert
-from dijiang_convert.attention_speed import fla_kernel, forms, layer_call, time_attention
 from dijiang_convert.benchmark import WAYS, BenchRow, ratios
 from dijiang_convert.demo import MODEL
 from dijiang_convert.models import load_any
@@ -23,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("bench") / "demo"
-    convert(str(MODEL), out, settings=["window=16"])
+    convert(str(MODEL), out, settings=["window=16", "block=16"])
     return str(out)
 
 
@@ -100,68 +96,6 @@ def test_ratios_are_of_the_same_length_and_batch_size() -> None:
     assert ratios([row("dijiang", 1, 8, 6, None), row("softmax", 1, 8, 3, None)]) == {(1, 8): (2, None)}
 
 
-# --------------------------------------------------------------------------------------------------- attention alone
-
-
-def chunk(q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, scale: float) -> tuple[Tensor, None]:
-    """What a kernel of fla's computes, N × N: [B, N, H, K] each, decays g [B, N, H]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    lost = g.transpose(1, 2).cumsum(-1)
-    weights = (q @ k.mT) * scale * (lost[..., :, None] - lost[..., None, :]).exp()
-    return (weights.tril() @ v).transpose(1, 2), None
-
-
-def test_attention_alone_is_that_of_the_layer(converted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_any(converted, CPU).eval()
-    ids = random_ids(model, 2, 80)
-    layer, arguments = layer_call(model, ids)
-    outputs: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda _module, _arguments, output: outputs.append(output))
-    with torch.inference_mode():
-        model(input_ids=ids, use_cache=False)
-        handle.remove()
-        found = {name: form() for name, form in forms(model, ids, chunk).items()}
-    q, k, v = arguments[:3]
-    monkeypatch.setattr("dijiang_convert.modeling.modeling_dijiang.SEGMENT", 32)  # a long prompt goes to it as a whole
-    assert layer_call(model, ids)[1][0].shape == q.shape == (2, 2, 80, 64)
-    torch.testing.assert_close(found["dijiang"], outputs[0])
-    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~torch.ones(80, 80, dtype=torch.bool).tril(), -torch.inf)
-    torch.testing.assert_close(found["softmax"], scores.softmax(-1) @ v)
-    far = (q @ k.mT / q.shape[-1] ** 0.5) * (-(torch.arange(80)[:, None] - torch.arange(80)) / 256).exp()
-    torch.testing.assert_close(found["fla"][0].transpose(1, 2), far.tril() @ v)
-    assert found["fla, features"][0].shape == (2, 80, 2, 64)
-
-
-def test_attention_alone_is_timed_for_every_form(converted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(benchmark.__globals__, "fla_kernel", lambda device: chunk)
-    options: dict[str, Any] = {"lengths": (20, 40), "batch_sizes": (1, 2), "decode_tokens": 1, "repeats": 2}
-    rows = benchmark(converted, against="fla", device="cpu", **options).attention
-    models = ("dijiang", "softmax", "fla", "fla, features")
-    assert {(r.model, r.batch_size, r.length) for r in rows} == {
-        (m, b, n) for m in models for b in (1, 2) for n in (20, 40)
-    }
-    assert all(r.tokens_per_second == pytest.approx(r.batch_size * r.length / r.seconds) for r in rows)
-
-
-def test_fla_gets_keys_of_every_query_head(tmp_path: Path) -> None:
-    """Its kernels know no groups."""
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=50,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    (tmp_path / "llama" / "tokenizer.json").write_text("{}")
-    convert(str(tmp_path / "llama"), tmp_path / "converted", settings=["window=4"])
-    shapes: list[tuple[int, ...]] = []
-
-    def kernel(*tensors: Tensor, g: Tensor, scale: float) -> None:
-        shapes.extend(tuple(x.shape) for x in (*tensors, g))
-
-    time_attention(load_any(str(tmp_path / "converted"), CPU).eval(), [(1, 12)], 1, kernel)
-    own, features = [(1, 12, 4, 16)] * 3 + [(1, 12, 4)], [(1, 12, 4, 32)] * 2 + [(1, 12, 4, 16), (1, 12, 4)]
-    assert shapes == 2 * (own + features)
-
-
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -171,8 +105,6 @@ def test_fla_gets_keys_of_every_query_head(tmp_path: Path) -> None:
         ({"lengths": ()}, "must be at least 1"),
         ({"batch_sizes": (0,)}, "must be at least 1"),
         ({"via": "magic"}, "--via magic: give generate or forward"),
-        ({"against": "flash"}, "--against flash: only fla is known"),
-        ({"against": "fla", "device": "cpu"}, "--against fla needs a CUDA device, and this is cpu"),
         ({"device": "nowhere"}, "no device 'nowhere' here"),
         ({"device": "cuda:77"}, "no device 'cuda:77' here"),
         ({"device": "meta"}, "no device 'meta' here"),
@@ -182,18 +114,6 @@ def test_fla_gets_keys_of_every_query_head(tmp_path: Path) -> None:
 def test_what_is_refused(converted: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(DijiangError, match=said):
         benchmark(converted, **options)
-
-
-def test_fla_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "fla", None)
-    with pytest.raises(DijiangError, match="pip install flash-linear-attention"):
-        fla_kernel(torch.device("cuda"))
-
-
-def test_attention_alone_needs_a_converted_layer() -> None:
-    model = load_any(str(MODEL), CPU).eval()
-    with pytest.raises(DijiangError, match="no converted layer"):
-        time_attention(model, [(1, 8)], 1, chunk)
 
 
 def test_too_little_memory_is_one_line(converted: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def test_spoiled_sources(case: str, source: Path) -> None:
         (["--recipe", "source/own.yaml"], "kernel has no key 'windw': did you mean window?"),
         (["--set", "windw=3"], "kernel has no key 'windw': did you mean window?"),
         (["--set", "window"], "--set 'window' is not of the form key=value"),
-        (["--set", "window=-1"], "kernel.window must be at least 0"),
+        (["--set", "window=-1"], "kernel.window is -1: give 0 or more"),
         (["--revision", "main"], "only the Hub has revisions"),
         (["--push", "no-owner"], "'no-owner' is not a repository name"),
         (["--out", "source"], "source exists and is not empty: choose another --out, or --force to replace it"),
@@ -348,7 +348,9 @@ INSPECT = {"architecture", "supported", "reason", "layers", "state_bytes", "kv_c
 
 
 def test_convert_json(source: Path) -> None:
-    content = json_of("convert", "source", "--layers", "0-2", "--set", "window=8")
+    content = json_of(
+        "convert", "source", "--layers", "0-2", "--set", "window=8", "--set", "block=8", "--set", "memory=8"
+    )
     assert content.keys() >= CONVERT
     assert (content["out"], content["source"], content["source_revision"]) == ("source-dijiang", "source", None)
     assert (content["recipe"], content["layers_converted"]) == ("default", 3)

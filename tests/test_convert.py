@@ -154,7 +154,9 @@ def test_the_modeling_files_are_the_packages_own(sources: Path, tmp_path: Path) 
 
 
 def test_the_config(sources: Path, tmp_path: Path) -> None:
-    result = convert(str(sources / "llama"), tmp_path / "out", layers="0,2", settings=["window=16"])
+    result = convert(
+        str(sources / "llama"), tmp_path / "out", layers="0,2", settings=["window=16", "block=16", "memory=8"]
+    )
     config, before = read_json(tmp_path / "out" / "config.json"), read_json(sources / "llama" / "config.json")
     assert config["architectures"] == ["DiJiangLlamaForCausalLM"]
     assert config["model_type"] == "dijiang_llama"
@@ -169,7 +171,7 @@ def test_the_config(sources: Path, tmp_path: Path) -> None:
     own = {"architectures", "model_type", "auto_map", "dijiang", "tokenizer_class"}
     assert {k: v for k, v in config.items() if k not in own} == {k: v for k, v in before.items() if k not in own}
     section = config["dijiang"]
-    recipe = load_recipe("default", ["window=16"])
+    recipe = load_recipe("default", ["window=16", "block=16", "memory=8"])
     assert section["kernel"] == recipe.kernel.to_dict() and section["kernel"]["window"] == 16
     assert section["stages"] == recipe.to_dict()["stages"] and section["data"] == recipe.data
     assert (section["recipe"], section["source"], section["source_revision"]) == ("default", "llama", None)
@@ -241,7 +243,7 @@ def test_layers(spec: str, expected: list[int], sources: Path, tmp_path: Path) -
 
 def test_a_recipe_of_ones_own(sources: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
-        "kernel: {window: 0, rotary: keep, decay: none, selective: false, decay_rank: 0}\n"
+        "kernel: {window: 0, sinks: 0, memory: 0, rotary: keep, decay: none, selective: false, decay_rank: 0}\n"
         "stages: [{name: only, objective: cross_entropy, train: full, tokens: 1000}]\n"
     )
     recipe = str(tmp_path / "mine.yaml")
@@ -504,16 +506,16 @@ def test_inspect_by_hand(sources: Path) -> None:
     selection = 2 * 2 * hidden  # of a key's log-scale and decay, for two key/value heads
     of_features = 16 * hidden + 2 * 16 * 16 + 2 * 16  # down to 16 numbers, from them to each feature's decay, its start
     assert result.new_parameters == 3 * (4 * (features + 1) + 2 * (features + 2) + selection + of_features)
-    # A key/value head's state has 16 features by 8 values and the sum z, the running maximum, and what each feature
-    # lacks of decay; a token of the window has a key, the same before its rotation, a value, two gates, 16 numbers for
-    # features, and whether it is padding.
-    token = 2 * ((8 + 8 + 8) * 4 + 2 * 4) + 16 * 4 + 1
-    assert result.state_bytes == 3 * (2 * (16 * (8 + 1) + 1 + 16) * 4 + 64 * token)
+    # A key/value head's state has 16 features by 8 values and a weight. Keys and values are kept of 4 sinks, of 64 keys
+    # of the memory, each with its score, and of two blocks of 64 in the window. Of these there are besides the keys
+    # before rotation and the attention received, and of a token two gates a head and 16 numbers for features.
+    state, memory, window = 16 * (8 + 1), (4 + 64) * (8 + 8 + 1), 128 * (8 + 8 + 8 + 1)
+    assert result.state_bytes == 3 * 4 * (2 * (state + memory + window) + 128 * (2 * 2 + 16))
     assert result.kv_cache_bytes_at == {n: 3 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)}
-    some = inspect(str(sources / "llama"), layers="0,1", settings=["window=0"])
+    some = inspect(str(sources / "llama"), layers="0,1", settings=["window=0", "sinks=0", "memory=0"])
     assert (some.layers, some.layers_converted) == (3, 2)
-    assert some.state_bytes == 2 * 2 * (16 * (8 + 1) + 1 + 16) * 4
-    shifted = inspect(str(sources / "llama"), layers="0,1", settings=["window=0", "shift=true"])
+    assert some.state_bytes == 2 * 2 * (16 * (8 + 1)) * 4
+    shifted = inspect(str(sources / "llama"), layers="0,1", settings=["window=0", "sinks=0", "memory=0", "shift=true"])
     assert shifted.state_bytes == some.state_bytes + 2 * (4 + 2) * 8 * 4  # the last token's query and key
     assert some.kv_cache_bytes_at == {n: 2 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)}
 

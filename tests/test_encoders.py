@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dijiang_convert import DijiangError, benchmark, convert, evaluate, finetune, generate, inspect
-from dijiang_convert.attention_speed import time_attention
 from dijiang_convert.checkpoint import read_checkpoint
 from dijiang_convert.demo_text import documents
 from dijiang_convert.distill import schedule
@@ -73,7 +72,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "bert"
-    assert convert(str(source), out, settings=["window=8"]).layers_converted == 2
+    assert convert(str(source), out, settings=["window=8", "block=8", "memory=8"]).layers_converted == 2
     return out
 
 
@@ -150,7 +149,7 @@ def test_old_checkpoints_of_bert(tmp_path: Path) -> None:
     old = {k.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): v for k, v in weights.items()}
     old["bert.embeddings.position_ids"] = torch.arange(SEQ_LEN)[None]
     save_file(old, folder / "model.safetensors", {"format": "pt"})
-    convert(str(folder), tmp_path / "out", settings=["window=8"])
+    convert(str(folder), tmp_path / "out", settings=["window=8", "block=8", "memory=8"])
     same = transformers.BertForMaskedLM.from_pretrained(folder).eval()
     inputs = batch()
     found = load_converted(tmp_path / "out", "softmax").eval()(**inputs).logits
@@ -163,7 +162,7 @@ def test_a_decoder_without_a_language_head_converts(tmp_path: Path) -> None:
     )
     transformers.LlamaModel(config).save_pretrained(tmp_path / "llama")
     write_tokenizer(tmp_path / "llama")
-    convert(str(tmp_path / "llama"), tmp_path / "out", settings=["window=8"])
+    convert(str(tmp_path / "llama"), tmp_path / "out", settings=["window=8", "block=8", "memory=8"])
     result = evaluate(tmp_path / "out", baseline=str(tmp_path / "llama"), data=TEXTS, seq_len=64, max_tokens=500)
     assert result.likeness is not None and 0 < result.likeness.hidden_error < 1
 
@@ -173,7 +172,7 @@ def test_an_image_model_needs_no_tokenizer(tmp_path: Path) -> None:
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=48, patch_size=4
     )
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    convert(str(tmp_path / "vit"), tmp_path / "out", settings=["window=8"])
+    convert(str(tmp_path / "vit"), tmp_path / "out", settings=["window=8", "block=8", "memory=8"])
     model = load_converted(tmp_path / "out")
     assert model(pixel_values=torch.randn(2, 3, 48, 48)).logits.shape == (2, 2)
 
@@ -216,8 +215,6 @@ def test_bench_times_a_pass_and_inspect_names_no_cache(source: Path, converted: 
     assert {(row.model, row.length) for row in rows} == {(m, n) for m in ("dijiang", "softmax") for n in (64, 128)}
     assert all(r.decode_tokens_per_second is None and r.prefill_tokens_per_second > 0 for r in rows)
     assert all(r.time_to_first_token_seconds is None and r.peak_memory_bytes > 0 for r in rows)
-    with pytest.raises(DijiangError, match="this model attends to both sides"):
-        time_attention(load_any(str(converted)), [(1, 8)], 1, kernel=print)
     found = inspect(str(source))
     assert found.supported and found.layers_converted == 2
     assert found.state_bytes == 0 and found.kv_cache_bytes_at is None
@@ -317,7 +314,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.ViTForImageClassification(config).save_pretrained(folder / "vit")
     settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 48, "width": 48}}
     (folder / "vit/preprocessor_config.json").write_text(json.dumps(settings))
-    convert(str(folder / "vit"), folder / "converted", settings=["window=8"])
+    convert(str(folder / "vit"), folder / "converted", settings=["window=8", "block=8", "memory=8"])
     return folder
 
 

@@ -3,11 +3,13 @@
 Shape legend: B batch, H query heads, G key/value heads, N tokens, D head_dim, V value head_dim, F features, M slots.
 """
 
+import argparse
 import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +25,13 @@ from dijiang_convert.demo_text import documents
 from dijiang_convert.distill import schedule
 from dijiang_convert.modeling.attention import Call
 from dijiang_convert.modeling.configuration_dijiang import Kernel, Layers
+from dijiang_convert.modeling.table import Logits
 from dijiang_convert.models import load_any, load_tokenizer
 
 WINDOW, LENGTH = 8, 41
 LAYERS = Layers("Attention", "attention", (0,), heads=4, kv_heads=2, head_dim=8, value_dim=6, hidden_size=24)
 BEYOND_A_CHUNK = (1, 17, 63)
-ROWS = ("window-only:window=16", "lolcats:window=16")
+ROWS = ("window-only:window=16,block=16", "lolcats:window=16,block=16")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -101,7 +104,7 @@ def test_delta_rule_is_its_recurrence(length: int) -> None:
 def baseline(name: str, window: int = WINDOW) -> Baseline:
     """A baseline whose parameters have moved from their start."""
     torch.manual_seed(0)
-    module = BASELINES[name](Kernel(window=window), LAYERS)
+    module = BASELINES[name](Kernel(window=window, block=window), LAYERS)
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
             parameter += 0.2 * normal(*parameter.shape, seed=i)
@@ -116,8 +119,8 @@ def inputs() -> list[Tensor]:
 
 
 def attend(module: Baseline, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-    call = Call(cache=None, hidden_states=x, cos_sin=None)
-    return module(q, k, v, None, call._replace(scaling=LAYERS.head_dim**-0.5))
+    call = Call(cache=None, hidden_states=x, cos_sin=None, logits=Logits(LAYERS.head_dim**-0.5))
+    return module(q, k, v, None, call)
 
 
 def changed(module: Baseline, tokens: slice) -> Tensor:
@@ -241,6 +244,36 @@ def test_the_report_shows_every_run(runs: Path, tmp_path: Path) -> None:
     report.draw(loaded, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_rows_are_compared_with_ours_of_the_same_sizes() -> None:
+    def run(row: str, ratio: float, kl: float) -> dict[str, Any]:
+        same = {"seed": 0, "budget": 100_000, "top1": 0.5, "untrained": {"ratio": 2.0}, "recall": {}}
+        return {**same, "row": row, "ratio": ratio, "kl": kl, "transfer_errors": {"trained": []}}
+
+    small, large = "window=16,block=16,memory=0", "window=16,block=16,memory=16"
+    runs = [
+        run(f"window-only:{small}", 1.4, 0.4), run(f"default:{small}", 1.2, 0.2), run(f"default:{large}", 1.1, 0.1),
+        run(f"lolcats:{small}", 1.3, 0.3), run("pure", 1.5, 0.5), run("hedgehog:seed=1", 1.6, 0.7),
+    ]  # fmt: skip
+    header, _, *lines = (line.strip("|").split("|") for line in report.table(runs).splitlines())
+    names = [name.strip() for name in header]
+    cells = {line[0].strip(" `"): dict(zip(names, (cell.strip() for cell in line), strict=True)) for line in lines}
+    behind = {row: found["behind: KL"] for row, found in cells.items()}
+    assert behind == {
+        f"window-only:{small}": "0.2000", f"default:{small}": "", f"default:{large}": "", f"lolcats:{small}": "0.1000",
+        "pure": "", "hedgehog:seed=1": "0.2000",
+    }  # fmt: skip
+    closed = {row: found["gap closed"] for row, found in cells.items() if found["gap closed"]}
+    assert closed == {f"default:{small}": "50%", f"default:{large}": "75%", f"lolcats:{small}": "25%"}
+
+
+def test_the_bare_window_keeps_no_first_tokens(tmp_path: Path) -> None:
+    args = argparse.Namespace(model=str(MODEL), seq_len=64, set=[])
+    model, stages = lab.build(args, "bare-window:window=16,block=16", tmp_path / "converted", seed=0)
+    kernel = model.config.dijiang["kernel"]
+    assert (kernel["window"], kernel["sinks"], kernel["memory"], kernel["far"]) == (16, 0, 0, False)
+    assert [stage.name for stage in stages] == ["distill"]
 
 
 def held_out(length: int) -> Tensor:

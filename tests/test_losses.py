@@ -311,8 +311,8 @@ def rows_of(count: int, length: int = 20) -> Any:
 def test_the_cache_belongs_to_its_rows_in_any_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None
 ) -> None:
-    monkeypatch.setattr(teacher_cache, "BATCH_TOKENS", 40)  # two rows at once, of five
-    teacher, student, rows = load("llama", attention="sdpa"), load("llama"), rows_of(5)
+    monkeypatch.setattr(teacher_cache, "BATCH_TOKENS", 180)  # two rows at once, of five
+    teacher, student, rows = load("llama", attention="sdpa"), load("llama"), rows_of(5, 90)
     cached = teacher_cache.cache_teacher(rows, 5, lambda: teacher, top=VOCABULARY, folder=tmp_path / "cache")
     assert len(cached) == 5
     shuffled = transformers.default_data_collator([cached[i] for i in (3, 0, 4)])
@@ -380,7 +380,7 @@ def test_a_disk_too_small_is_told_before_the_work(tmp_path: Path, monkeypatch: p
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("converted") / "demo"
-    convert(str(MODEL), out, settings=["window=8"])
+    convert(str(MODEL), out, settings=["window=8", "block=8", "memory=8"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "LEAST_STEPS", 4)
         yield out

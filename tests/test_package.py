@@ -31,8 +31,6 @@ def test_wheel_has_recipes_code_and_demo_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELING_FILES)
 def test_code_in_checkpoints_imports_torch_transformers_and_itself(name: str) -> None:
     tree = ast.parse((MODELING / name).read_text(encoding="utf-8"))
-    # Dynamic loading asks for every package that a file imports, unless it tries to.
-    tried = {node for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -46,8 +44,7 @@ def test_code_in_checkpoints_imports_torch_transformers_and_itself(name: str) ->
             continue
         for module in modules:
             top = module.partition(".")[0]
-            optional = {"triton", "fla"} if node in tried else set()
-            assert top in {"torch", "transformers"} | optional | set(sys.stdlib_module_names), module
+            assert top in {"torch", "transformers"} | set(sys.stdlib_module_names), module
 
 
 def test_the_config_names_every_other_file() -> None:

@@ -55,7 +55,7 @@ def test_every_shipped_recipe_is_valid(name: str) -> None:
 def test_what_the_shipped_recipes_are() -> None:
     assert load_recipe("default").kernel == Kernel(window=64)
     pure, paper, window = (load_recipe(name).kernel for name in ("pure", "paper", "window-only"))
-    assert pure == Kernel(window=0, rotary="keep", shift=True)
+    assert pure == Kernel(window=0, sinks=0, memory=0, rotary="keep", shift=True)
     assert not window.far and window.window == 64
     assert (paper.normalize, paper.gate, paper.decay, paper.window) == (False, True, "retnet", 0)
     assert (paper.frequency, paper.projection, paper.learned_features) == ("quasi-random", False, False)
@@ -67,9 +67,11 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     path.write_text(
         "kernel: {window: 8}\nstages:\n  - {name: a, objective: cross_entropy, tokens: 5, learning_rate: 1e-3}"
     )
-    recipe = load_recipe(str(path), ["window=4", "decay=none", "selective=false", "decay_rank=0", "frequency=2e0"])
+    recipe = load_recipe(
+        str(path), ["window=4", "block=4", "decay=none", "selective=false", "decay_rank=0", "frequency=2e0"]
+    )
     assert recipe.name == "own"
-    assert recipe.kernel == Kernel(window=4, decay="none", selective=False, decay_rank=0, frequency=2.0)
+    assert recipe.kernel == Kernel(window=4, block=4, decay="none", selective=False, decay_rank=0, frequency=2.0)
     assert recipe.stages == (Stage("a", "cross_entropy", 5, learning_rate=1e-3),)  # YAML 1.1 reads 1e-3 as text
 
 
@@ -83,7 +85,7 @@ def test_a_name_that_looks_like_a_number_stays_a_name(tmp_path: Path) -> None:
     ("content", "expected"),
     [
         ({"kernel": {"windw": 3}}, "kernel has no key 'windw': did you mean window?"),
-        ({"kernel": {"xyz": 3}}, "kernel has no key 'xyz': valid are window, far, signed"),
+        ({"kernel": {"xyz": 3}}, "kernel has no key 'xyz': valid are window, sinks, memory, block, far, signed"),
         ({"stages": [{**STAGE, "token": 3}]}, "stage distill has no key 'token': did you mean tokens?"),
         ({"stages": [{**STAGE, "lerning_rate": 3}]}, "did you mean learning_rate?"),
         ({"kernels": {}}, "recipe has no key 'kernels': did you mean kernel?"),
@@ -147,7 +149,8 @@ def test_wrong_values_in_a_stage(key: str, value: Any, refusal: Callable[..., st
     "setting",
     [
         "window=-1", "window=1.5", "window=big", "window=true", "far=1", "far=maybe", "frequency=0", "frequency=-2",
-        "frequency=nan", "frequency=sobol", "rotary=undo", "rotary=1", "decay=mamba", "chunk_size=0", "signed=no-no",
+        "frequency=nan", "frequency=sobol", "rotary=undo", "rotary=1", "decay=mamba", "signed=no-no",
+        "window=100", "block=0", "block=1.5", "sinks=-1", "sinks=some", "memory=-1", "memory=1.5",
     ],
 )  # fmt: skip
 def test_wrong_values_in_the_kernel(setting: str) -> None:
@@ -159,8 +162,10 @@ def test_wrong_values_in_the_kernel(setting: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (["far=false", "window=0"], "nothing is left to attend to"),
+        (["far=false", "window=0", "sinks=0", "memory=0"], "nothing is left to attend to"),
         (["normalize=false"], "the window needs the denominator"),
+        (["window=0"], "set kernel.sinks and kernel.memory to 0"),
+        (["window=32"], "kernel.window is 32, no whole multiple of kernel.block, 64"),
         (["frequency=quasi-random"], "set kernel.learned_features false"),
     ],
 )

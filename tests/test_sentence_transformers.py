@@ -29,7 +29,7 @@ def test_it_encodes_alone_and_in_a_batch_alike_and_is_saved(tmp_path: Path) -> N
     source = sentence_transformers.SentenceTransformer(modules=parts, device="cpu")
     source.tokenizer.pad_token = "<s>"
     source.save_pretrained(str(tmp_path / "source"))
-    convert(str(tmp_path / "source"), tmp_path / "out", settings=["window=8"])
+    convert(str(tmp_path / "source"), tmp_path / "out", settings=["window=8", "block=8", "memory=8"])
 
     model = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
     texts = ["A ship.", documents("train")[0][:400], "The sea was calm that day."]

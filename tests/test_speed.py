@@ -1,4 +1,4 @@
-"""benchmarks/speed.py measures the same sums as the package, and README.md and docs/ show what it measured."""
+"""What benchmarks/speed.py measures with, and that README.md and docs/ show what it measured."""
 
 import json
 import shutil
@@ -10,26 +10,10 @@ import torch
 from transformers import DynamicCache
 
 from benchmarks import readme, speed
-from benchmarks.plain import CHUNK, loop, plain
 from dijiang_convert.demo import MODEL
-from dijiang_convert.modeling.linear_attention import naive
+from dijiang_convert.modeling.configuration_dijiang import Kernel
 from dijiang_convert.models import load_any
 from dijiang_convert.timing import cache_bytes, random_ids, time_forward, with_cache
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("window", [0, CHUNK])
-def test_the_plain_forms_are_the_same_attention(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    arguments, options = speed.attention_input(heads=2, length=5 * CHUNK, dim=8, dtype=torch.float64)
-    expected = naive(*arguments, window=window, **options)
-    torch.testing.assert_close(plain(*arguments, window=window, **options), expected)
-    torch.testing.assert_close(loop(*arguments, window=window, **options), expected)
-    timed: list[torch.Tensor] = []
-    monkeypatch.setattr(speed, "seconds", lambda device, call: timed.append(call()))
-    monkeypatch.setattr(speed, "NUMBERS", 1)  # a chunk at a time
-    speed.prepared(window, arguments, options)()
-    torch.testing.assert_close(timed[0], expected)
 
 
 def test_a_filled_cache_is_as_large_as_one_that_was_read() -> None:
@@ -77,12 +61,22 @@ def test_the_whole_script_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     speed.main([str(MODEL), "--quick", "--hidden", "64", "--layers", "1", "--out", str(out)])
     content = json.loads(out.read_text())
     sizes = {(row["model"], row["length"]): row["cache_bytes"] for row in content["decode"]}
-    assert sizes["default", 64] == sizes["default", 128] and sizes["softmax", 128] == 2 * sizes["softmax", 64]
+    assert {name for name, _ in sizes} == {"softmax", *speed.RECIPES}
+    assert all(sizes[name, 64] == sizes[name, 128] > 0 for name in speed.RECIPES)
+    assert sizes["softmax", 128] == 2 * sizes["softmax", 64]
     assert content["model"]["heads"] == 1 and content["machine"]["threads"] == torch.get_num_threads()
     table = readme.speed_table(content)
     assert table.count("\n") == 2 + 2 + 2 + 2 and "quick run" in readme.setting(content)
-    assert readme.attention_table(content["attention"]).count("\n") == 2 + 2
-    assert readme.growth_table(content).count("\n") == 2 + 1 + 3
+    assert readme.growth_table(content).count("\n") == 2 + 1 + 4
+
+
+def test_a_turn_of_a_converted_model_is_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose table moves once in it."""
+    taken: list[int] = []
+    monkeypatch.setattr(speed, "time_decoding", lambda model, cache, token, steps: taken.append(steps) or [1.0])
+    model = load_any(str(MODEL), torch.device("cpu")).eval()
+    speed.time_decode({"converted": model}, [40], repeats=1)
+    assert set(taken) == {Kernel().block}
 
 
 # ----------------------------------------------------------------------------------------------- README.md and docs/
@@ -113,6 +107,12 @@ def test_parts_are_written_where_they_belong(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "docs" / "speed.png").stat().st_size > 10_000
 
 
+def test_settings_are_named_beside_their_recipe() -> None:
+    assert readme.label("default:window=64,memory=64") == "`default`, window 64, memory 64"
+    assert readme.in_plot("default:window=64,memory=64") == "default window 64 memory 64"
+    assert [readme.label(name) for name in ("pure", "softmax")] == ["`pure`", "softmax"]
+
+
 def test_tables_tell_times_softmaxs_speed() -> None:
     def rows(*speeds: tuple[str, int, float]) -> list[dict[str, Any]]:
         return [{"model": m, "length": n, "tokens_per_second": x, "cache_bytes": n * 500_000} for m, n, x in speeds]
@@ -124,6 +124,7 @@ def test_tables_tell_times_softmaxs_speed() -> None:
     lines = readme.speed_table(content).splitlines()
     assert lines[2] == "| prefill, tokens a second | 8 | 1,000 | 1,500 | 1.50 × |"
     assert lines[5] == "| decoding, tokens a second | 32 | 2.0 | 20.0 | 10.0 × |"
+    assert lines[-2] == "| cache | 4 | 2.0 MB | 2.0 MB | 1.00 × |"
     assert lines[-1] == "| cache | 32 | 16.0 MB | 16.0 MB | 1.00 × |"
     growth = readme.growth_table(content).splitlines()
     assert growth[2:] == [
@@ -131,14 +132,6 @@ def test_tables_tell_times_softmaxs_speed() -> None:
         "| softmax | 40.0 | 0.04 |",
         "| `new` | 8.0 | 1.00 |",
     ]
-    (line,) = readme.attention_table(
-        [
-            {"form": "plain", "window": 0, "length": 8, "seconds": 0.3},
-            {"form": "loop", "window": 0, "length": 8, "seconds": 0.1},
-            {"form": "prefill", "window": 0, "length": 8, "seconds": 0.2},
-        ]
-    ).splitlines()[2:]
-    assert line == "| 8 | 300 ms | 100 ms | 200 ms | 1.50 ×, 0.50 × |"
     found = {"bytes": 2e9, "cp_seconds": 2.0, "convert_seconds": 5.0, "startup_seconds": 3.5, "peak_memory_bytes": 4e8}
     (line,) = readme.conversion_table({"cores": 2, "2 GB": found}).splitlines()[2:]
     assert line == "| 2.0 GB | 2.0 s | 5.0 s | 2.50 × | 3.5 s |  | 400.0 MB |"

@@ -23,7 +23,7 @@ from dijiang_convert.timing import cache_bytes
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("verbs") / "demo"
-    convert(str(MODEL), out, settings=["window=16"])
+    convert(str(MODEL), out, settings=["window=16", "block=16", "memory=8"])
     return str(out)
 
 
@@ -133,7 +133,7 @@ def test_bench(converted: str, tmp_path: Path) -> None:
     assert rows["dijiang", 1, 100]["cache_bytes"] == rows["dijiang", 1, 300]["cache_bytes"]
     decoded = 8  # tokens after the prompt; 4 layers of 2 heads of 64, keys and values in float32
     assert rows["softmax", 2, 300]["cache_bytes"] == 2 * (300 + decoded) * 4 * 2 * 64 * 2 * 4
-    assert "CPU" in result["device"] and result["dtype"] == "float32" and result["attention"] == []
+    assert "CPU" in result["device"] and result["dtype"] == "float32"
     assert plot.stat().st_size > 5000
 
 

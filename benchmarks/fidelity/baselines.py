@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dijiang_convert.modeling.attention import Call
 from dijiang_convert.modeling.configuration_dijiang import Kernel, Layers
-from dijiang_convert.modeling.feature_map import FeatureMap
+from dijiang_convert.modeling.feature_map import KeyFeatures, QueryFeatures
 
 
 class Baseline(nn.Module):
@@ -30,7 +30,7 @@ class Baseline(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         assert call.causal and call.cache is None and call.hidden_states is not None
         k, v = self.shared(k.float()), self.shared(v.float())
-        return self.attend(q.float(), k, v, call.scaling, call.hidden_states.float()).to(q.dtype)
+        return self.attend(q.float(), k, v, call.logits.scaling, call.hidden_states.float()).to(q.dtype)
 
     def shared(self, x: Tensor) -> Tensor:
         """[B, G, …] or [G, …] for every query head: what a state is made of belongs to its key/value head."""
@@ -186,8 +186,8 @@ class Additive(Baseline):
 
     def __init__(self, kernel: Kernel, layers: Layers) -> None:
         super().__init__(kernel, layers)
-        self.q_features = FeatureMap(layers.heads, layers.head_dim, kernel, scaled=False)
-        self.k_features = FeatureMap(layers.kv_heads, layers.head_dim, kernel, scaled=False)
+        self.q_features = QueryFeatures(layers.heads, layers.head_dim, kernel, scaled=False)
+        self.k_features = KeyFeatures(layers.kv_heads, layers.head_dim, kernel, scaled=False)
         self.q_features.reset_parameters()
         self.k_features.reset_parameters()
 
@@ -197,7 +197,8 @@ class Additive(Baseline):
 
     def features(self, q: Tensor, k: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         own = k[:, :: self.layers.heads // self.layers.kv_heads]  # before they were shared
-        return self.q_features(q, scaling)[0], self.shared(self.k_features(own, scaling)[0])
+        keys, _ = self.k_features(own, scaling)
+        return self.q_features(q, scaling).exp(), self.shared(keys.exp())
 
 
 class DeltaRule(Additive):

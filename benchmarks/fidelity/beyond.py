@@ -33,6 +33,7 @@ from .lab import WholeRows, build, trains
 from .report import write_between
 
 MULTIPLES = (1, 2, 4, 8)
+SIZES = "window=16,block=16,memory=0"
 PLANT = 32
 # The original with its rotary tables stretched, and no training.
 SCALED = {
@@ -138,7 +139,13 @@ def main() -> None:
     parser.add_argument(
         "--rows",
         nargs="+",
-        default=["window-only:window=16", "default:window=16+extend", "default:window=16,rotary=keep", "pure+extend"],
+        default=[
+            f"window-only:{SIZES}",
+            f"default:{SIZES}+extend",
+            f"default:{SIZES},rotary=keep",
+            "default:window=16,block=16,memory=16+extend",
+            "pure+extend",
+        ],
     )
     parser.add_argument("--into", type=Path, help="a file whose marked part becomes the table")
     parser.add_argument("--mark", default="beyond")

@@ -1,12 +1,15 @@
 """The fidelity lab: kernels and recipes at equal token budgets, on one model and one corpus, in one run.
 
     python -m benchmarks.fidelity.lab MODEL --data FOLDER --seq-len 256 --tokens 300000 --seeds 3 --out RUNS.jsonl \
-        default:window=16 window-only:window=16 sinks:window=16 lolcats:window=16 pure hedgehog retnet delta paper
+        {default,window-only,bare-window,sinks,lolcats}:window=16,block=16,memory=0 \
+        default:window=16,block=16,memory=16 pure hedgehog retnet delta paper
 
 A row is a recipe or one of `baselines.BASELINES`, with settings of the kernel after a colon, and of the stages too
 where they have a dot (``pure:distill.learning_rate=3e-4``). Baselines train by the stages of `pure`, or of `default`
-where they have a window. ``teacher`` is the original trained on as many tokens by cross-entropy: what the tokens alone
-are worth. Every run is a line of RUNS.jsonl; runs that are there already are not repeated. See report.py for tables.
+where they have a window; of the sizes they follow that alone, and the others name the rows that they are compared with.
+``bare-window`` is window-only without the first tokens. ``teacher`` is the original trained on as many tokens by
+cross-entropy: what the tokens alone are worth. Every run is a line of RUNS.jsonl; runs that are there already are not
+repeated. See report.py for tables.
 """
 
 import argparse
@@ -28,6 +31,9 @@ from dijiang_convert.recipe import Stage, adjust_stages, parse_recipe, scale_tok
 
 from .baselines import BASELINES
 from .measures import fidelity, recall, transfer_errors
+
+# Recipes of the lab alone: what they start from, and their settings.
+RECIPES = {"bare-window": ("window-only", ["sinks=0", "memory=0"])}
 
 
 def run(args: argparse.Namespace, row: str, tokens: int, seed: int, data: tuple[Rows, Rows], original: Any) -> Any:
@@ -69,10 +75,10 @@ def build(args: argparse.Namespace, row: str, folder: Path, seed: int) -> tuple[
     if name == "teacher":
         stage = Stage("train", "cross_entropy", 1, "full", learning_rate=1e-5, seq_len=args.seq_len)
         return load_any(args.model), adjust_stages([stage], of_stages)
-    recipe = name
+    recipe, own = RECIPES.get(name, (name, []))
     if name in BASELINES:
         recipe = "default" if any(s.startswith("window=") for s in of_kernel) else "pure"
-    convert(args.model, folder, recipe=recipe, settings=of_kernel)
+    convert(args.model, folder, recipe=recipe, settings=[*of_kernel, *own])
     model: Any = load_converted(folder)
     if name in BASELINES:
         torch.manual_seed(seed)

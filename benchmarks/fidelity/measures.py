@@ -11,7 +11,7 @@ from transformers.modeling_utils import AttentionInterface
 from dijiang_convert.distill.attention_transfer import attention, normalized_error
 from dijiang_convert.distill.data import Rows
 from dijiang_convert.evaluate import measure
-from dijiang_convert.modeling.modeling_dijiang import dijiang_attention, dijiang_mask, softmax_attention
+from dijiang_convert.modeling.interface import dijiang_attention, dijiang_mask, softmax_attention
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@
 
 "gap closed" is the share of window-only's distance to the original (in perplexity) that a row with the same window
 closes, "KL removed" the same for the divergence. "behind" is how much further from the original a row is than ours with
-the same window (`pure` without one, `default` with one): means of differences seed by seed, with their standard errors.
+the same sizes (`pure` without a window, `default` with one): means of differences seed by seed, with their standard
+errors.
 --into writes the tables between the marks <!-- stories --> and <!-- /stories --> of a file.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 SHORT = ("row", "seeds", "tokens", "untrained ratio", "ratio", "KL a token", "same choice", "gap closed", "KL removed")
 COLUMNS = (*SHORT, "error a layer", "recall", "behind: ratio", "behind: KL")
+SIZES = ("window", "block", "sinks", "memory")  # settings that say how many keys stay exact
 Runs = list[dict[str, Any]]
 
 
@@ -35,10 +37,14 @@ def grouped(runs: Runs) -> dict[tuple[str, int], Runs]:
     return dict(groups)
 
 
+def sizes(row: str) -> str:
+    """Those of a row's settings that are SIZES: "window=16,block=16,memory=0", or nothing."""
+    return ",".join(s for s in row.partition(":")[2].split(",") if s.partition("=")[0] in SIZES)
+
+
 def window(row: str) -> str:
     """The window setting of a row: "window=16", or nothing."""
-    settings = row.partition(":")[2].split(",")
-    return next((s for s in settings if s.startswith("window=")), "")
+    return next((s for s in sizes(row).split(",") if s.startswith("window=")), "")
 
 
 def label(row: str) -> str:
@@ -76,7 +82,7 @@ def table(runs: Runs, columns: tuple[str, ...] = COLUMNS) -> str:
             "behind: ratio": behind(same, groups.get((ours(row), budget), []), "ratio"),
             "behind: KL": behind(same, groups.get((ours(row), budget), []), "kl"),
         }
-        alone = groups.get((f"window-only:{window(row)}", budget)) if window(row) else None
+        alone = window_only(groups, row, budget)
         if alone and not row.startswith("window-only"):
             cells["gap closed"] = f"{1 - (mean(same, 'ratio') - 1) / (mean(alone, 'ratio') - 1):.0%}"
             cells["KL removed"] = f"{1 - mean(same, 'kl') / mean(alone, 'kl'):.0%}"
@@ -87,9 +93,18 @@ def table(runs: Runs, columns: tuple[str, ...] = COLUMNS) -> str:
     return "\n".join(lines)
 
 
+def window_only(groups: dict[tuple[str, int], Runs], row: str, budget: int) -> Runs | None:
+    """The runs of window-only with the same window, or None."""
+    found = (
+        same for (name, tokens), same in groups.items()
+        if tokens == budget and name.startswith("window-only:") and window(name) == window(row)
+    )  # fmt: skip
+    return next(found, None)
+
+
 def ours(row: str) -> str:
     """The row of this project that another is compared with."""
-    return f"default:{window(row)}" if window(row) else "pure"
+    return f"default:{sizes(row)}" if sizes(row) else "pure"
 
 
 def behind(runs: Runs, other: Runs, key: str) -> str:

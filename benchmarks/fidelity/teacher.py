@@ -4,9 +4,10 @@
     python -m benchmarks.fidelity.teacher --books FOLDER --tokenizer MODEL --out DRY.json --dry-run   # minutes on a CPU
 
 Trains a GPT-NeoX (27M parameters, context 2,048) on books with pairs of words planted into them and repeated, until it
-recalls such pairs; converts it with a window of 64; distils it on at most 1 % of the teacher's tokens; and measures
-perplexity at 2,048 tokens and recall by distance, both beside the teacher's own. Needs a GPU for a teacher worth the
-name: --dry-run runs every step of it on a model and budgets so small that the figures mean nothing.
+recalls such pairs; converts it with a window of 64 and as many keys in the memory; distils it on at most 1 % of the
+teacher's tokens; and measures perplexity at 2,048 tokens and recall by distance, both beside the teacher's own. Needs a
+GPU for a teacher worth the name: --dry-run runs every step of it on a model and budgets so small that the figures mean
+nothing.
 """
 
 import argparse
@@ -144,7 +145,8 @@ def main() -> None:
         result: dict[str, Any] = {"size": dataclasses.asdict(size), "dry_run": args.dry_run}
         result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         result["teacher"] = train_teacher(size, tokenizer, corpus, teacher)
-        convert(str(teacher), converted, settings=[f"window={size.window}"])
+        settings = [f"window={size.window}", f"block={min(size.window, 64)}", f"memory={size.window}"]
+        convert(str(teacher), converted, settings=settings)
         budget = max(size.tokens // 100, 20 * size.context) if not args.dry_run else 20 * size.context
         finetune(converted, trained, data=str(corpus), tokens=budget, seq_len=size.context)
         result["distillation_tokens"] = budget

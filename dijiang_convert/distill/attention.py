@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..modeling.modeling_dijiang import dijiang_attention, dijiang_mask
+from ..modeling.interface import dijiang_attention, dijiang_mask
 from ..models import softmax_implementation
 from .logits import inner_model
 

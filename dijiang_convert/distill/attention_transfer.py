@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..modeling.modeling_dijiang import dijiang_attention, dijiang_mask, softmax_attention
+from ..modeling.interface import dijiang_attention, dijiang_mask, softmax_attention
 from .attention import attention
 from .gradients import gradients, with_gradients
 from .logits import hidden_states, tokens

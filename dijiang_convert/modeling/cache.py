@@ -1,106 +1,43 @@
-"""The cache of a converted layer: a state of fixed size and the window's keys, whatever the length.
+"""The cache of a converted layer: tensors of fixed size, whatever the length.
 
 `DiJiangCacheLayer` takes the place of a layer of `DynamicCache`, `StaticDiJiangCacheLayer` of one of `StaticCache`.
 
-Shape legend: B batch, G key/value heads, A query and key/value heads, L kept tokens (at most the window, and more only
-while recording the past), D head_dim, V value head_dim, F features, R rank of the code.
+Shape legend: B batch, G key/value heads, A query and key/value heads, D head_dim, V value head_dim, F features; L, M
+rows of a `Table`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
-from .linear_attention import FLOOR, FarState
-
-
-class Kept(NamedTuple):
-    """What a kernel has a cache keep: so many tokens, and of what sizes their parts and the state are. 0 is none.
-
-    kv_heads, head_dim and value_dim are those that attention sees (a module may hand its cache something smaller that
-    it makes keys and values from); state_heads and features are of the state; gates and code tell whether `Tokens` has
-    them, and how long a code is; trail is A, of how many heads the last token is kept.
-    """
-
-    window: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    state_heads: int
-    features: int
-    far_keys: bool
-    gates: bool
-    code: int
-    trail: int
-
-
-class Tokens(NamedTuple):
-    """What is kept of each token, oldest first unless a ring says otherwise.
-
-    k, v: [B, G, L, D], [B, G, L, V]. far_k: [B, G, L, D] where the far part sees other keys than the window does
-    (rotary embedding removed, shifted), else None. gates: [B, G, L, 2], what the token's hidden state does to its
-    log-scale and to the state's decay, or None. code: [B, 1, L, R], what it does to the decay of features, or None.
-    valid: [B, L], False for padding.
-    """
-
-    k: Tensor
-    v: Tensor
-    far_k: Tensor | None
-    gates: Tensor | None
-    code: Tensor | None
-    valid: Tensor
-
-    @property
-    def far_keys(self) -> Tensor:
-        return self.k if self.far_k is None else self.far_k
-
-    @property
-    def length(self) -> int:
-        return self.valid.shape[1]
-
-    def narrow(self, start: int, end: int) -> "Tokens":
-        return self.map(lambda x, dim: x.narrow(dim, start, end - start))
-
-    def map(self, change: Callable[[Tensor, int], Tensor]) -> "Tokens":
-        """``change(tensor, token dimension)`` of everything."""
-        dims = (2, 2, 2, 2, 2, 1)
-        return Tokens(*(x if x is None else change(x, dim) for x, dim in zip(self, dims, strict=True)))  # type: ignore[arg-type]
-
-    def followed_by(self, other: "Tokens") -> "Tokens":
-        others = iter(x for x in other if x is not None)
-        return self.map(lambda x, dim: torch.cat([x, next(others)], dim))
+from .past import Past, Sizes, Tokens
 
 
 class DiJiangCacheLayer(CacheLayerMixin):
-    """Holds the far state, what `Tokens` says of the last ``window`` tokens, and the token that the next is shifted by.
+    """Holds the `Past` and how many tokens it is of.
 
-    `update` only counts: what the new tokens do to the state is the attention function's work, since the features are
-    made there. Once the window is full, a single token replaces the oldest one in place (a ring, see `oldest`).
+    `update` only counts: what new tokens do to the past is the attention module's work, since features are made there.
     """
 
     is_sliding = False
-    lag: Tensor | None = None  # the state's s is to be multiplied by e^lag, [B, G, F or 1], see `absorb_next`
 
-    def __init__(self, window: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.window = window
         self.record_past = False
         self.reset()
 
     def reset(self) -> None:
-        self.state = None
-        self.recent: Tokens | None = None
-        self.trail: Tensor | None = None  # see `follow`
-        self.oldest = 0  # index of the oldest token in the ring
-        self.seen = 0
-        self.pending = 0  # tokens that `crop` can still take back
-        self.is_padded: bool | None = None  # see `padding`
-        self.ahead: list[Any] = []  # what the oldest tokens will do to the state, next one first: see `absorptions`
-        self.prepared: dict[str, Any] = {}  # what decoding makes of the layer's parameters, see `Prepared`
+        self.past: Past | None = None
+        self.count: int | Tensor = 0  # real tokens in the past: one number, or [B] once there was padding
+        self.seen = 0  # tokens so far, padding included
+        self.pending: Tokens | None = None  # tokens that `crop` can take back, which are not in the past yet
+        self.is_confirmed = False  # whether `crop` has been called since they were fed
+        self.known: dict[str, Any] = {}  # what decoding makes of the layer's parameters
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -109,7 +46,7 @@ class DiJiangCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Counts the new tokens and returns them alone: the past is in the state."""
+        """Counts the new tokens and returns them alone."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.seen += key_states.shape[-2]
@@ -124,154 +61,32 @@ class DiJiangCacheLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
 
-    # ------------------------------------------------------------------------------ what the attention function uses
+    # ------------------------------------------------------------------------------ what the attention module uses
 
-    @property
-    def state(self) -> Any:
-        """A `FarState`, or None before there is one."""
-        if self.lag is not None:
-            self.state = FarState(self._state.s * self.lag.exp()[..., None], self._state.m)
-        return self._state
+    def takes_one(self, valid: Tensor | None) -> bool:
+        """Whether a single token can be written in place. valid: [B, 1] if it is padding in some rows."""
+        return self.past is not None and not self.record_past and valid is None and not torch.is_grad_enabled()
 
-    @state.setter
-    def state(self, state: Any) -> None:
-        self._state, self.lag, self.ahead = state, None, []
+    def keep(self, past: Past, count: int | Tensor) -> None:
+        """Takes over what the past became, and how many tokens it is of."""
+        self.past, self.count = past, count
 
-    @property
-    def lagging_state(self) -> FarState:
-        """The state as it is kept, which lacks the decay e^lag."""
-        assert self._state is not None
-        return self._state
-
-    def set_state(self, state: FarState | None) -> None:
-        self.state = state
-
-    def absorb_next(self) -> Any:
-        """Lets the next key into the state, in place: the first `Absorption` of ``ahead``, which it returns."""
-        step = self.ahead.pop(0)
-        step.apply(self._state.s)
-        self._state, self.lag = FarState(self._state.s, step.m), step.lag
-        return step
-
-    def opened(self) -> "DiJiangCacheLayer":
-        """A layer that any number of tokens can be appended to."""
-        return self
-
-    def settle(self, opened: "DiJiangCacheLayer", valid: Tensor) -> None:
-        """Takes over what became of the layer that `opened` returned. valid: [B, N], of the tokens since."""
-
-    @property
-    def kept(self) -> int:
-        """L, how many tokens are kept one by one."""
-        return 0 if self.recent is None else self.recent.length
-
-    def takes_one(self, mask: Tensor | None) -> bool:
-        """Whether `replace_oldest` can take a single token. mask: [B, 1] if it is padding in some rows."""
-        full = self.recent is not None and self.kept == self.window and not self.record_past
-        return full and mask is None and not torch.is_grad_enabled()
-
-    def tokens(self, ordered: bool = True) -> Tokens:
-        """The kept tokens, oldest first unless ``ordered`` is False."""
-        if ordered:
-            self._unroll()
-        assert self.recent is not None
-        return self.recent
-
-    def append(self, new: Tokens) -> None:
-        """Puts new tokens behind the kept ones."""
-        self.is_padded, self.ahead = None, []
-        self.recent = new if self.recent is None else self.tokens().followed_by(new)
-
-    def overtake(self, new: Tokens) -> None:
-        """`append`, but where the kept tokens leave the window they are gone: they are part of the state already."""
-        if new.length >= self.window:
-            self.recent, self.oldest = None, 0
-        self.append(new)
-
-    def split_oldest(self, count: int) -> Tokens:
-        """Takes the ``count`` oldest tokens out of the kept ones and returns them."""
-        count = max(count, 0)
-        old = self.tokens().narrow(0, count)
-        # A copy, so that the memory of a long prompt is freed and the ring owns what it writes to.
-        self._map(lambda x, dim: x.narrow(dim, count, x.shape[dim] - count).clone())
-        return old
-
-    def follow(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """What came before each of the new tokens, as `preceding` has it. The last one is kept for the next call, and
-        others behind it that `crop` might make the last."""
-        if tokens.shape[2] == 1 and self.trail is not None and self.takes_one(valid):
-            before, self.trail = self.trail[:, :, -1:], tokens
-            return before
-        first = torch.zeros_like(tokens[:, :, :1]) if self.trail is None else self.trail[:, :, -1:]
-        before, last = preceding(tokens, first, valid)
-        new = torch.cat([before[:, :, 1:], last], 2)
-        self.trail = torch.cat([first if self.trail is None else self.trail, new], 2)
-        return before
-
-    def trim_trail(self) -> None:
-        """Keeps of the trail what `crop` can still come back to."""
-        kept = 1 + (self.kept if self.seen == self.kept else self.pending)
-        if self.trail is not None and self.trail.shape[2] > kept:
-            self.trail = self.trail[:, :, -kept:].clone()
-
-    def oldest_tokens(self, new: Tokens, most: int) -> Tokens:
-        """A view of those that `replace_oldest` overwrites next. Without a window the new one is itself the oldest."""
-        count = min(most, self.window - self.oldest)
-        return self.tokens(ordered=False).narrow(self.oldest, self.oldest + count) if self.window else new
-
-    def replace_oldest(self, new: Tokens) -> Any:
-        """Puts one real token in the place of the oldest."""
-        if self.window > 0:
-            for kept, part in zip(self.tokens(ordered=False)[:-1], new[:-1], strict=True):
-                if kept is not None and part is not None:
-                    kept.narrow(2, self.oldest, 1).copy_(part)
-            if self.is_padded is not False:
-                self.tokens(ordered=False).valid[:, self.oldest] = True
-            self.oldest = (self.oldest + 1) % self.window
-            if self.oldest == 0:
-                self.is_padded = None
-
-    def padding(self) -> Tensor | None:
-        """Which kept tokens are real, [B, L], or None where all are. (Values are looked at once a prompt.)"""
-        valid = self.tokens(ordered=False).valid
-        if self.is_padded is None:
-            self.is_padded = not bool(valid.all())
-        return valid if self.is_padded else None
-
-    def make_writable(self) -> None:
-        """Copies what was made under torch.inference_mode() where that has ended: nothing else may write to it."""
-        tensors = (self.recent.valid if self.recent is not None else None, *(self._state or ()))
-        if not torch.is_inference_mode_enabled() and any(x is not None and x.is_inference() for x in tensors):
-            self._map_batch(torch.clone)
-
-    def reorder_tokens(self, order: Tensor) -> None:
-        """Permutes the kept tokens of every row: order [B, L]."""
-
-        def gather(x: Tensor, dim: int) -> Tensor:
-            return x.gather(1, order) if dim == 1 else x.gather(2, order[:, None, :, None].expand_as(x))
-
-        self._map(gather)
-
-    def _unroll(self) -> None:
-        """Brings the ring back into order, oldest first."""
-        if self.oldest:
-            shift = self.oldest
-            self._map(lambda x, dim: x.roll(-shift, dim))
-            self.oldest = 0
-
-    def _map(self, change: Callable[[Tensor, int], Tensor]) -> None:
-        assert self.recent is not None
-        self.recent, self.ahead = self.recent.map(change), []
+    def writable_past(self) -> Past:
+        """The past to write to: a copy of what was made under torch.inference_mode() where that has ended."""
+        assert self.past is not None
+        if not torch.is_inference_mode_enabled() and self.past.first().is_inference():
+            self.past = self.past.map(torch.clone)
+        return self.past
 
     # ------------------------------------------------------------------------------- what generation strategies use
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.recent is not None:
-            self._map(lambda x, dim: change(x))
-        if self.state is not None:
-            self.state = FarState(change(self.state.s), change(self.state.m))
-        if self.trail is not None:
-            self.trail = change(self.trail)
+        if self.past is not None:
+            self.past = self.past.map(change)
+        if self.pending is not None:
+            self.pending = self.pending.map(change)
+        if isinstance(self.count, Tensor):
+            self.count = change(self.count)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -283,33 +98,30 @@ class DiJiangCacheLayer(CacheLayerMixin):
         self._map_batch(lambda x: x[indices, ...])
 
     def activate_past_recording(self) -> None:
-        """From now on tokens enter the state only once a `crop` has confirmed them."""
+        """From now on tokens enter the past only once a `crop` has confirmed them."""
         self.record_past = True
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        return self.record_past or self.seen == self.kept
+        return self.record_past
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last ``-tokens_to_remove`` tokens exactly. Raises RuntimeError where they are already part
-        of the state: call `activate_past_recording` before feeding them."""
+        """Takes back the last ``-tokens_to_remove`` tokens exactly. Raises RuntimeError where they are part of the past
+        already: call `activate_past_recording` before feeding them."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number: how many tokens to remove")
         if not self.is_initialized:  # a layer that was left out: early exit
             return
-        count = -tokens_to_remove
-        if count > (self.kept if self.seen == self.kept else self.pending):
+        count, kept = -tokens_to_remove, 0 if self.pending is None else self.pending.length
+        if count > kept:
             raise RuntimeError(
-                f"crop of {count} tokens from a DiJiang cache that can take back {self.pending}: "
+                f"crop of {count} tokens from a DiJiang cache that can take back {kept}: "
                 "call activate_past_recording() on the cache before feeding them"
             )
-        if count:
-            self._unroll()
-            self._map(lambda x, dim: x.narrow(dim, 0, x.shape[dim] - count))
-            if self.trail is not None:
-                self.trail = self.trail[:, :, : self.trail.shape[2] - count]
-            self.seen -= count
-        self.pending = 0
+        if self.pending is not None:
+            self.pending = self.pending.without_last(count) if count < kept else None
+            self.is_confirmed = True
+        self.seen -= count
 
     def offload(self) -> None:
         """Nothing: what is kept is small and stays where it is. (Softmax layers of the same cache are offloaded.)"""
@@ -321,56 +133,35 @@ class DiJiangCacheLayer(CacheLayerMixin):
 class StaticDiJiangCacheLayer(DiJiangCacheLayer):
     """The same in tensors whose shape and place never change, and which every call writes to: for compiled decoding.
 
-    Nothing is a Python number that changes from token to token. Each row of the batch has a ring of its own: its real
-    token number n is at place n % window, and padding takes no place. Tokens can't be taken back.
+    Nothing is a Python number that changes from token to token. Tokens can't be taken back.
     """
 
     is_compileable = True
     is_croppable = False  # type: ignore[assignment]
 
-    def __init__(self, kept: Kept, max_cache_len: int) -> None:
+    def __init__(self, sizes: Sizes, max_cache_len: int) -> None:
         CacheLayerMixin.__init__(self)
-        self.sizes, self.window = kept, kept.window
+        self.sizes = sizes
         self.max_cache_len = max_cache_len  # of softmax layers in the same cache, whose masks are sized by any layer
-        self.record_past, self.pending, self.oldest = False, 0, 0
-        self.prepared: dict[str, Any] = {}
-        self.state, self.recent, self.trail = None, None, None
-        self.seen = torch.tensor(0)  # type: ignore[assignment]
+        self.record_past, self.pending, self.past = False, None, None
+        self.known: dict[str, Any] = {}
+        self.count, self.seen = torch.tensor(0), torch.tensor(0)  # type: ignore[assignment]
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes everything, empty, for as many rows as new keys have, on their device and of their dtype."""
         super().lazy_initialization(key_states, value_states)
-        self.batch_size, sizes = key_states.shape[0], self.sizes
-        heads, dim, values = sizes.kv_heads, sizes.head_dim, sizes.value_dim
-
-        def empty(heads: int, dim: int, like: Tensor, tokens: int = self.window) -> Tensor:
-            return like.new_zeros(self.batch_size, heads, tokens, dim)
-
-        single = torch.zeros((), dtype=torch.float32, device=self.device)
-        self.recent = Tokens(
-            empty(heads, dim, key_states),
-            empty(heads, values, value_states),
-            empty(heads, dim, key_states) if sizes.far_keys else None,
-            empty(heads, 2, single) if sizes.gates else None,
-            empty(1, sizes.code, single) if sizes.code else None,
-            torch.zeros(self.batch_size, self.window, dtype=torch.bool, device=self.device),
-        )
-        if sizes.features:
-            self.state = FarState.empty(
-                self.batch_size, sizes.state_heads, sizes.features, values, value_states
-            )  # fmt: skip
-        if sizes.trail:
-            self.trail = empty(sizes.trail, dim, key_states, 1)
-        self.count = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)  # real tokens of each row
+        self.batch_size = key_states.shape[0]
+        self.past = self.sizes.empty(self.batch_size, key_states)
+        self.count = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
         self.seen = self.seen.to(self.device)  # type: ignore[attr-defined]
         if not torch.compiler.is_compiling():  # so that CUDA graphs may write to them
             for x in self._tensors():
                 torch._dynamo.mark_static_address(x)
 
     def _tensors(self) -> list[Tensor]:
-        kept = (*(self.recent or ()), *(self.state or ()), self.trail, self.count, self.seen)
-        return [x for x in kept if isinstance(x, Tensor)]
+        assert self.past is not None and isinstance(self.count, Tensor) and isinstance(self.seen, Tensor)
+        return [*self.past.tensors(), self.count, self.seen]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Counts the new tokens. Raises ValueError for another batch, and where a gradient is wanted of the past."""
@@ -395,71 +186,28 @@ class StaticDiJiangCacheLayer(DiJiangCacheLayer):
         return self.max_cache_len, 0
 
     def reset(self) -> None:
-        if self.is_initialized:
-            for x in self._tensors():
-                x.zero_()
-            if self.state is not None:
-                self.state.m.fill_(FLOOR)
+        if self.is_initialized and self.past is not None:
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            self.past.copy_(self.sizes.empty(self.batch_size, like))
+            self.count.zero_()  # type: ignore[union-attr]
+            self.seen.zero_()  # type: ignore[attr-defined]
 
-    def set_state(self, state: FarState | None) -> None:
-        if self.state is not None and state is not None:
-            self.state.s.copy_(state.s)
-            self.state.m.copy_(state.m)
-
-    def opened(self) -> DiJiangCacheLayer:
-        layer = DiJiangCacheLayer(self.window)
-        layer.state, layer.recent = self.state, self._turned(self.count)
-        return layer
-
-    def settle(self, opened: DiJiangCacheLayer, valid: Tensor) -> None:
-        self.set_state(opened.state)
-        self.count.add_(valid.sum(1))
-        kept = iter(x for x in self._turned(-self.count, opened.recent) if x is not None)
-        self.tokens(ordered=False).map(lambda x, dim: x.copy_(next(kept)))
-
-    def _turned(self, by: Tensor, kept: Tokens | None = None) -> Tokens:
-        """Each row's kept tokens moved to the left by so many places [B], around the end."""
-        kept = self.tokens(ordered=False) if kept is None else kept
-        if self.window == 0:
-            return kept
-        places = (torch.arange(self.window, device=by.device) + by[:, None]) % self.window  # [B, L]
-        return kept.map(lambda x, dim: x.gather(dim, _along(places, x, dim)))
-
-    def follow(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        assert self.trail is not None
-        before, last = preceding(tokens, self.trail, valid)
-        before = before.clone()  # not a view of what is written next
-        self.trail.copy_(last)
-        return before
-
-    def trim_trail(self) -> None:
-        """Nothing: one token is all there is."""
-
-    def takes_one(self, mask: Tensor | None) -> bool:
+    def takes_one(self, valid: Tensor | None) -> bool:
         return True
 
-    def replace_oldest(self, new: Tokens) -> Tokens:
-        """Puts each row's new token in the place of its oldest, which it returns; but padding takes no place."""
-        if self.window == 0:
-            return new
-        place, kept = (self.count % self.window)[:, None], self.tokens(ordered=False)
-        old = kept.map(lambda x, dim: x.gather(dim, _along(place, x, dim)))
-        parts = zip((x for x in old if x is not None), (x for x in new if x is not None), strict=True)
+    def keep(self, past: Past, count: int | Tensor) -> None:
+        assert self.past is not None and isinstance(self.count, Tensor)
+        self.past.copy_(past)
+        self.count.copy_(torch.as_tensor(count))
 
-        def put(x: Tensor, dim: int) -> Tensor:
-            before, after = next(parts)
-            real = new.valid if dim == 1 else new.valid[:, None, :, None]
-            return x.scatter_(dim, _along(place, x, dim), torch.where(real, after, before))
-
-        kept.map(put)
-        self.count.add_(new.valid[:, 0])
-        return old._replace(valid=old.valid & new.valid)
+    def writable_past(self) -> Past:
+        assert self.past is not None
+        return self.past
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._map_batch(change)
         if self.is_initialized:
-            self.count = change(self.count)
-            self.batch_size = self.count.shape[0]
+            self.batch_size = self.count.shape[0]  # type: ignore[union-attr]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.is_initialized:
@@ -477,15 +225,6 @@ class StaticDiJiangCacheLayer(DiJiangCacheLayer):
             raise RuntimeError("a static DiJiang cache can't take tokens back: use a dynamic one")
 
 
-class DecodingCache(StaticCache):
-    """What generate() decodes with by default where CUDA graphs do: `StaticDiJiangCacheLayer` in every layer."""
-
-
-def _along(places: Tensor, x: Tensor, dim: int) -> Tensor:
-    """Indices [B, L] into dimension ``dim`` of x, in the shape that gather and scatter want."""
-    return places if dim == 1 else places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-
-
 def preceding(tokens: Tensor, first: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """At each place of tokens [B, A, N, D] the real token before it, and the last one of all [B, A, 1, D].
 
@@ -494,15 +233,16 @@ def preceding(tokens: Tensor, first: Tensor, valid: Tensor | None = None) -> tup
     every = torch.cat([first, tokens], 2)
     if valid is not None:
         places = torch.arange(1, every.shape[2], device=valid.device)
-        last = F.pad(torch.where(valid, places, 0).cummax(1).values, (1, 0))  # index of the last real token so far
+        last = F.pad(torch.where(valid, places, 0).cummax(1).values, (1, 0))  # of real tokens so far
         every = every.gather(2, last[:, None, :, None].expand_as(every))
     return every[:, :, :-1], every[:, :, -1:]
 
 
-def cache_layer(cache: Cache, layer_idx: int, kept: Kept) -> DiJiangCacheLayer:
+def cache_layer(cache: Cache, layer_idx: int, sizes: Sizes) -> DiJiangCacheLayer:
     """The DiJiang layer at ``layer_idx``, put in place of the plain and still empty one that generate() made.
 
-    Raises ValueError where the layer holds tokens of another kind of cache, or is of an unknown kind.
+    Raises ValueError where the layer holds tokens of another kind of cache, or is
+    of an unknown kind.
     """
     while len(cache.layers) <= layer_idx:  # caches that grow their layers when first updated
         cache.layers.append(DynamicLayer())
@@ -523,9 +263,9 @@ def cache_layer(cache: Cache, layer_idx: int, kept: Kept) -> DiJiangCacheLayer:
     new: DiJiangCacheLayer
     others = [layer] if has_place else cache.layers
     if any(isinstance(each, StaticLayer | StaticDiJiangCacheLayer) for each in others):
-        new = StaticDiJiangCacheLayer(kept, cache.get_max_length())
+        new = StaticDiJiangCacheLayer(sizes, cache.get_max_length())
     else:
-        new = DiJiangCacheLayer(kept.window)
+        new = DiJiangCacheLayer()
         new.record_past = any(getattr(each, "record_past", False) for each in others)
     cache.layers[layer_idx] = new
     return new

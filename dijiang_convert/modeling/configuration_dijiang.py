@@ -11,22 +11,22 @@ import transformers
 if TYPE_CHECKING:
     # Makes dynamic loading treat all files as one: they are hashed together. Each is named, since transformers too old
     # for this code copies no others, and would fail over them before it can be told its age below.
-    from .accelerated import triton_available  # noqa: F401
     from .attention import DiJiangAttention  # noqa: F401
     from .cache import DiJiangCacheLayer  # noqa: F401
-    from .chunk_kernels import prefill  # noqa: F401
-    from .cuda_graph import GraphedStep  # noqa: F401
-    from .decode_kernels import decode  # noqa: F401
-    from .decoding import Absorption  # noqa: F401
-    from .feature_kernels import feature_map  # noqa: F401
+    from .decay import StateDecay  # noqa: F401
     from .feature_map import FeatureMap  # noqa: F401
-    from .fla_kernels import train  # noqa: F401
-    from .inference import LEAST_TOTAL  # noqa: F401
-    from .linear_attention import FarState  # noqa: F401
+    from .interface import dijiang_attention  # noqa: F401
+    from .kernel import attend_blocks  # noqa: F401
+    from .layout import Layout  # noqa: F401
+    from .linear import attend_chunks  # noqa: F401
+    from .memory import Memory  # noqa: F401
     from .modeling_dijiang import DiJiangMixin  # noqa: F401
-    from .near_kernels import near_attention  # noqa: F401
     from .packing import packed_mask  # noqa: F401
+    from .past import Past  # noqa: F401
     from .rotary import rotation  # noqa: F401
+    from .state import State  # noqa: F401
+    from .step import attend_token  # noqa: F401
+    from .table import Table  # noqa: F401
 
 REQUIRES_TRANSFORMERS = "5.18.0"
 
@@ -42,8 +42,12 @@ if [int(n) for n in transformers.__version__.split(".")[:2]] < [int(n) for n in 
 class Kernel:
     """What replaces softmax in every converted layer. Raises ValueError for a combination that means nothing.
 
-    window: how many of the last keys, the token's own included, keep their exact softmax weight; 0 for none.
-    far: False deletes everything beyond the window (a baseline, not a model to use).
+    window: how many keys before a token keep their exact softmax weight at least: those of its own block and of
+        window / block blocks before it. 0 keeps none, not even the token's own.
+    sinks: how many of the first tokens keep their exact weight for ever.
+    memory: how many of all other keys that left the window keep it, those with the best scores.
+    block: tokens that leave the window together.
+    far: False deletes the state: what is in no exact row is forgotten (a baseline, not a model to use).
     signed: features of y and −y (2·head_dim of them) instead of y alone.
     frequency: start of the learned diagonal T, or "quasi-random" for the paper's fixed one.
     projection: adds the learned W to T C.
@@ -60,6 +64,9 @@ class Kernel:
     """
 
     window: int = 64
+    sinks: int = 4
+    memory: int = 64
+    block: int = 64
     far: bool = True
     signed: bool = True
     frequency: float | str = 1.0
@@ -72,7 +79,6 @@ class Kernel:
     shift: bool = False
     normalize: bool = True
     gate: bool = False
-    chunk_size: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,8 +90,15 @@ class Kernel:
                     raise ValueError(f"kernel.frequency is {value!r}: give a positive number or quasi-random")
             elif type(value) is not type(field.default):
                 raise ValueError(f"kernel.{field.name} is {value!r}: give a {type(field.default).__name__}")
-        if self.window < 0 or self.chunk_size < 1:
-            raise ValueError("kernel.window must be at least 0 and kernel.chunk_size at least 1")
+        for name, least in (("window", 0), ("sinks", 0), ("memory", 0), ("block", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"kernel.{name} is {getattr(self, name)}: give {least} or more")
+        if self.window % self.block:
+            raise ValueError(
+                f"kernel.window is {self.window}, no whole multiple of kernel.block, {self.block}: change one of them"
+            )
+        if self.window == 0 and (self.sinks or self.memory):
+            raise ValueError("kernel.window is 0, which keeps no exact keys: set kernel.sinks and kernel.memory to 0")
         if self.rotary not in ("keep", "remove"):
             raise ValueError(f"kernel.rotary is {self.rotary!r}: give keep or remove")
         if self.decay not in ("learned", "retnet", "none"):

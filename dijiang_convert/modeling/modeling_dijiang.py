@@ -14,28 +14,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMode
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    bidirectional_mask_function,
-    causal_mask_function,
-    sdpa_mask,
-    sliding_window_causal_mask_function,
-)
-from transformers.modeling_utils import AttentionInterface
 
 from .attention import Call, DiJiangAttention
-from .cache import DecodingCache, DiJiangCacheLayer, cache_layer
+from .cache import DiJiangCacheLayer, cache_layer
 from .configuration_dijiang import Kernel, Layers, read_section
-from .cuda_graph import GraphConfig, GraphedStep, is_recording
-from .packing import CACHE_NAMES, find_segments, new_tokens, packed_arguments, packed_mask, packed_segments
+from .interface import is_all
+from .packing import CACHE_NAMES, find_segments, new_tokens, packed_arguments
 
 # Tokens of a prompt that the model works on at once when no gradient is needed: see `_in_segments`.
 SEGMENT = 2048
@@ -43,204 +33,6 @@ SEGMENTED_ARGUMENTS = {
     "input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep",
     "return_dict",
 }  # fmt: skip
-
-# Arguments of attention functions that change the result and that the kernel does not follow.
-UNSUPPORTED_ARGUMENTS = ("position_bias", "head_mask", "indices", "cu_seq_lens_q")
-
-
-# ---------------------------------------------------------------------------------------- the attention function
-
-
-def dijiang_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dijiang: Call | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention as `AttentionInterface` calls it: a thin dispatcher to the module's child, so that checkpoints of
-    several versions can share the name. Layers that were not converted get softmax attention."""
-    if not hasattr(module, "dijiang"):
-        return softmax_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if dijiang is None:
-        raise RuntimeError(f"{type(module).__name__} lost the forward hook that hands over the cache: reload the model")
-    refuse_unsupported(kwargs)
-    segments = packed_segments(attention_mask)
-    mask = None if attention_mask is None or segments is not None else real_tokens(attention_mask, query.shape[2])
-    if mask is not None and is_all(mask):
-        mask = None
-    causal = kwargs.get("is_causal")
-    call = dijiang._replace(
-        segments=segments,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=kwargs.get("softcap"),
-        sink=kwargs.get("s_aux"),
-        causal=getattr(module, "is_causal", True) if causal is None else causal,
-    )
-    out = module.dijiang(query, key, value, mask, call)  # type: ignore[operator]
-    return out.transpose(1, 2).contiguous(), None
-
-
-def refuse_unsupported(kwargs: dict[str, Any]) -> None:
-    """Raises NotImplementedError for attention arguments that the kernel would have to ignore."""
-    for name in UNSUPPORTED_ARGUMENTS:
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"DiJiang attention does not support {name}")
-
-
-def softmax_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The source's attention from the mask that DiJiang models pass around (see `dijiang_mask`): PyTorch's SDPA, or the
-    model's own function where that can't do it (soft-capped logits, sinks)."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
-    queries, keys = query.shape[2], key.shape[2]
-    segments = packed_segments(attention_mask)
-    if segments is not None:
-        window = kwargs.get("sliding_window") or _sliding_window(module)
-        visible = sliding_window_causal_mask_function(window) if window else causal_mask_function
-        attention_mask = packed_mask(segments, visible if causal else bidirectional_mask_function)
-    elif attention_mask is not None and attention_mask.dim() == 4:
-        if attention_mask.shape[2] == queries + 1:  # of a static cache, see `static_mask`
-            attention_mask = attention_mask[:, :, :-1]
-    elif causal:
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, -keys:].bool()
-        attention_mask = sdpa_mask(
-            batch_size=query.shape[0], q_length=queries, kv_length=keys, q_offset=keys - queries, kv_offset=0,
-            attention_mask=attention_mask, allow_is_causal_skip=plain, device=query.device,
-        )  # fmt: skip
-    elif attention_mask is not None:
-        attention_mask = attention_mask[:, None, None, -keys:].bool().expand(-1, 1, queries, -1)
-    if plain:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, is_causal=causal, **kwargs
-        )
-    if attention_mask is not None:
-        lowest = torch.finfo(query.dtype).min
-        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
-    own = sys.modules[type(module).__module__].eager_attention_forward
-    out, _ = own(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return out, None
-
-
-def _sliding_window(module: nn.Module) -> int | None:
-    """The window of a sliding layer whose module does not say it in its call."""
-    config: Any = getattr(module, "config", None)
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[module.layer_idx] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-def dijiang_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    local_size: int | None = None,
-    config: Any = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The mask as DiJiang attention wants it: [B, keys], True for real tokens, or None if all are. The keys are the
-    new ones; where softmax layers are left, all so far. (Of packed documents: see `packing`; of a cache that has places
-    for tokens to come: `static_mask`.)
-
-    Layers that see less or more than all tokens before (sliding, chunked, images) get transformers' own mask,
-    [B, 1, N, keys], unless they were converted too."""
-    layers = _converted_layers(config)
-    sizes: dict[str, Any] = {
-        "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
-        "kv_offset": kv_offset, "attention_mask": attention_mask,
-    }  # fmt: skip
-    is_static = isinstance(q_offset, Tensor) or kv_offset + kv_length > q_offset + q_length
-    if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        is_local = local_size is not None and (is_static or kwargs.get("allow_is_causal_skip", True))
-        if not (is_local and _local_layers(config) <= layers):
-            return sdpa_mask(**sizes, mask_function=mask_function, local_size=local_size, **kwargs)
-    converted = set(range(config.num_hidden_layers)) <= layers
-    if is_static:
-        return static_mask(**sizes, converted=converted, **kwargs)
-    if attention_mask is None:
-        return None
-    if converted:
-        attention_mask = attention_mask[:, -q_length:]
-    return None if is_all(attention_mask) else attention_mask
-
-
-def static_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor,
-    kv_offset: int,
-    attention_mask: Tensor | None,
-    converted: bool,
-    **arguments: Any,
-) -> Tensor | None:
-    """The mask for a static cache: [B, 1, N + 1, keys], True where a new token sees a key, and in a last row which of
-    the new tokens are real (see `real_tokens`). That row alone, [B, 1, 1, N], where every layer is ``converted``."""
-    real = None
-    if attention_mask is not None:
-        real = attention_mask[:, torch.arange(q_length, device=attention_mask.device) + q_offset]
-    if converted:
-        return None if real is None or is_all(real) else real[:, None, None]
-    visible = sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,  # type: ignore[arg-type]
-        attention_mask=attention_mask, **{**arguments, "allow_is_causal_skip": False},
-    )  # fmt: skip
-    assert visible is not None
-    real = torch.ones_like(visible[:, 0, 0, :q_length]) if real is None else real
-    return torch.cat([visible, F.pad(real, (kv_length - q_length, 0))[:, None, None]], 2)
-
-
-def real_tokens(mask: Tensor, count: int) -> Tensor:
-    """Which of the ``count`` new tokens are not padding, [B, N], by a mask of `dijiang_mask`.
-
-    Raises NotImplementedError for a mask that is no causal one."""
-    if mask.dim() == 4:
-        if mask.shape[2] != count + 1 and mask.shape[2:] != (1, count):
-            raise NotImplementedError(
-                "DiJiang attention is causal over the real tokens of a row: it does not follow masks of another shape, "
-                "as for packed rows given to an inner model, or for image tokens that see each other"
-            )
-        mask = mask[:, 0, -1]
-    return mask[:, -count:]
-
-
-def is_all(mask: Tensor) -> bool:
-    """Whether every token is real. False where that can't be asked: compiled and recorded graphs see no values."""
-    return not torch.compiler.is_compiling() and not is_recording(mask) and bool(mask.all())
-
-
-def _converted_layers(config: Any) -> set[int]:
-    section = getattr(config, "dijiang", None)
-    return set() if section is None else set(section["layers"])
-
-
-def _local_layers(config: Any) -> set[int]:
-    """Those that see a part of the tokens before: all of them where the config does not tell layers apart."""
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return {i for i, kind in enumerate(types) if kind in ("sliding_attention", "chunked_attention")}
-
-
-AttentionInterface.register("dijiang", dijiang_attention)
-AttentionMaskInterface.register("dijiang", dijiang_mask)
-
 
 # ------------------------------------------------------------------------------------------------ model classes
 
@@ -290,7 +82,7 @@ def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         if not module.dijiang.layers.causal:
             raise ValueError("this model sees both sides of a token: it has no cache, leave it out")
         if module.config._attn_implementation.startswith("dijiang"):
-            layer = cache_layer(cache, module.layer_idx, module.dijiang.kept)
+            layer = cache_layer(cache, module.layer_idx, module.dijiang.sizes)
         elif any(isinstance(each, DiJiangCacheLayer) for each in cache.layers):
             raise ValueError("a DiJiang cache can't serve softmax attention: start from an empty cache")
     if not module.config._attn_implementation.startswith("dijiang"):
@@ -361,53 +153,18 @@ class DiJiangMixin:
                 raise ValueError(f"the checkpoint {kind} {len(keys)} tensors, {min(keys)} first: it is damaged")
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
-        name = next((name for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
         is_ours = self.config._attn_implementation == "dijiang"  # type: ignore[attr-defined]
-        if name is None and is_ours:
-            self._prefer_decoding_cache(generation_config, model_kwargs, args)
         cache = next((model_kwargs[name] for name in CACHE_NAMES if name in model_kwargs), None)
-        if isinstance(cache, DecodingCache) and generation_config.compile_config is None:
-            generation_config.compile_config = GraphConfig()
         if isinstance(cache, Cache) and is_ours:
             for name, module in self.named_modules():  # type: ignore[attr-defined]
                 if isinstance(getattr(module, "dijiang", None), DiJiangAttention):
-                    cache_layer(cache, layer_index(name, module), module.dijiang.kept)
+                    cache_layer(cache, layer_index(name, module), module.dijiang.sizes)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             elif GenerationMode.ASSISTED_GENERATION in args and cache.get_seq_length() > 0:
                 # transformers feeds the whole prompt to it again
                 raise ValueError("assisted decoding starts from an empty cache: leave the filled one out")
-
-    def _prefer_decoding_cache(
-        self, generation_config: Any, model_kwargs: dict[str, Any], args: tuple[Any, ...]
-    ) -> None:
-        """Puts a cache whose tensors stay where they are in the place of the growing one that generate() just made by
-        default, where a CUDA graph can decode with it."""
-        name, config = next((name for name in CACHE_NAMES if name in model_kwargs), ""), self.config  # type: ignore[attr-defined]
-        default, asked = model_kwargs.get(name), ("cache_implementation", "compile_config", "prefill_chunk_size")
-        if type(default) is not DynamicCache or any(getattr(generation_config, each) is not None for each in asked):
-            return
-        if generation_config.is_assistant or GenerationMode.ASSISTED_GENERATION in args or not self._records():
-            return
-        if config.get_text_config(decoder=True) is not config:  # masks of images know positions in the whole prompt
-            return
-        if not set(range(config.num_hidden_layers)) <= _converted_layers(config):
-            return
-        model_kwargs[name] = DecodingCache(config=config, max_cache_len=args[-1])
-        if not self._valid_auto_compile_criteria(model_kwargs, generation_config):  # type: ignore[attr-defined]
-            model_kwargs[name] = default
-
-    def _records(self) -> bool:
-        """Whether the whole model is where one CUDA graph can hold its decode step."""
-        places = set((getattr(self, "hf_device_map", None) or {"": self.device}).values())  # type: ignore[attr-defined]
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        return self.device.type == "cuda" and len(places) == 1 and alone and not self._is_stateful  # type: ignore[attr-defined]
-
-    def get_compiled_call(self, compile_config: Any) -> Any:
-        if isinstance(compile_config, GraphConfig):
-            return GraphedStep(self.__call__)  # type: ignore[operator]
-        return super().get_compiled_call(compile_config)  # type: ignore[misc]
 
 
 def _register_body(model_class: Any, config: Any) -> None:
@@ -443,6 +200,7 @@ def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
         if segments is not None:
             return forward(self, **packed_arguments(given, segments, self.config, names))
         if ours:
+            kwargs.update(_mask_of_unseen(given, self.config))
             kwargs.update(_position_ids(given, self.config, "position_ids" in names, cache_name))
             given.update(kwargs)
             if cache_name is not None and _is_long_prompt(self, given):
@@ -518,6 +276,17 @@ def _in_segments(model: Any, forward: Callable[..., Any], given: dict[str, Any],
     if given.get("use_cache") is False and given.get(cache_name) is None:
         result[cache_name] = None
     return result
+
+
+def _mask_of_unseen(given: dict[str, Any], config: Any) -> dict[str, Tensor]:
+    """A mask of real tokens alone, where transformers would look for packed rows in a graph that sees no values."""
+    tokens = new_tokens(given)
+    names = ("attention_mask", "position_ids", *CACHE_NAMES)
+    if not torch.compiler.is_compiling() or not _is_causal(config) or tokens is None:
+        return {}
+    if given.get("use_cache") is not False or any(given.get(name) is not None for name in names):
+        return {}
+    return {"attention_mask": torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)}
 
 
 def _position_ids(given: dict[str, Any], config: Any, accepted: bool, cache_name: str | None) -> dict[str, Tensor]:

@@ -71,10 +71,8 @@ def _unseen(given: dict[str, Any], tokens: Tensor) -> Tensor | None:
     """The same in a compiled graph, which can't ask whether positions restart: documents wherever there may be some."""
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     caches = any(given.get(name) is not None for name in CACHE_NAMES) or given.get("use_cache")
-    if mask is not None or caches or (positions is None and given.get("use_cache") is not False):
+    if mask is not None or caches or positions is None or positions.dim() != 2:
         return None
-    if positions is None or positions.dim() != 2:
-        return torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
     return F.pad((positions.diff(dim=-1) != 1).cumsum(-1), (1, 0)).expand(tokens.shape[0], -1)
 
 

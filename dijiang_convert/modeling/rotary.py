@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear_attention import accumulated
+from .state import accumulated
 
 _known: dict[tuple[Any, ...], "Turn | None"] = {}  # see `known_rotation`
 

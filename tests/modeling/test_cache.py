@@ -3,8 +3,6 @@
 Whatever is done to a cache, the logits after it must be those of the full forward pass over the tokens that remain.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -15,13 +13,15 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from dijiang_convert.modeling.cache import DiJiangCacheLayer, cache_layer
-from tests.models import WINDOW, difference, feed, kernels, load, logits_of, tokens
+from tests.models import BLOCK, WINDOW, difference, feed, forget, kernels, load, logits_of, tokens
 
 TOLERANCE = 1e-4
-PROMPT = 150  # far more than the window and a chunk
+PROMPT = 150  # far more than the window and what the memory holds; 6 tokens in the last block
 
 
-@pytest.fixture(scope="module", params=["default", "keep", "pure", "paper", "window-only", "partial"])
+@pytest.fixture(
+    scope="module", params=["default", "keep", "retnet", "no-state", "pure", "paper", "window-only", "partial"]
+)
 def model(request: pytest.FixtureRequest) -> Any:
     return load("llama", request.param)
 
@@ -32,13 +32,12 @@ def default() -> Any:
 
 
 def stored_bytes(cache: Cache) -> int:
-    """Of all memory that the cache keeps alive, views of larger tensors in full."""
+    """Of all memory that the cache keeps alive for what is past, views of larger tensors in full."""
     storages = {}
     for layer in cache.layers:
-        assert isinstance(layer, DiJiangCacheLayer)
-        for value in (*(layer.recent or ()), *(layer.state or ()), layer.trail):
-            if isinstance(value, Tensor):
-                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        assert isinstance(layer, DiJiangCacheLayer) and layer.past is not None
+        for value in layer.past.tensors():
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     return sum(storages.values())
 
 
@@ -54,7 +53,10 @@ def assert_goes_on(model: Any, cache: Cache, ids: Tensor, tail: Tensor, sizes: t
 
 @pytest.mark.parametrize(
     "variant,sizes",
-    [("default", (100, 1)), *((variant, (33, 1, 20)) for variant in ("keep", "pure", "paper", "window-only"))],
+    [
+        ("default", (100, 1)),
+        *((name, (33, 1, 20)) for name in ("keep", "retnet", "no-state", "pure", "paper", "window-only")),
+    ],
 )
 def test_bytes_are_constant(variant: str, sizes: tuple[int, ...]) -> None:
     model = load("llama", variant)
@@ -64,22 +66,39 @@ def test_bytes_are_constant(variant: str, sizes: tuple[int, ...]) -> None:
     for start, stop in ((0, 100), (100, 200), (200, 1000)):
         _, cache = feed(model, ids[:, start:stop], sizes, cache)
         found.add(stored_bytes(cache))
-    assert len(found) == 1 and found != {0}
-    child = kernels(model)[0]
-    kernel, layers = child.kernel, child.layers
-    kept = 2 + child._keeps_far_keys  # keys, values, and keys without rotary embedding
-    numbers = kernel.window * kept * layers.kv_heads * layers.head_dim
+    kernel, layers = kernels(model)[0].kernel, kernels(model)[0].layers
+    heads = layers.heads if kernel.decay == "retnet" else layers.kv_heads
+    features, values = layers.head_dim * (2 if kernel.signed else 1), layers.value_dim
+    held, rows = kernel.window + kernel.block, kernel.sinks + kernel.memory
+    numbers = 0
+    if kernel.window:
+        numbers += heads * ((rows + held) * (layers.head_dim + values) + held + rows)  # and received, and score
+        if kernel.far:
+            numbers += held * layers.kv_heads * layers.head_dim  # keys without rotary embedding, or with their shift
+            numbers += held * (2 * layers.kv_heads * kernel.selective + kernel.decay_rank)
     if kernel.far:
-        state_heads = layers.heads if variant == "paper" else layers.kv_heads
-        numbers += kernel.window * 2 * layers.kv_heads if kernel.selective else 0
-        numbers += kernel.window * kernel.decay_rank
+        numbers += heads * features * (values + 1)
         numbers += (layers.heads + layers.kv_heads) * layers.head_dim if kernel.shift else 0  # of the last token
-        numbers += state_heads * (child.q_features.features * (layers.value_dim + 1) + 1)
-    assert found == {2 * 2 * (4 * numbers + kernel.window)}  # two layers, two rows; four bytes a number, one a flag
+    assert found == {2 * 2 * 4 * numbers}  # two layers, two rows; four bytes a number
+    made = kernels(model)[0].sizes.empty(2, torch.empty(0))
+    assert found == {2 * sum(x.nbytes for x in made.tensors())}
+
+
+@torch.no_grad()
+def test_decoding_allocates_nothing_inside_a_block() -> None:
+    """What is kept stays where it is from token to token, but for where a block leaves the window."""
+    model, ids = load("llama"), tokens(1, 100)
+    _, cache = feed(model, ids, (100,))
+    steps = []
+    for token in ids[:, :40].split(1, 1):
+        feed(model, token, (1,), cache)
+        steps.append([x.data_ptr() for layer in cache.layers for x in layer.past.tensors()])  # type: ignore[attr-defined]
+    moved = [n for n in range(1, 40) if steps[n] != steps[n - 1]]
+    assert len(steps[0]) > 8 and moved == [(112 - 100), (128 - 100)]
 
 
 def test_answers() -> None:
-    layer = DiJiangCacheLayer(window=4)
+    layer = DiJiangCacheLayer()
     assert layer.get_seq_length() == 0 and layer.get_max_length() == -1 and not layer.is_initialized
     k, v = torch.randn(2, 1, 5, 8), torch.randn(2, 1, 5, 8)
     assert layer.update(k, v) == (k, v)  # the new ones alone
@@ -88,10 +107,22 @@ def test_answers() -> None:
     layer.prefetch()
 
 
+@pytest.mark.parametrize("variant", ["default", "pure", "window-only"])
+def test_a_cache_made_in_inference_mode_goes_on_outside(variant: str) -> None:
+    model, ids = load("llama", variant), tokens(2, 120)
+    with torch.inference_mode():
+        cache = model(ids[:, :100], use_cache=True).past_key_values
+    found, cache = feed(model, ids[:, 100:110], (1,), cache)
+    with torch.inference_mode():
+        inside, cache = feed(model, ids[:, 110:115], (1,), cache)
+    rest, _ = feed(model, ids[:, 115:], (1,), cache)
+    assert difference(torch.cat([found, inside, rest], 1), logits_of(model, ids)[:, 100:]) <= TOLERANCE
+
+
 # ------------------------------------------------------------------------------------------------------- the batch
 
 
-@pytest.mark.parametrize("decoded", [0, 5, WINDOW])  # tokens fed one at a time turn the ring
+@pytest.mark.parametrize("decoded", [0, 5, BLOCK])  # tokens fed one at a time are written in place
 def test_batch_operations(model: Any, decoded: int) -> None:
     ids, tail = tokens(3, PROMPT), tokens(6, 20, seed=1)
     _, cache = feed(model, ids, [PROMPT - decoded, 1] if decoded else [PROMPT])
@@ -107,7 +138,7 @@ def test_batch_operations(model: Any, decoded: int) -> None:
 
 def test_batch_operations_on_an_empty_cache(default: Any) -> None:
     cache = DynamicCache(config=default.config)
-    cache_layer(cache, 0, kernels(default)[0].kept)
+    cache_layer(cache, 0, kernels(default)[0].sizes)
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0]))
@@ -170,12 +201,15 @@ def test_recording_keeps_memory_bounded(default: Any) -> None:
         feed(default, tokens(1, 10, seed=number), [10], cache)
         cache.crop(-4)
         found.append(stored_bytes(cache))
-    assert len(set(found[2:])) == 1
+        layer = cache.layers[0]
+        assert isinstance(layer, DiJiangCacheLayer) and layer.pending is not None and layer.pending.length == 6
+    assert len(set(found)) == 1
 
 
-def test_crop_without_recording(model: Any) -> None:
-    ids = tokens(2, PROMPT)
-    _, cache = feed(model, ids, [PROMPT])
+@pytest.mark.parametrize("prompt", [PROMPT, WINDOW, 1])  # with keys that left the window, or all still in it
+def test_crop_without_recording(model: Any, prompt: int) -> None:
+    ids = tokens(2, prompt)
+    _, cache = feed(model, ids, [prompt])
     assert not cache.is_croppable
     layer = next(layer for layer in cache.layers if isinstance(layer, DiJiangCacheLayer))
     with pytest.raises(RuntimeError, match="activate_past_recording"):
@@ -186,12 +220,12 @@ def test_crop_without_recording(model: Any) -> None:
     assert_goes_on(model, cache, ids, tokens(2, 5, seed=1))
 
 
-def test_crop_before_anything_left_the_window(default: Any) -> None:
-    ids = tokens(2, WINDOW)
-    _, cache = feed(default, ids, [WINDOW])
-    assert cache.is_croppable
-    cache.crop(-6)
-    assert_goes_on(default, cache, ids[:, :-6], tokens(2, PROMPT, seed=1))
+def test_crop_of_what_was_fed_before_recording(default: Any) -> None:
+    _, cache = feed(default, tokens(1, PROMPT), [PROMPT])
+    cache.activate_past_recording()
+    feed(default, tokens(1, 3, seed=1), [3], cache)
+    with pytest.raises(RuntimeError, match="crop of 4 tokens from a DiJiang cache that can take back 3"):
+        cache.layers[0].crop(-4)
 
 
 # --------------------------------------------------------------------------------------------------- other caches
@@ -238,11 +272,12 @@ def test_layer_of_another_version_is_refused(default: Any) -> None:
         feed(default, tokens(1, 5), [5], cache)
 
 
-def test_zeroed_state_shows(default: Any) -> None:
-    """The tests above could not pass with the window alone."""
-    _, cache = feed(default, tokens(1, PROMPT), [PROMPT])
-    tail = tokens(1, 1, seed=1)
-    expected, _ = feed(default, tail, [1], copy.deepcopy(cache))
-    for layer in cache.layers:
-        layer.state.s.zero_()
-    assert difference(feed(default, tail, [1], cache)[0], expected) > 100 * TOLERANCE
+def test_every_part_shows(default: Any) -> None:
+    """The tests above could not pass with the window alone, or without any other part of the table."""
+    ids, tail = tokens(1, PROMPT), tokens(1, 1, seed=1)
+    expected, _ = feed(default, tail, [1], feed(default, ids, [PROMPT])[1])
+    for part in ("state", "memory", "sinks", "window"):
+        _, cache = feed(default, ids, [PROMPT])
+        for layer in cache.layers:
+            forget(layer, part)
+        assert difference(feed(default, tail, [1], cache)[0], expected) > 100 * TOLERANCE, part

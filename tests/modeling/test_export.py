@@ -1,19 +1,18 @@
 """`torch.export`: programs that run without this package's code, and give the model's numbers.
 
-Sequences reach far beyond the window of 16 and the chunk of 64.
+Sequences reach far beyond the window of 16 and what the memory holds.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 from transformers import StaticCache
 
-from tests.models import difference, load, logits_of, tokens
+from tests.models import BLOCK, difference, load, logits_of, tokens
 
 TOLERANCE = 1e-4
 LENGTH, PLACES = 310, 320
@@ -60,23 +59,37 @@ def test_fixed_length() -> None:
 
 
 @torch.no_grad()
-def test_any_number_of_chunks() -> None:
-    """One program for all lengths that are a multiple of the chunk."""
+def test_any_number_of_blocks() -> None:
+    """One program for all lengths that are a multiple of the block."""
     model: Any = load("llama")
     model.model.layers = model.model.layers[:1]  # for the time that it takes
-    length = 64 * torch.export.Dim("chunks", min=3, max=64)
+    length = BLOCK * torch.export.Dim("blocks", min=12, max=256)
     shapes = {"input_ids": {1: length}, "attention_mask": {1: length}}
     program = torch.export.export(Logits(model), padded(2, 320), dynamic_shapes=shapes).module()
-    for chunks in (3, 5, 11):
-        ids, mask = padded(2, 64 * chunks)
+    for blocks in (12, 20, 44):
+        ids, mask = padded(2, BLOCK * blocks)
         found, expected = program(ids, mask), logits_of(model, ids, attention_mask=mask)
         assert difference(found[mask.bool()], expected[mask.bool()]) <= TOLERANCE
 
 
+def nodes(program: Any) -> list[Any]:
+    """The operations of a program, those of its branches too."""
+    return [node for graph in program.modules() if isinstance(graph, GraphModule) for node in graph.graph.nodes]
+
+
+@pytest.mark.parametrize("variant", ["default", "keep", "no-state", "pure", "partial"])
 @torch.no_grad()
-def test_decode_step() -> None:
-    model, ids = load("llama", "partial"), tokens(2, 150)
+def test_decode_step(variant: str) -> None:
+    """Its tensors stay where they are, it looks at no number in them, and no shape depends on one: what a graph on any
+    device needs. Where a block is full the window moves, in a branch of the program."""
+    model, ids = load("llama", variant), tokens(2, 150)
     program = torch.export.export(DecodeStep(model, 2, PLACES), (ids[:, :1],), strict=True).module()
+    operations = nodes(program)
+    targets = {str(node.target) for node in operations if node.op == "call_function"}
+    assert not {name for name in targets if "nonzero" in name or "aten.item" in name or "_local_scalar" in name}
+    shapes = [node.meta["val"].shape for node in operations if isinstance(node.meta.get("val"), Tensor)]
+    assert len(shapes) > 100 and all(isinstance(n, int) for shape in shapes for n in shape)
+    assert ("cond" in targets) == (variant != "pure")
     found = torch.cat([program(ids[:, i, None]) for i in range(ids.shape[1])], 1)
     assert difference(found, logits_of(model, ids)) <= TOLERANCE
 

@@ -4,8 +4,6 @@ A child process in which the package, and others that it does without, can't be 
 writes down what it found; the tests read that. What needs no second process runs here.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -292,7 +290,7 @@ def without_a_tensor(folder: Path) -> Path:
     shutil.copytree(checkpoint("llama"), folder)
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    name = max(name for name in index["weight_map"] if name.endswith(".dijiang.decay"))
+    name = max(name for name in index["weight_map"] if name.endswith(".dijiang.decay.decay"))
     shard = folder / index["weight_map"].pop(name)
     path.write_text(json.dumps(index))
     rewrite(shard, remove=name)
@@ -303,7 +301,7 @@ def with_an_unknown_tensor(folder: Path) -> Path:
     shutil.copytree(checkpoint("llama"), folder)
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    name = max(name for name in index["weight_map"] if name.endswith(".dijiang.decay"))
+    name = max(name for name in index["weight_map"] if name.endswith(".dijiang.decay.decay"))
     index["weight_map"][name + "_of_old"] = index["weight_map"][name]
     path.write_text(json.dumps(index))
     rewrite(folder / index["weight_map"][name], add=name + "_of_old")

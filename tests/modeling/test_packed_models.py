@@ -1,7 +1,5 @@
 """Packed rows: every document gets the logits and gradients that it gets alone, far beyond the window."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +52,7 @@ def test_in_every_architecture_and_as_the_softmax_model(kind: str, tmp_path: Pat
     """Opt hands positions to no mask; layers of gemma3 have a sliding window, and stay."""
     changes = {"sliding_window": 20} if kind == "gemma3_text" else {}
     folder = write_source(tmp_path / "source", config_of(kind, initializer_range=0.25, **changes))
-    convert(str(folder), tmp_path / "out", settings=["window=16"])
+    convert(str(folder), tmp_path / "out", settings=["window=16", "block=16", "memory=8"])
     model, ids = randomise(load_converted(tmp_path / "out")).eval(), tokens(2, LENGTH)
     for name in ("dijiang", "sdpa", "dijiang_transfer"):
         with attention(model, name):

@@ -11,12 +11,13 @@ from dijiang_convert.modeling import modeling_dijiang
 from dijiang_convert.models import load_converted
 
 LENGTH = 400
+SMALL = ["window=16", "block=16", "memory=8"]
 
 
 @pytest.mark.parametrize("recipe", ["default", "pure", "paper", "window-only"])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 def test_segments_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, padding: str) -> None:
-    settings = [] if recipe in ("pure", "paper") else ["window=16"]
+    settings = {"default": SMALL, "window-only": SMALL[:2]}.get(recipe, [])
     convert(str(MODEL), tmp_path / "out", recipe=recipe, settings=settings)
     model = load_converted(tmp_path / "out").eval()
     torch.manual_seed(0)
@@ -40,7 +41,7 @@ def test_segments_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("segments") / "out"
-    convert(str(MODEL), out, settings=["window=16"])
+    convert(str(MODEL), out, settings=SMALL)
     return out
 
 

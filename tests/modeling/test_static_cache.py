@@ -1,9 +1,7 @@
 """`StaticCache`: the same numbers from tensors that keep their place, and a decode step that compiles once.
 
-Sequences reach far beyond the window of 16 and the chunk of 64.
+Sequences reach far beyond the window of 16 and what the memory holds.
 """
-
-from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ from transformers import CompileConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from dijiang_convert.modeling.cache import DiJiangCacheLayer, StaticDiJiangCacheLayer
-from tests.models import VARIANTS, difference, feed, kernels, load, logits_of, tokens
+from tests.models import VARIANTS, difference, feed, forget, kernels, load, logits_of, tokens
 
 TOLERANCE = 1e-4
 LENGTH, PLACES = 230, 240
@@ -74,14 +72,14 @@ def test_tensors_stay_where_they_are(model: Any) -> None:
     assert places and [(x.shape, x.dtype) for x in tensors(longer)] == [place[1:] for place in places]
 
 
-@pytest.mark.parametrize("variant", ["default", "keep", "pure", "paper", "window-only"])
+@pytest.mark.parametrize("variant", ["default", "keep", "retnet", "no-state", "pure", "paper", "window-only"])
 def test_made_beforehand(variant: str) -> None:
     """`early_initialization` makes what the first call would have made."""
     model, ids = load("llama", variant), tokens(2, LENGTH)
     lazy, early = static(model), static(model)
     feed(model, ids[:, :50], [50], lazy)
     for index, child in enumerate(kernels(model)):
-        early.layers[index] = StaticDiJiangCacheLayer(child.kept, PLACES)
+        early.layers[index] = StaticDiJiangCacheLayer(child.sizes, PLACES)
     layers = kernels(model)[0].layers
     early.early_initialization(2, layers.kv_heads, layers.head_dim, torch.float32, torch.device("cpu"))
     assert [x.shape for x in tensors(early)] == [x.shape for x in tensors(lazy)]
@@ -90,15 +88,18 @@ def test_made_beforehand(variant: str) -> None:
     assert difference(found, logits_of(model, ids)) <= TOLERANCE
 
 
-def test_far_part_matters(some: Any) -> None:
+def test_every_part_shows(some: Any) -> None:
+    """The tests above could not pass with the window alone, or without any other part of the table."""
     ids, cache = tokens(2, LENGTH), static(some)
     feed(some, ids[:, :-1], [LENGTH - 1], cache)
-    other = copy.deepcopy(cache)
-    for layer in other.layers:
-        if isinstance(layer, StaticDiJiangCacheLayer):
-            layer.state.s.zero_()  # type: ignore[union-attr]
-    found, _ = feed(some, ids[:, -1:], [1], cache)
-    assert difference(feed(some, ids[:, -1:], [1], other)[0], found) > 100 * TOLERANCE
+    expected, _ = feed(some, ids[:, -1:], [1], copy.deepcopy(cache))
+    parts = ("state", "memory", "sinks") if kernels(some)[0].kernel.window else ("state",)
+    for part in parts:
+        other = copy.deepcopy(cache)
+        for layer in other.layers:
+            if isinstance(layer, StaticDiJiangCacheLayer):
+                forget(layer, part)
+        assert difference(feed(some, ids[:, -1:], [1], other)[0], expected) > 100 * TOLERANCE, part
 
 
 # ----------------------------------------------------------------------------------------------------------- padding

@@ -177,7 +177,10 @@ def same_state(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def equals_softmax(s: Subject) -> Numbers:
     """With a window as long as the text nothing is far: then it is the source's attention, all that it does kept. So
     it is with a sliding layer's own window and no far part."""
-    model = with_kernel(s.model, window=4096) if s.window is None else with_kernel(s.model, window=s.window, far=False)
+    if s.window is None:
+        model = with_kernel(s.model, window=4096)
+    else:  # blocks of one token: the query's own, and as many before it
+        model = with_kernel(s.model, window=s.window - 1, block=1, sinks=0, memory=0, far=False)
     whole = within(
         s.difference(logits_of(model, s.ids), s.logits), "the source's and a long window's logits", TOLERANCE
     )

@@ -110,7 +110,12 @@ def make(kind: str, folder: str) -> Answer:
     layouts = write_layouts(model, target)
     for layout in layouts:
         out = target / f"{layout}-converted"
-        convert(str(target / layout), out, settings=[f"window={WINDOW}", *settings], layers=layers)
+        convert(
+            str(target / layout),
+            out,
+            settings=[f"window={WINDOW}", f"block={WINDOW}", f"memory={WINDOW}", *settings],
+            layers=layers,
+        )
         move_kernels(out)
     answer = describe(architecture, layers, settings)
     return {**answer, "layouts": layouts, "causal": architecture.layers.causal, **write_reference(model, target)}

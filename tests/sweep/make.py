@@ -70,7 +70,7 @@ def make(kind: str, folder: str) -> Answer:
     answer = describe(architecture, layers, settings)
     for layout in layouts:
         out = target / f"{layout}-converted"
-        options = {"settings": [f"window={WINDOW}", *settings], "layers": layers}
+        options = {"settings": [f"window={WINDOW}", f"block={WINDOW}", f"memory={WINDOW}", *settings], "layers": layers}
         convert(str(target / layout), out, **options)  # type: ignore[arg-type]
         move_kernels(out)
     if layers != "all":

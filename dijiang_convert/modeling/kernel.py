@@ -1,0 +1,255 @@
+"""Softmax attention over a table of fixed size: exact keys, and features of a state that are read like keys.
+
+    o = softmax(logits) · values
+
+| rows of a key/value head | logit for query q | value |
+|---|---|---|
+| sinks and memory: of all keys that left the window, the first ones and those with the best scores | s·q·k | v |
+| window: the keys of the query's own block and of P blocks before it | s·q·k | v |
+| state: a row for each feature, see `state` | log e^{g(q)} φ_f(q) + log_weight_f | value_f |
+
+The table moves in blocks of C tokens. When a block is full, the oldest block of the window leaves it: its keys enter
+the state, and the best of them and of the memory stay as exact rows. A key is scored once, as it leaves: the attention
+it received inside the window, times its recall error, which is how far what the state answers to it lies from its value
+(arXiv 2505.23666). Neither depends on the memory, so all blocks of a text are computed together (`attend_blocks`);
+only the state is summed up along them. `attend_token` and `advance` do the same for one token and for one block.
+
+Shape legend: B batch, H query heads, G key/value heads, X = B·G, R = H / G, D head_dim, V value head_dim, F features,
+n blocks, C tokens of a block, T = n·C, P blocks of the window before the query's own, L = (P + 1)·C, M rows of sinks
+and memory.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .configuration_dijiang import Kernel
+from .layout import Layout
+from .memory import Memory, causal_memory, key_score, memory_of_text
+from .state import NEVER, State, Written, accumulated, block_states
+from .table import Keys, Logits, Queries, Table, piece_size
+
+# ------------------------------------------------------------------------------------------------- all blocks of a text
+
+
+def attend_blocks(
+    queries: Queries, keys: Keys, layout: Layout, table: Table | None, kernel: Kernel, logits: Logits
+) -> tuple[Tensor, Table]:
+    """Attention of all tokens of a text, in products over blocks.
+
+    table: what came before the first of them, or None. Returns the output [B, H, T, V] in the accumulation dtype and
+    the table after the last token of each row, without what only features need (far_k and gates).
+    """
+    queries, logits = logits.scaled(queries)
+    biases = layout.window_bias(queries.q), layout.causal_bias(queries.q)
+    near = _Near.of(queries.q, keys.k, *biases, layout, kernel, logits)
+    received = _received(near, layout, None if table is None else table.received)
+    states, entered, leaving = None, None, layout.blocks - 1
+    if keys.written:
+        start = None if table is None else table.state
+        states = block_states(keys.written, layout.age, layout.before // layout.block, start)
+        entered = State(*(x[:, :, :leaving] for x in states))
+    score = key_score(received[..., : leaving * layout.block], keys.written, entered, kernel)
+    score = score.masked_fill((layout.places_left() < kernel.sinks)[:, None], torch.inf)
+    memory = causal_memory(score, keys, layout, table, kernel)
+    out = _attend(queries, near, memory, keys.v, states, layout, logits)
+    return out, _table_after(keys, received, states, memory, layout, kernel)
+
+
+def attend_both_sides(queries: Queries, keys: Keys, layout: Layout, kernel: Kernel, logits: Logits) -> Tensor:
+    """The same without order, for encoders: P blocks on both sides are exact, the state is of all others, and the
+    memory is of the whole text. keys.k, keys.v: [B, G, T, D or V]; keys.written: of all blocks. Returns [B, H, T, V].
+    """
+    queries, logits = logits.scaled(queries)
+    k, v = (F.pad(x, (0, 0, layout.before, layout.before)) for x in (keys.k, keys.v))
+    near = _Near.of(queries.q, k, layout.both_windows_bias(queries.q), None, layout, kernel, logits)
+    received = _received(near, layout, None)[..., layout.before : k.shape[2] - layout.before]
+    states = states_of_both_sides(keys.written[0], layout) if keys.written else None
+    score = key_score(received, keys.written, states, kernel)
+    score = score.masked_fill((layout.places() < kernel.sinks)[:, None], torch.inf)
+    memory = memory_of_text(score.masked_fill(~layout.real[:, None], -torch.inf), keys, layout, kernel)
+    return _attend(queries, near, memory, v, states, layout, logits)
+
+
+class _Near(NamedTuple):
+    """The window's part of the table.
+
+    logits: [X, n, R·C, L], in pieces. received: [B, G, n, L], the attention of a block's queries to the keys of its
+    window: the sum of their softmax over the window alone. pieces: how [X, n, …] is divided.
+    """
+
+    logits: list[Tensor]
+    received: Tensor
+    pieces: "_Pieces"
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        block_bias: Tensor,
+        token_bias: Tensor | None,
+        layout: Layout,
+        kernel: Kernel,
+        logits: Logits,
+    ) -> "_Near":
+        """block_bias: [B or 1, n, L], NEVER for keys that no query of a block sees. token_bias: [C, L], the same for
+        each query of a block, or None."""
+        batch, kv_heads = k.shape[:2]
+        own = layout.to_blocks(q, kv_heads)
+        repeats = own.shape[2] // layout.block
+        windows = k.flatten(0, 1).unfold(1, block_bias.shape[-1], layout.block)  # [X, n, D, L]
+        rows = block_bias.shape[-1] + kernel.sinks + kernel.memory + 2 * q.shape[-1]
+        pieces = _Pieces.of(len(own), layout.blocks, own.shape[2] * rows, q)
+        hidden = block_bias[:, None].expand(batch, kv_heads, -1, -1).flatten(0, 1)[:, :, None]
+        counted = layout.real.view(-1, 1, layout.blocks, 1, layout.block)  # the queries whose attention counts
+        counted = counted.expand(batch, kv_heads, -1, repeats, -1).flatten(3).flatten(0, 1)[:, :, None]
+        token_bias = None if token_bias is None else token_bias.repeat(repeats, 1)
+
+        near, received = [], []
+        for piece in zip(*map(pieces.split, (own, windows, hidden, counted.to(hidden.dtype))), strict=True):
+            made = logits.of(piece[0], piece[1].mT).add_(piece[2])
+            near.append(made if token_bias is None else made.add_(token_bias))
+            if kernel.memory:
+                with torch.no_grad():
+                    received.append(piece[3] @ near[-1].softmax(-1))
+        if not kernel.memory:
+            return cls(near, block_bias.new_zeros(batch, kv_heads, layout.blocks, block_bias.shape[-1]), pieces)
+        return cls(near, pieces.join(received, layout.blocks).view(batch, kv_heads, layout.blocks, -1), pieces)
+
+
+class _Pieces(NamedTuple):
+    """How [X, n, …] is divided to be worked on: into ``rows`` of X, or where that is 0 into ``run`` of each row's n.
+
+    By split and unbind, not by index: the gradient of an index is as large as all pieces together.
+    """
+
+    rows: int
+    run: int
+
+    @classmethod
+    def of(cls, rows: int, blocks: int, numbers: int, like: Tensor) -> "_Pieces":
+        """rows: X. blocks: n. numbers: logits that a block has."""
+        run = piece_size(blocks, numbers, like)
+        return cls(0, run) if run < blocks else cls(piece_size(rows, blocks * numbers, like), 0)
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        if self.rows:
+            return list(x.split(self.rows))
+        return [piece for row in x.unbind(0) for piece in row.split(self.run)]
+
+    def join(self, pieces: list[Tensor], blocks: int) -> Tensor:
+        """[X, n, …] of its pieces."""
+        joined = torch.cat(pieces)
+        return joined if self.rows else joined.view(-1, blocks, *joined.shape[1:])
+
+
+def _received(near: _Near, layout: Layout, cached: Tensor | None) -> Tensor:
+    """The attention that each key has received from all blocks that have it in their window, [B, G, slots].
+
+    cached: [B, G, L], what the first of them had received before."""
+    parts = near.received.unflatten(3, (-1, layout.block)).unbind(3)
+    total = sum(F.pad(part, (0, 0, i, len(parts) - 1 - i)) for i, part in enumerate(parts))
+    assert isinstance(total, Tensor)
+    if cached is not None:
+        total = total + F.pad(cached, (0, total.shape[2] * layout.block - cached.shape[2])).view_as(total)
+    return total.flatten(2)
+
+
+def states_of_both_sides(written: Written, layout: Layout) -> State:
+    """The state that each block of an encoder reads: of all keys of its text but those of its window.
+
+    written: of all n blocks. Before and after a block are summed up apart, each with the decay of the keys between."""
+    sides = []
+    for side, around in ((written, layout), (written.map(lambda x: x.flip(2, 3)), layout.flip())):
+        side = side.map(lambda x: F.pad(x, (0, 0, 0, 0, layout.before // layout.block, 0))[:, :, : layout.blocks - 1])
+        sides.append(block_states([side], around.age, layout.before // layout.block, None))
+    before, after = sides
+    return before.then(State(after.log_weight.flip(2), after.value.flip(2)))
+
+
+# ------------------------------------------------------------------------------------------------- the whole softmax
+
+
+def _attend(
+    queries: Queries,
+    near: _Near,
+    memory: Memory | None,
+    v: Tensor,
+    states: State | None,
+    layout: Layout,
+    logits: Logits,
+) -> Tensor:
+    """One softmax over all rows of the table: [B, H, T, V]."""
+    batch, kv_heads = v.shape[:2]
+    own = layout.to_blocks(queries.q, kv_heads)
+    window = v.flatten(0, 1).unfold(1, near.received.shape[-1], layout.block).mT  # [X, n, L, V]
+    split = near.pieces.split
+    parts: dict[str, Iterable[Tensor]] = {"near": near.logits, "window": split(window)}
+    if memory is not None:
+        hidden = torch.where(memory.seen, 0.0, NEVER).to(near.received.dtype)[..., None, :]
+        parts["own"] = split(own)
+        parts["k"], parts["v"] = memory.rows(memory.k, split), memory.rows(memory.v, split)
+        parts["hidden"] = split(hidden.expand(batch, kv_heads, -1, -1, -1).flatten(0, 1))
+    if states is not None and queries.features is not None:
+        parts["features"] = split(layout.to_blocks(queries.features, kv_heads))
+        parts["weight"] = split(states.log_weight.flatten(0, 1)[:, :, None])
+        parts["value"] = split(states.value.flatten(0, 1))
+    if logits.sink is not None:
+        sink = logits.sink.to(near.received.dtype).view(1, kv_heads, 1, -1, 1)
+        sink = sink.expand(batch, -1, layout.blocks, -1, layout.block).flatten(3).flatten(0, 1)
+        parts["sink"] = split(sink[..., None])
+    out = [
+        softmax_over_rows(dict(zip(parts, piece, strict=True)), logits) for piece in zip(*parts.values(), strict=True)
+    ]
+    return layout.from_blocks(near.pieces.join(out, layout.blocks), batch)
+
+
+def softmax_over_rows(part: dict[str, Tensor], logits: Logits) -> Tensor:
+    """The softmax of some queries [..., N, D] over their rows, times the values: [..., N, V].
+
+    near [..., N, L] and window [..., L, V]: of the window. own, k, v, hidden: queries, rows of the memory, and what is
+    added to their logits. features [..., N, F], weight, value: of the state. sink: [..., N, 1]. All but the first two
+    may be missing."""
+    rows, values = [part["near"]], [part["window"]]
+    if "k" in part:
+        rows.append(logits.of(part["own"], part["k"]).add_(part["hidden"]))
+        values.append(part["v"])
+    if "features" in part:
+        rows.append(part["features"] + part["weight"])
+        values.append(part["value"])
+    if "sink" in part:
+        rows.append(part["sink"])
+    weights = torch.cat(rows, -1).softmax(-1).split([row.shape[-1] for row in rows], -1)
+    out = accumulated(weights[0].to(values[0].dtype) @ values[0])
+    for weight, value in zip(weights[1:], values[1:], strict=False):
+        out = out.add_(weight.to(value.dtype) @ value)
+    return out
+
+
+def _table_after(
+    keys: Keys, received: Tensor, states: State | None, memory: Memory | None, layout: Layout, kernel: Kernel
+) -> Table:
+    """The table after each row's last token."""
+    most = kernel.sinks + kernel.memory
+    k, v = layout.last_window(keys.k), layout.last_window(keys.v)
+    score = received.new_full((*k.shape[:2], most), -torch.inf)
+    if memory is None:
+        kept = [F.pad(x[:, :, :0], (0, 0, 0, most)) for x in (k, v)]
+    else:
+        last = memory._replace(chosen=layout.last_block(memory.chosen)[:, :, None])
+        kept = [next(last.rows(x, lambda rows: [rows])).view(*k.shape[:2], most, -1) for x in (memory.k, memory.v)]
+        there = layout.last_block(memory.seen.expand_as(memory.chosen))
+        score = torch.where(there, memory.score.gather(2, last.chosen[:, :, 0]), score)
+    log_weight, value = (None, None) if states is None else (layout.last_block(x).clone() for x in states)
+    return Table(
+        k=torch.cat([kept[0], k], 2),
+        v=torch.cat([kept[1], v], 2),
+        received=layout.last_window(received[..., None])[..., 0].clone(),
+        score=score,
+        log_weight=log_weight,
+        value=value,
+    )

@@ -1,0 +1,117 @@
+"""Attention without exact rows, for the recipes `pure` and `paper`: keys weigh φ(q)·φ(k), also those close by.
+
+    o_i = Σ_j φ(q_i)·φ(k_j) e^{g(k_j)} γ_ij v_j / (the same sum without v_j),    γ_ij what decayed between j and i
+
+A token enters the state at once, so there are no blocks to keep to: a text is worked on in chunks only for the sake of
+matrix products. Keys of a query's own chunk are rows of their own, with the logarithm of their weight as a logit, and
+those of other chunks are in the state, see `kernel`.
+
+Shape legend: B batch, H query heads, G key/value heads, R = H / G, T slots, n chunks, C tokens of a chunk, V value
+head_dim, F features.
+"""
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .state import NEVER, Decay, State, Written, block_states
+
+
+def attend_chunks(
+    features: Tensor, written: Written, layout: Layout, state: State | None, normalize: bool
+) -> tuple[Tensor, State]:
+    """All tokens of a text. features: [B, H, T, F], log φ(q). written: [B, G, n, C, …]. state: before the first token.
+
+    normalize: False drops the denominator. Returns the output [B, H, T, V] and the state after each row's last token.
+    """
+    q = _by_head(features, written, layout)
+    states = block_states([written.map(lambda x: x[:, :, :-1])], layout.age, 0, state)
+    passed = written.decay.map(lambda x: x.cumsum(3))
+    causal = torch.ones(layout.block, layout.block, dtype=torch.bool, device=q.device).tril()
+    own = _own_chunk(q, written.logits(), passed, passed).masked_fill(~causal, NEVER)
+    out = _weighted([own, _far(q, states, passed)], [written.values, states.value], normalize)
+    before = State(*(layout.last_block(x) for x in states))
+    last, lost = written.map(layout.last_block).summary()
+    return _from_heads(out, layout), before.then(last, lost)
+
+
+def attend_chunks_both_sides(features: Tensor, written: Written, layout: Layout, normalize: bool) -> Tensor:
+    """The same without order, for encoders: keys on either side, by what decayed between."""
+    q = _by_head(features, written, layout)
+    own, far, values = [], [], [written.values]
+    for flip in (False, True):
+        given, around = written, layout
+        if flip:
+            given, around = written.map(lambda x: x.flip(2, 3)), layout.flip()
+        states = block_states([given.map(lambda x: x[:, :, :-1])], around.age, 0, None)
+        passed = given.decay.map(lambda x: x.cumsum(3))
+        # Before its own token a query decays by it, after its own token it does not.
+        reads = Decay(
+            *(x if x is None or y is None or not flip else x - y for x, y in zip(passed, given.decay, strict=True))
+        )
+        asked = q.flip(2, 4) if flip else q
+        inside, outside = _own_chunk(asked, given.logits(), reads, passed), _far(asked, states, reads)
+        own.append(inside.flip(2, 4, 5) if flip else inside)
+        far.append(outside.flip(2, 4) if flip else outside)
+        values.append(states.value.flip(2) if flip else states.value)
+    causal = torch.ones(layout.block, layout.block, dtype=torch.bool, device=q.device).tril()
+    return _from_heads(_weighted([torch.where(causal, own[0], own[1]), *far], values, normalize), layout)
+
+
+def attend_one(features: Tensor, written: Written, state: State, normalize: bool) -> tuple[Tensor, State]:
+    """One new token of each row: features [B, H, 1, F], written [B, G, 1, …]. Returns [B, H, 1, V] and the state."""
+    decay = written.decay.total()
+    value = written.values.to(state.value.dtype).expand_as(state.value)
+    state = state.then(State(written.logits()[:, :, 0], value), decay)
+    q = features.unflatten(1, (state.log_weight.shape[1], -1)).squeeze(3)
+    out = _weighted([q + state.log_weight[:, :, None]], [state.value], normalize)
+    return out.flatten(1, 2)[:, :, None], state
+
+
+def _by_head(features: Tensor, written: Written, layout: Layout) -> Tensor:
+    """[B, H, T, F] → [B, G, n, R, C, F]."""
+    batch, kv_heads = written.features.shape[:2]
+    q = layout.to_blocks(features, kv_heads)
+    return q.unflatten(0, (batch, kv_heads)).unflatten(3, (-1, layout.block))
+
+
+def _from_heads(out: Tensor, layout: Layout) -> Tensor:
+    """The inverse of `_by_head`."""
+    return layout.from_blocks(out.flatten(3, 4).flatten(0, 1), out.shape[0])
+
+
+def _own_chunk(q: Tensor, k: Tensor, reads: Decay, passed: Decay) -> Tensor:
+    """Logits of the keys of a query's chunk: q [B, G, n, R, C, F], k [B, G, n, C, F] → [B, G, n, R, C, C].
+
+    reads, passed: what decayed since the chunk began, [B, G, n, C, 1 or F], as queries and as keys have it."""
+    if reads.features is not None and passed.features is not None:
+        q, k = q + reads.features[:, :, :, None], k - passed.features
+    top_q, top_k = (x.detach().amax(-1, keepdim=True) for x in (q, k))
+    product = (q - top_q).exp().flatten(3, 4) @ (k - top_k).exp().mT
+    logits = product.clamp_min(torch.finfo(product.dtype).tiny).log().unflatten(3, q.shape[3:5])
+    logits = logits + top_q + top_k.mT[:, :, :, None]
+    if reads.head is not None and passed.head is not None:
+        logits = logits + (reads.head - passed.head.mT)[:, :, :, None]
+    return logits
+
+
+def _far(q: Tensor, states: State, reads: Decay) -> Tensor:
+    """Logits of the state before a query's chunk: [B, G, n, R, C, F]."""
+    q = q + states.log_weight[:, :, :, None, None]
+    for lost in reads:
+        q = q if lost is None else q + lost[:, :, :, None]
+    return q
+
+
+def _weighted(logits: list[Tensor], values: list[Tensor], normalize: bool) -> Tensor:
+    """Σ e^logit · value, over Σ e^logit if ``normalize``. logits: of rows, […, R, C, rows] or [B, G, R, rows]; values:
+    [B, G, …, rows, V]."""
+    rows = torch.cat(logits, -1)
+    weights = rows.softmax(-1) if normalize else rows.exp()
+    parts = weights.split([x.shape[-1] for x in logits], -1)
+    grouped = weights.dim() > values[0].dim()  # query heads and tokens are one dimension of the product
+    out: Tensor | float = 0.0
+    for part, value in zip(parts, values, strict=True):
+        out = out + (part.flatten(-3, -2) if grouped else part) @ value.to(part.dtype)
+    assert isinstance(out, Tensor)
+    return out.unflatten(-2, weights.shape[-3:-1]) if grouped else out

@@ -1,0 +1,114 @@
+"""Which keys stay as exact rows once they have left the window.
+
+A key is scored once, as it leaves, by the attention that it received inside the window and by its recall error (arXiv
+2505.23666). So which keys a block reads is a matter of sorting all scores once, and of what has left before it.
+
+Shape legend: B batch, G key/value heads, X = B·G, K keys, D head_dim, V value head_dim, n blocks, C tokens of a block,
+P blocks of the window before the query's own, M rows of sinks and memory.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .configuration_dijiang import Kernel
+from .layout import Layout
+from .state import State, Written, recall
+from .table import Keys, Table
+
+
+def key_score(received: Tensor, written: list[Written], state: State | None, kernel: Kernel) -> Tensor:
+    """How much keys deserve an exact row as they leave the window, [B, G, K]: received · ‖recall − v‖².
+
+    received: [B, G, K]. written: what the keys write to the state, [B, G, blocks, C, …], in pieces. state: [B, G, all
+    blocks, …], that they enter. Without them the attention received is all that counts.
+    """
+    if not kernel.memory or not written or state is None:
+        return received
+    counts, errors = [piece.features.shape[2] for piece in written], []
+    with torch.no_grad():
+        states = zip(state.log_weight.split(counts, 2), state.value.split(counts, 2), strict=True)
+        for piece, entered in zip(written, states, strict=True):
+            errors.append((recall(piece.features, State(*entered)) - piece.values).square_().sum(-1))
+        return received * torch.cat(errors, 2).flatten(2)
+
+
+class Memory(NamedTuple):
+    """Exact rows beside the window. chosen: [B, G, n, M], of K candidates k, v [B, G, K, D or V], the best last. seen:
+    [B or 1, G or 1, n, M], which of them a block reads. score: [B, G, K]."""
+
+    chosen: Tensor
+    seen: Tensor
+    k: Tensor
+    v: Tensor
+    score: Tensor
+
+    def rows(self, x: Tensor, split: Callable[[Tensor], list[Tensor]]) -> Iterator[Tensor]:
+        """k or v of each block's rows, [X, n, M, D or V], in the pieces that ``split`` makes of [X, n, …]: one at a
+        time where there is no gradient, since that of a piece would be as large as all of k or v."""
+        batch, kv_heads, candidates, dim = x.shape
+        offset = torch.arange(batch * kv_heads, device=x.device).view(batch, kv_heads, 1, 1) * candidates
+        index, x = (self.chosen + offset).flatten(0, 1), x.reshape(-1, dim)
+        if torch.is_grad_enabled():
+            yield from split(_rows(x, index))
+        else:
+            yield from (_rows(x, piece) for piece in split(index))
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(0, index.flatten()).view(*index.shape, x.shape[1])
+
+
+def causal_memory(score: Tensor, keys: Keys, layout: Layout, table: Table | None, kernel: Kernel) -> Memory | None:
+    """The best keys of all that left the window before each block, and of the table's memory."""
+    most, leaving = kernel.sinks + kernel.memory, score.shape[2]
+    k, v = keys.k[:, :, :leaving], keys.v[:, :, :leaving]
+    block = torch.arange(layout.blocks - 1, device=k.device).repeat_interleave(layout.block)
+    if table is not None:  # its rows come first, the best of them before the others
+        k, v = (torch.cat([x[:, :, :most].flip(2), y], 2) for x, y in ((table.k, k), (table.v, v)))
+        score, block = torch.cat([table.score.flip(2), score], 2), torch.cat([block.new_full((most,), -1), block])
+    if not most or not k.shape[2]:
+        return None
+    reads = torch.arange(layout.blocks, device=k.device)
+    first = (reads - layout.age + layout.before // layout.block)[:, None, :, None]  # that a block's document has
+
+    def usable(block: Tensor) -> Tensor:
+        return (block < reads[:, None]) & (block >= first)
+
+    return Memory(*_best(score, block, usable, most), k, v, score)
+
+
+def memory_of_text(score: Tensor, keys: Keys, layout: Layout, kernel: Kernel) -> Memory | None:
+    """The best keys of each block's text that it does not have in its window."""
+    most = kernel.sinks + kernel.memory
+    if not most:
+        return None
+    reads = torch.arange(layout.blocks, device=score.device)
+    first = reads - layout.age  # the block that a block's document begins with, [B or 1, n]
+
+    def usable(block: Tensor) -> Tensor:
+        begins = first.expand(len(block), -1)[:, None, None].expand(*block.shape[:3], -1)
+        begins = begins.gather(3, block.expand(-1, -1, 1, -1))
+        far = (block - reads[:, None]).abs() * layout.block > layout.before
+        return far & (begins == first[:, None, :, None])
+
+    block = reads.repeat_interleave(layout.block)
+    return Memory(*_best(score, block, usable, most), keys.k, keys.v, score)
+
+
+def _best(score: Tensor, block: Tensor, usable: Callable[[Tensor], Tensor], most: int) -> tuple[Tensor, Tensor]:
+    """For each block the ``most`` best of the keys that are usable in it, the best last, and of those with the same
+    score the earliest: their index [B, G, n, M], and which of these rows there are.
+
+    score: [B, G, K], −inf for what is no key. block: [K], where each key belongs. usable: the same [B, G, 1, K], by
+    score → [B, G, n, K].
+    """
+    score, order = score.sort(dim=-1, descending=True, stable=True)
+    there = usable(block[order][:, :, None]) & (score > -torch.inf)[:, :, None]
+    rank = there.cumsum(-1, dtype=torch.int32)  # from 1 on
+    place = torch.where(there & (rank <= most), most - rank, most).long()
+    index = place.new_zeros(*place.shape[:3], most + 1)
+    index = index.scatter(-1, place, order[:, :, None].expand_as(place))[..., :most]
+    return index, torch.arange(most, device=score.device) >= most - rank[..., -1:]
