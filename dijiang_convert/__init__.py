@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .inspect import inspect as inspect
     from .push import push as push
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 VERBS = ("convert", "finetune", "evaluate", "generate", "benchmark", "inspect", "push", "demo")
 __all__ = ["DijiangError", "Unsupported", "__version__", *VERBS]

@@ -44,6 +44,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], str]] = {
 }
 # Those that remember in a state what is in no exact row.
 WITH_STATE = tuple(name for name in VARIANTS if name not in ("no-state", "window-only"))
+MODELS = (*(f"llama-{variant}" for variant in VARIANTS), "neox-default", "neox-pure", "neox-partial")
 _FOLDER = tempfile.TemporaryDirectory(prefix="converted-")
 
 

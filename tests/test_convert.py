@@ -562,3 +562,13 @@ def test_the_softmax_cache_is_as_inspect_says(sources: Path) -> None:
     with torch.no_grad():
         cache = model(torch.arange(1024)[None] % 250, use_cache=True).past_key_values
     assert cache_bytes(cache) == (inspect(str(sources / "llama")).kv_cache_bytes_at or {})[1024]
+
+
+def test_a_checkpoint_of_another_version_is_refused(sources: Path, tmp_path: Path) -> None:
+    convert(str(sources / "llama"), tmp_path / "out")
+    config = read_json(tmp_path / "out" / "config.json")
+    config["dijiang"]["version"] = "0.1.0"
+    config["dijiang"]["kernel"]["chunk_size"] = 64
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DijiangError, match=r"written by dijiang-convert 0\.1\.0"):
+        load_converted(tmp_path / "out", device=CPU)

@@ -160,8 +160,8 @@ class DiJiangAttention(nn.Module):
         return layout.outputs(out, new.length), after._replace(trail=trail), count
 
     def _by_heads(self, past: Past | None, new: Tokens, layout: Layout, call: Call) -> tuple[Tensor, Past]:
-        """The output in slots, [B, H, T, V], and the past without its trail; some key/value heads at a time, since few of
-        them stay in a CPU's cache."""
+        """The output in slots, [B, H, T, V], and the past without its trail; of a few key/value heads at a time, which
+        stay in a CPU's cache."""
         attend = self._extend_table if self.kernel.window else self._extend_state
         batch, heads = new.keys.k.shape[:2]
         groups = in_pieces(heads, batch * new.length * 2 * self.layers.head_dim, new.q)
@@ -193,7 +193,7 @@ class DiJiangAttention(nn.Module):
         written = []
         if self.kernel.far:  # all but the last blocks will leave the window, in the next ones
             leaving = layout.blocks - 1
-            numbers = keys.k.shape[0] * keys.k.shape[1] * self.k_features.features * block
+            numbers = keys.k.shape[0] * keys.k.shape[1] * 2 * self.k_features.features * block  # and their decays
             for start, end in in_pieces(leaving, numbers, keys.k):
                 written.append(self._written(keys.between(start * block, end * block), None, block, call))
         queries, rows = self._queries(new, layout, call), Keys(keys.k, keys.v, written)

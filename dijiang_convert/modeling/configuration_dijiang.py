@@ -149,8 +149,13 @@ class Layers:
 
 
 def read_section(config: transformers.PreTrainedConfig) -> tuple[Kernel, Layers]:
-    """The kernel and the layers recorded in a converted model's config."""
+    """The kernel and the layers recorded in a converted model's config. Raises ValueError for one of another version."""
     section: dict[str, Any] = config.dijiang  # type: ignore[attr-defined]
+    if "block" not in section["kernel"] or not set(section["kernel"]) <= {field.name for field in fields(Kernel)}:
+        raise ValueError(
+            f"this checkpoint was written by dijiang-convert {section.get('version')}, whose kernel this code does not "
+            "know: convert the source again, or load it with its own code (trust_remote_code=True)"
+        )
     values = {field.name: section[field.name] for field in fields(Layers) if field.name in section}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list | tuple)}
     return Kernel(**section["kernel"]), Layers(**{**values, **lists})

@@ -134,7 +134,6 @@ def dijiang_mask(
     kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     mask_function: Callable[..., Any] = causal_mask_function,
-    local_size: int | None = None,
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
@@ -144,7 +143,7 @@ def dijiang_mask(
 
     Layers that see less or more than all tokens before (sliding, chunked, images) get transformers' own mask,
     [B, 1, N, keys], unless they were converted too."""
-    layers = converted_layers(config)
+    layers, local_size = converted_layers(config), kwargs.pop("local_size", None)
     sizes: dict[str, Any] = {
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
         "kv_offset": kv_offset, "attention_mask": attention_mask,

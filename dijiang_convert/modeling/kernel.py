@@ -202,14 +202,14 @@ def _attend(
         sink = logits.sink.to(near.received.dtype).view(1, kv_heads, 1, -1, 1)
         sink = sink.expand(batch, -1, layout.blocks, -1, layout.block).flatten(3).flatten(0, 1)
         parts["sink"] = split(sink[..., None])
-    out = [
-        softmax_over_rows(dict(zip(parts, piece, strict=True)), logits) for piece in zip(*parts.values(), strict=True)
-    ]
+    pieces = (dict(zip(parts, piece, strict=True)) for piece in zip(*parts.values(), strict=True))
+    out = [softmax_over_rows(piece, logits)[0] for piece in pieces]
     return layout.from_blocks(near.pieces.join(out, layout.blocks), batch)
 
 
-def softmax_over_rows(part: dict[str, Tensor], logits: Logits) -> Tensor:
-    """The softmax of some queries [..., N, D] over their rows, times the values: [..., N, V].
+def softmax_over_rows(part: dict[str, Tensor], logits: Logits) -> tuple[Tensor, Tensor]:
+    """The softmax of some queries [..., N, D] over their rows, times the values: [..., N, V]; and its first
+    weights, those of ``near``, [..., N, L].
 
     near [..., N, L] and window [..., L, V]: of the window. own, k, v, hidden: queries, rows of the memory, and what is
     added to their logits. features [..., N, F], weight, value: of the state. sink: [..., N, 1]. All but the first two
@@ -227,7 +227,7 @@ def softmax_over_rows(part: dict[str, Tensor], logits: Logits) -> Tensor:
     out = accumulated(weights[0].to(values[0].dtype) @ values[0])
     for weight, value in zip(weights[1:], values[1:], strict=False):
         out = out.add_(weight.to(value.dtype) @ value)
-    return out
+    return out, weights[0]
 
 
 def _table_after(

@@ -41,22 +41,22 @@ def attend_token(
         row = torch.arange(table.k.shape[2], device=q.device)
         hidden = (row < first[:, None]) | (row >= after[:, None])
         near, values = logits.of(q, table.k).masked_fill(hidden[:, None, None], NEVER), table.v
-        window, received = near[..., most:], table.received
+        start, end = most, table.k.shape[2]  # of the window
     else:
         near, values = logits.of(q, table.k[:, :, first:after]), table.v[:, :, first:after]
-        start = max(first - most, 0)
-        window, received = near[..., most + start - first :], table.received[:, :, start : after - most]
-    if kernel.memory:
-        given = window.softmax(-1).sum(2)
-        received += given if valid is None else given * valid[:, None, None]
-
+        start, end = max(first, most), after
     part = {"near": near, "window": values}
     if queries.features is not None and table.state is not None:
         part["features"] = queries.features.unflatten(1, (kv_heads, -1)).squeeze(3)
         part["weight"], part["value"] = table.state.log_weight[:, :, None], table.state.value
     if logits.sink is not None:
         part["sink"] = logits.sink.to(near.dtype).view(1, kv_heads, -1, 1).expand(len(q), -1, -1, -1)
-    return softmax_over_rows(part, logits).flatten(1, 2)[:, :, None]
+    out, weights = softmax_over_rows(part, logits)
+    if kernel.memory:  # the attention that keys receive is a softmax over the window alone
+        given = weights[..., weights.shape[-1] - (end - start) :]
+        given = (given / given.sum(-1, keepdim=True).clamp_min(torch.finfo(given.dtype).tiny)).sum(2)
+        table.received[:, :, start - most : end - most] += given if valid is None else given * valid[:, None, None]
+    return out.flatten(1, 2)[:, :, None]
 
 
 def _write(kept: Tensor, new: Tensor, place: int | Tensor, valid: Tensor | None) -> None:

@@ -94,7 +94,8 @@ def test_queries(scaled: bool, dim: int, settings: dict[str, Any]) -> None:
     assert (found - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
     known: dict[str, Any] = {}
     for _ in range(2):  # with what is kept from one call to the next
-        assert torch.equal(made(x, SCALING, known), found)
+        assert torch.equal(made(x, SCALING, known=known), found)
+    assert torch.allclose(made(x[:, 1:], SCALING, slice(1, 3)), found[:, 1:], atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", KERNELS, ids=str)
@@ -108,6 +109,8 @@ def test_keys(dim: int, settings: dict[str, Any]) -> None:
     assert features.shape == (2, 3, 7, dim * (2 if kernel.signed else 1)) and scale.shape == (2, 3, 7, 1)
     terms = exponents(made, x).exp()
     assert torch.allclose(features.exp().sum(-1), torch.ones(2, 3, 7))
+    for found, whole in zip(made(x[:, 1:], SCALING, slice(1, 3)), (features, scale), strict=True):
+        assert torch.allclose(found, whole[:, 1:], atol=1e-6)
     assert (features - (terms / terms.sum(-1, keepdim=True)).log()).abs().max() <= 1e-4
     if not kernel.learned_features:
         assert not scale.any() and not {"strength", "norm_weight"} & set(dict(made.named_parameters()))

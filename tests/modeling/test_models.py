@@ -1,4 +1,4 @@
-"""Converted models against themselves: cached and padded against whole sequences, and all that transformers does.
+"""Converted models against the definition and against themselves: with a cache, and in all that transformers does.
 
 Sequences are much longer than the window of 16 and what the memory holds; `test_every_part_matters` shows that no model
 could pass by its window alone.
@@ -12,46 +12,36 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
-from dijiang_convert.modeling import attention
+from dijiang_convert.modeling import attention, table
 from dijiang_convert.modeling.attention import Call
 from dijiang_convert.modeling.cache import DiJiangCacheLayer
 from dijiang_convert.modeling.kernel import attend_blocks
 from dijiang_convert.modeling.linear import attend_chunks
-from dijiang_convert.modeling.rotary import known_rotation
 from dijiang_convert.modeling.state import Decay, Written
 from dijiang_convert.modeling.table import Keys, Logits, Queries
-from dijiang_convert.models import load_converted
 from tests.modeling import naive
 from tests.modeling.naive import Inputs
 from tests.models import (
     KINDS,
-    VARIANTS,
+    MODELS,
     WITH_STATE,
-    assert_state_is_float32,
-    checkpoint,
     difference,
     feed,
     forget,
     kernels,
     load,
     logits_of,
-    randomise,
-    root_mean_square,
     source,
     tokens,
-    typical,
 )
 
 TOLERANCE = 1e-4
 LENGTH = 310
 
 
-@pytest.fixture(
-    scope="module",
-    params=[*(f"llama-{variant}" for variant in VARIANTS), "neox-default", "neox-pure", "neox-partial"],
-)
+@pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest) -> Any:
     return load(*request.param.split("-", 1))
 
@@ -85,7 +75,7 @@ def test_forward_equals_the_definition(model: Any, monkeypatch: pytest.MonkeyPat
     ids, calls = tokens(2, LENGTH), []
     found = logits_of(model, ids)
 
-    def table(queries: Queries, keys: Keys, layout: Any, past: Any, kernel: Any, logits: Logits) -> Any:
+    def by_token(queries: Queries, keys: Keys, layout: Any, past: Any, kernel: Any, logits: Logits) -> Any:
         _, after = attend_blocks(queries, keys, layout, past, kernel, logits)
         first = layout.before
         written, decay = slots(keys.written, first, LENGTH)
@@ -103,7 +93,7 @@ def test_forward_equals_the_definition(model: Any, monkeypatch: pytest.MonkeyPat
         calls.append(1)
         return torch.nn.functional.pad(out, (0, 0, 0, features.shape[2] - LENGTH)), after
 
-    monkeypatch.setattr(attention, "attend_blocks", table)
+    monkeypatch.setattr(attention, "attend_blocks", by_token)
     monkeypatch.setattr(attention, "attend_chunks", linear)
     assert difference(found, logits_of(model, ids)) <= TOLERANCE
     assert len(calls) == len(kernels(model))
@@ -155,6 +145,34 @@ def test_with_and_without_gradients(model: Any, length: int) -> None:
     assert difference(logits_of(model, ids), expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("numbers", [1, 2**12])
+def test_pieces_change_nothing(model: Any, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few heads and a few blocks at a time, as it is with long texts: alone, padded, packed, and after a cache."""
+    ids, mask = tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[0, :100] = 0
+    places = torch.arange(LENGTH).expand(2, -1) % 130
+    options: list[dict[str, Any]] = [{}, {"attention_mask": mask}, {"position_ids": places}]
+    whole = [logits_of(model, ids, **given) for given in options]
+    monkeypatch.setattr(table, "PIECE", numbers)
+    for given, expected in zip(options, whole, strict=True):
+        real = given.get("attention_mask", torch.ones_like(mask)).bool()
+        assert difference(logits_of(model, ids, **given)[real], expected[real]) <= TOLERANCE
+    assert difference(feed(model, ids, (1, 70, 130, 1, 1, 107))[0], whole[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["default", "keep", "no-state"])
+@torch.no_grad()
+def test_pieces_of_heads_with_a_cap_and_a_sink(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which some sources have for every query head."""
+    child = kernels(load("llama", variant))[0]
+    q, k, v, hidden = (torch.randn(2, heads, 200, size) for heads, size in ((4, 8), (2, 8), (2, 8), (1, 32)))
+    call = Call(None, hidden[:, 0], None, logits=Logits(0.3, 2.0, torch.tensor([-1.0, 0.5, 2.0, 4.0])))
+    whole = child(q, k, v, None, call)
+    assert difference(whole, child(q, k, v, None, call._replace(logits=Logits(0.3)))) > 100 * TOLERANCE
+    monkeypatch.setattr(table, "PIECE", 1)
+    assert difference(child(q, k, v, None, call), whole) <= TOLERANCE
+
+
 def test_batch_rows_are_independent(default: Any) -> None:
     ids = tokens(3, LENGTH)
     rows = torch.cat([logits_of(default, row[None]) for row in ids])
@@ -169,124 +187,6 @@ def test_embeddings_instead_of_ids(default: Any) -> None:
     with torch.no_grad():
         found = default(inputs_embeds=embedded, attention_mask=mask).logits
     assert difference(found, logits_of(default, ids, attention_mask=mask)) <= TOLERANCE
-
-
-# ----------------------------------------------------------------------------------------------------------- padding
-
-
-def positions_of(mask: Tensor) -> Tensor:
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-@pytest.mark.parametrize("positions", ["given", "derived"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding(model: Any, side: str, positions: str) -> None:
-    """Rows of a padded batch equal the rows alone, and so does what follows in the cache."""
-    ids, tail, lengths = tokens(3, LENGTH), tokens(3, 24, seed=1), (LENGTH, 90, 200)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        part = slice(LENGTH - length, LENGTH) if side == "left" else slice(0, length)
-        mask[row, part] = 1
-    ids = torch.where(mask.bool(), ids, 0)
-    given = {"position_ids": positions_of(mask)} if positions == "given" else {}
-    with torch.no_grad():
-        out = model(ids, attention_mask=mask, use_cache=True, **given)
-        assert difference(logits_of(model, ids, attention_mask=mask, **given), out.logits) <= TOLERANCE
-    cache, after = out.past_key_values, []
-    for start, stop in ((0, 1), (1, 20), *((n, n + 1) for n in range(20, 24))):
-        mask = torch.cat([mask, torch.ones(3, stop - start, dtype=torch.long)], 1)
-        given = {"position_ids": positions_of(mask)[:, start - stop :]} if positions == "given" else {}
-        with torch.no_grad():
-            after.append(
-                model(tail[:, start:stop], attention_mask=mask, past_key_values=cache, use_cache=True, **given).logits
-            )
-    for row, length in enumerate(lengths):
-        alone = ids[row : row + 1, mask[row, :LENGTH].bool()]
-        expected = logits_of(model, torch.cat([alone, tail[row : row + 1]], 1))[0]
-        assert difference(out.logits[row, mask[row, :LENGTH].bool()], expected[:length]) <= TOLERANCE
-        assert difference(torch.cat(after, 1)[row], expected[length:]) <= TOLERANCE
-
-
-def test_padding_in_the_middle(model: Any) -> None:
-    """A chat of turns that are unequally long for the rows of a batch."""
-    turns = [(120, 40), (3, 17), (1, 1), (20, 90), (64, 5), (1, 1), (1, 1), (2, 30)]
-    mask, cache = torch.zeros(2, 0, dtype=torch.long), None
-    rows: list[list[Tensor]] = [[], []]
-    logits: list[list[Tensor]] = [[], []]
-    for number, lengths in enumerate(turns):
-        ids, new = tokens(2, max(lengths), seed=number), torch.zeros(2, max(lengths), dtype=torch.long)
-        for row, length in enumerate(lengths):
-            new[row, :length] = 1  # padded to the right, as between turns
-        mask = torch.cat([mask, new], 1)
-        with torch.no_grad():
-            out = model(ids * new, attention_mask=mask, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        for row, length in enumerate(lengths):
-            rows[row].append(ids[row, :length])
-            logits[row].append(out.logits[row, :length])
-    for row in range(2):
-        alone = torch.cat(rows[row])[None]
-        assert alone.shape[1] > 150
-        assert difference(torch.cat(logits[row]), logits_of(model, alone)[0]) <= TOLERANCE
-
-
-@torch.no_grad()
-def test_padding_inside_the_window(model: Any) -> None:
-    """A row that is padded inside the window at first, decoded far beyond it."""
-    ids, mask = tokens(2, 90), torch.ones(2, 90, dtype=torch.long)
-    mask[0, :12] = 0
-    expected = logits_of(model, ids, attention_mask=mask)
-    out = model(ids[:, :20], attention_mask=mask[:, :20], use_cache=True)
-    cache, parts = out.past_key_values, [out.logits]
-    for i in range(20, 90):
-        given = mask[:, : i + 1]
-        parts.append(model(ids[:, i, None], past_key_values=cache, use_cache=True, attention_mask=given).logits)
-    assert difference(torch.cat(parts, 1)[:, 12:], expected[:, 12:]) <= TOLERANCE
-
-
-def test_masks_of_ones_change_nothing(default: Any) -> None:
-    ids = tokens(2, LENGTH)
-    expected = logits_of(default, ids)
-    for mask in (torch.ones_like(ids), torch.ones_like(ids).bool(), torch.ones(2, LENGTH)):
-        assert torch.equal(logits_of(default, ids, attention_mask=mask), expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_positions_do_not_matter_without_rotation(kind: str) -> None:
-    """With rotary embedding removed the far part depends on content and distance alone."""
-    ids = tokens(2, LENGTH)
-    positions = torch.arange(LENGTH)[None].expand(2, -1)
-    moved = {}
-    for variant in ("default", "keep"):
-        model = load(kind, variant)
-        expected = logits_of(model, ids, position_ids=positions)
-        assert difference(expected, logits_of(model, ids)) <= TOLERANCE
-        moved[variant] = difference(logits_of(model, ids, position_ids=positions + 100), expected)
-    assert moved["default"] <= 1e-3 < 1e-2 < moved["keep"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scale", [1.0, 1.3])  # YaRN lengthens cos and sin
-def test_rotation_is_undone(kind: str, scale: float) -> None:
-    child, model = kernels(load(kind))[0], load(kind)
-    x = torch.randn(2, 4, 50, child.layers.head_dim)
-    cos, sin = (scale * t for t in model.base_model.rotary_emb(x, torch.arange(1000, 1050)[None]))
-    dim = cos.shape[-1]
-    assert dim == (child.layers.head_dim if kind == "llama" else child.layers.head_dim // 4)
-    turned = torch.cat([child.apply_rotary(x[..., :dim], x[..., :dim], cos, sin)[0], x[..., dim:]], -1)
-    assert difference(turned, x) > 0.1
-    for undone in child._without_rotation(turned, turned, (cos, sin)):
-        assert difference(undone, x) <= 1e-5
-    turn = known_rotation(child.apply_rotary, cos, sin, child.layers.rotary_dim)
-    assert turn is not None and turn.partner.shape == (dim,)  # though it is given the whole head
-    assert difference(turn.back(turned, cos, sin), x) <= 1e-5
-    for i in (0, 49):
-        one = turn.back(turned[:, :, i : i + 1], cos[:, i : i + 1], sin[:, i : i + 1])
-        assert difference(one, x[:, :, i : i + 1]) <= 1e-5
-    rows = torch.cat([cos[:, :1], cos[:, 1:2]]), torch.cat([sin[:, :1], sin[:, 1:2]])  # each row of a place of its own
-    first = torch.stack([turned[0, :, :1], turned[1, :, 1:2]])
-    assert difference(turn.back(first, *rows), torch.stack([x[0, :, :1], x[1, :, 1:2]])) <= 1e-5
-    assert known_rotation(child.apply_rotary, cos, sin, dim - 1) is None
 
 
 # ---------------------------------------------------------------------------------------------------------- generate
@@ -372,114 +272,6 @@ def test_prompt_lookup_decoding(default: Any) -> None:
     ids = tokens(1, 40).repeat(1, 4)
     options: dict[str, Any] = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
     assert torch.equal(default.generate(ids, prompt_lookup_num_tokens=3, **options), default.generate(ids, **options))
-
-
-# ---------------------------------------------------------------------------------------------------------- training
-
-
-def gradients(model: Any, ids: Tensor) -> dict[str, Tensor | None]:
-    model.zero_grad()
-    model(ids, labels=ids).loss.backward()
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-
-
-# While b is 0 the keys' a, which b multiplies, has no effect.
-NOT_YET = (".k_features.norm_weight",)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("start", ["converted", "moved"])
-def test_every_parameter_learns(kind: str, variant: str, start: str) -> None:
-    model = load_converted(checkpoint(kind, variant))
-    idle = NOT_YET if start == "converted" else ()
-    if start == "moved":
-        randomise(model)
-    # The log-scales of keys are nearly the same at the start; tables of every query head share what they differ by.
-    faint = (".k_features.strength",) if (variant, start) == ("retnet", "converted") else ()
-    for name, gradient in gradients(model.train(), tokens(2, 200)).items():
-        if name.endswith(idle):
-            assert gradient is None or not gradient.any(), name
-        else:
-            least = 1e-7 if name.endswith(faint) else 1e-6
-            assert gradient is not None and gradient.isfinite().all() and gradient.abs().max() > least, name
-
-
-def test_what_cancels_without_a_window_is_absent() -> None:
-    names = {
-        name.partition(".dijiang.")[2] for name, _ in load_converted(checkpoint("llama", "pure")).named_parameters()
-    }
-    assert "k_features.strength" in names
-    assert not names & {"q_features.offset", "q_features.norm_weight"}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", ["default", "pure", "paper", "partial"])
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(kind: str, variant: str, reentrant: bool) -> None:
-    model, ids = load(kind, variant).train(), tokens(2, 200)
-    expected = gradients(model, ids)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    for name, gradient in gradients(model, ids).items():
-        other = expected[name]
-        if gradient is None or other is None:
-            assert gradient is other, name
-        else:
-            assert difference(gradient, other) <= 1e-5 * other.abs().max() + 1e-9, name
-
-
-def test_gradients_flow_while_caching(default: Any) -> None:
-    """A cache in training mode, fed a token at a time, does not write over what backward needs."""
-    ids = tokens(1, 90)
-    expected = gradients(default, ids)
-    default.zero_grad()
-    cache, parts = DynamicCache(config=default.config), []
-    for piece in (ids[:, :70], *ids[:, 70:].split(1, 1)):
-        parts.append(default(piece, past_key_values=cache, use_cache=True).logits)
-    default.loss_function(torch.cat(parts, 1), ids, vocab_size=default.config.vocab_size).backward()
-    for name, parameter in default.named_parameters():
-        other = expected[name]
-        assert parameter.grad is not None and other is not None
-        assert difference(parameter.grad, other) <= 1e-4 * other.abs().max() + 1e-8, name
-    default.zero_grad()
-
-
-# ---------------------------------------------------------------------------------------------------- half precision
-
-
-@pytest.mark.parametrize("variant", ["default", "no-memory", "pure", "paper", "partial"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_autocast_keeps_the_kernel_in_float32(kind: str, variant: str) -> None:
-    model, ids = load(kind, variant), tokens(1, LENGTH)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, cache = feed(model, ids, [300, 1])
-        full = logits_of(model, ids)
-    assert_state_is_float32(cache)
-    exact = logits_of(model, ids)
-    assert difference(found.float(), full.float()) <= 0.1 * exact.std()
-    error = typical if kernels(model)[0].kernel.memory else root_mean_square
-    assert error(full.float() - exact) <= 0.1 * exact.std()
-
-
-@pytest.mark.parametrize("variant", ["default", "pure", "paper"])
-def test_autocast_leaves_the_kernels_products_alone(variant: str) -> None:
-    child = kernels(load("llama", variant))[0]
-    q, k, v, hidden = (torch.randn(1, heads, 200, size) for heads, size in ((4, 8), (2, 8), (2, 8), (1, 32)))
-    call = Call(None, hidden[:, 0], None, logits=Logits(0.3))
-    with torch.no_grad():
-        expected = child(q, k, v, None, call)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(child(q, k, v, None, call), expected)
-
-
-def test_a_cast_kernel_still_accumulates_in_float32(default: Any) -> None:
-    """`model.bfloat16()` takes the kernel's parameters along; the state stays as it is."""
-    model, ids = copy.deepcopy(default).bfloat16(), tokens(1, LENGTH)
-    found, cache = feed(model, ids, [300, 1])
-    assert_state_is_float32(cache)
-    full = logits_of(model, ids).float()
-    assert difference(found.float(), full) <= 0.2 * full.std()
 
 
 # ------------------------------------------------------------------------------------------- switching, and refusals

@@ -158,6 +158,21 @@ def test_refusals(default: Any) -> None:
         default.base_model(ids, position_ids=packed, use_cache=False)
 
 
+@torch.no_grad()
+def test_a_compiled_graph_has_room_for_as_many_documents_as_blocks() -> None:
+    """More of them are an error, not wrong numbers."""
+    torch._dynamo.reset()
+    model, ids = load("llama"), tokens(1, 64)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    for documents in (1, 2, 4):
+        packed = positions(((64 // documents,) * documents,))
+        found = compiled(ids, position_ids=packed, use_cache=False).logits
+        assert difference(found, logits_of(model, ids, position_ids=packed)) <= TOLERANCE
+    with pytest.raises(RuntimeError, match="more documents than blocks"):
+        compiled(ids, position_ids=positions(((4,) * 16,)), use_cache=False)
+    torch._dynamo.reset()
+
+
 def test_padding_with_positions_is_not_packing(default: Any) -> None:
     """Positions of padding are whatever the caller likes."""
     ids = tokens(2, 60)

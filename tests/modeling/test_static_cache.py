@@ -177,6 +177,19 @@ def test_copies_are_independent(some: Any) -> None:
         assert difference(found, logits_of(some, torch.cat([ids, tail], 1))[:, 150:]) <= TOLERANCE
 
 
+def test_parameters_may_change_between_texts() -> None:
+    """What decoding makes of them once is made anew after a reset."""
+    model, ids = load("llama"), tokens(1, 60)
+    cache = static(model)
+    feed(model, ids, [1], cache)
+    with torch.no_grad():
+        for child in kernels(model):
+            child.q_features.bias.add_(1.0)
+            child.gates.selection.neg_()
+    cache.reset()
+    assert difference(feed(model, ids, [1], cache)[0], logits_of(model, ids)) <= TOLERANCE
+
+
 def test_refusals(some: Any) -> None:
     ids, cache = tokens(2, 60), static(some)
     feed(some, ids, [50, 1], cache)
