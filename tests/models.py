@@ -118,13 +118,13 @@ def forget(layer: Any, part: str) -> None:
 
 
 def assert_state_is_float32(cache: Any) -> None:
-    """In every converted layer, and so are the scores that choose what stays in the memory."""
+    """Or more, in every converted layer, and so are the scores that choose what stays in the memory."""
     found = 0
     for layer in cache.layers:
         if isinstance(layer, DiJiangCacheLayer):
             table, state = layer.past.table, layer.past.state  # type: ignore[union-attr]
             kept = state if table is None else (table.log_weight, table.value, table.received, table.score)
-            assert all(x.dtype == torch.float32 for x in kept)  # type: ignore[union-attr]
+            assert all(x.dtype in (torch.float32, torch.float64) for x in kept)  # type: ignore[union-attr]
             found += 1
     assert found
 

@@ -514,7 +514,7 @@ def test_inspect_by_hand(sources: Path) -> None:
     assert result.kv_cache_bytes_at == {n: 3 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)}
     some = inspect(str(sources / "llama"), layers="0,1", settings=["window=0", "sinks=0", "memory=0"])
     assert (some.layers, some.layers_converted) == (3, 2)
-    assert some.state_bytes == 2 * 2 * (16 * (8 + 1)) * 4
+    assert some.state_bytes == 2 * 2 * 16 * (8 * 4 + 8)  # its weights are float64
     shifted = inspect(str(sources / "llama"), layers="0,1", settings=["window=0", "sinks=0", "memory=0", "shift=true"])
     assert shifted.state_bytes == some.state_bytes + 2 * (4 + 2) * 8 * 4  # the last token's query and key
     assert some.kv_cache_bytes_at == {n: 2 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)}

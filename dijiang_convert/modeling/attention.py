@@ -171,7 +171,8 @@ class DiJiangAttention(nn.Module):
         pasts: list[Any] = [None] * len(sizes) if past is None else past.split(sizes)
         outputs, after = [], []
         for group, earlier, tokens in zip(groups, pasts, new.split(sizes), strict=True):
-            out, later = attend(earlier, tokens, layout, call._replace(heads=slice(*group)))
+            part = call._replace(heads=slice(*group), logits=call.logits.of_heads(slice(*group), heads))
+            out, later = attend(earlier, tokens, layout, part)
             outputs.append(out)
             after.append(later)
         return torch.cat(outputs, 1), Past.joined(after)
@@ -249,17 +250,18 @@ class DiJiangAttention(nn.Module):
             written = written.map(lambda x: x[:, :, 0])
             out, state = attend_one(features, written, state, self.kernel.normalize)
         else:
-            table = self._advanced(table, cache.count, call)
+            table = self._advanced(table, cache.count, valid, call)
             out = attend_token(Queries(new.q, features), new.keys, table, cache.count, valid, self.kernel, call.logits)
         cache.keep(Past(table, state, trail), cache.count + (1 if valid is None else valid.long()))
         return out
 
-    def _advanced(self, table: Table, count: int | Tensor, call: Call) -> Table:
+    def _advanced(self, table: Table, count: int | Tensor, valid: Tensor | None, call: Call) -> Table:
         """The table with room for one more token: where its last block is full, the oldest one leaves the window."""
         block = self.kernel.block
         if not isinstance(count, Tensor):
             return self._advance(table, count, call) if count and count % block == 0 else table
         due = (count > 0) & (count % block == 0)
+        due = due if valid is None else due & valid  # padding takes no room
         if torch.compiler.is_compiling():  # which looks at no value: the branch is in the graph
             held = [x for x in table if x is not None]
 

@@ -191,6 +191,7 @@ class StaticDiJiangCacheLayer(DiJiangCacheLayer):
             self.past.copy_(self.sizes.empty(self.batch_size, like))
             self.count.zero_()  # type: ignore[union-attr]
             self.seen.zero_()  # type: ignore[attr-defined]
+        self.known = {}
 
     def takes_one(self, valid: Tensor | None) -> bool:
         return True

@@ -149,7 +149,7 @@ class Layers:
 
 
 def read_section(config: transformers.PreTrainedConfig) -> tuple[Kernel, Layers]:
-    """The kernel and the layers recorded in a converted model's config. Raises ValueError for one of another version."""
+    """The kernel and the layers that a converted model's config names. Raises ValueError for another version's."""
     section: dict[str, Any] = config.dijiang  # type: ignore[attr-defined]
     if "block" not in section["kernel"] or not set(section["kernel"]) <= {field.name for field in fields(Kernel)}:
         raise ValueError(

@@ -1,8 +1,9 @@
 """What the state forgets: a decay of each head and one of each feature, which tokens' hidden states move.
 
-    log γ = −λ − δ_f,    λ = 4 σ(r + w·x) of a head,    δ_f = ½ σ(p_f + (B A x)_f) of a feature
+    log γ = −λ − δ_f,    λ = 4 σ(r − log 4 + w·x) of a head,    δ_f = ½ σ(p_f − log ½ + (B A x)_f) of a feature
 
-x is the token's hidden state, scaled to length 1 a number. Without w, λ is e^r. The same hidden state adds u·x to the
+so that λ is about e^r and δ_f about e^{p_f} while they are small. x is the token's hidden state, scaled to length 1 a
+number. Without w, λ is e^r. The same hidden state adds u·x to the
 log-scale of its key.
 
 Shape legend: B batch, H query heads, G key/value heads, N tokens, F features, X numbers that a hidden state

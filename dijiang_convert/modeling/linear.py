@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
-from .state import NEVER, Decay, State, Written, block_states
+from .state import NEVER, Decay, State, Written, block_states, recurrent_dtype
 
 
 def attend_chunks(
@@ -25,6 +25,8 @@ def attend_chunks(
     normalize: False drops the denominator. Returns the output [B, H, T, V] and the state after each row's last token.
     """
     q = _by_head(features, written, layout)
+    if state is not None:
+        state = State(state.log_weight.to(q.dtype), state.value)
     states = block_states([written.map(lambda x: x[:, :, :-1])], layout.age, 0, state)
     passed = written.decay.map(lambda x: x.cumsum(3))
     causal = torch.ones(layout.block, layout.block, dtype=torch.bool, device=q.device).tril()
@@ -32,7 +34,8 @@ def attend_chunks(
     out = _weighted([own, _far(q, states, passed)], [written.values, states.value], normalize)
     before = State(*(layout.last_block(x) for x in states))
     last, lost = written.map(layout.last_block).summary()
-    return _from_heads(out, layout), before.then(last, lost)
+    after = before.then(last, lost)
+    return _from_heads(out, layout), State(after.log_weight.to(recurrent_dtype(q)), after.value)
 
 
 def attend_chunks_both_sides(features: Tensor, written: Written, layout: Layout, normalize: bool) -> Tensor:
@@ -64,7 +67,7 @@ def attend_one(features: Tensor, written: Written, state: State, normalize: bool
     value = written.values.to(state.value.dtype).expand_as(state.value)
     state = state.then(State(written.logits()[:, :, 0], value), decay)
     q = features.unflatten(1, (state.log_weight.shape[1], -1)).squeeze(3)
-    out = _weighted([q + state.log_weight[:, :, None]], [state.value], normalize)
+    out = _weighted([q + state.log_weight.to(q.dtype)[:, :, None]], [state.value], normalize)
     return out.flatten(1, 2)[:, :, None], state
 
 

@@ -23,9 +23,11 @@ def key_score(received: Tensor, written: list[Written], state: State | None, ker
     """How much keys deserve an exact row as they leave the window, [B, G, K]: received · ‖recall − v‖².
 
     received: [B, G, K]. written: what the keys write to the state, [B, G, blocks, C, …], in pieces. state: [B, G, all
-    blocks, …], that they enter. Without them the attention received is all that counts.
+    blocks, …], that they enter. Without them the attention received is all that counts; without a memory no key does.
     """
-    if not kernel.memory or not written or state is None:
+    if not kernel.memory:
+        return torch.full_like(received, -torch.inf)
+    if not written or state is None:
         return received
     counts, errors = [piece.features.shape[2] for piece in written], []
     with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .configuration_dijiang import Kernel
-from .state import State, accumulation_dtype
+from .state import State, accumulation_dtype, recurrent_dtype
 from .table import KeyTokens, Table
 
 
@@ -101,7 +101,8 @@ class Sizes(NamedTuple):
         state = State.empty(batch, heads, self.features, self.value_dim, like) if kernel.far else None
         trail = zeros(self.heads + self.kv_heads, 1, self.head_dim) if kernel.far and kernel.shift else None
         if not kernel.window:
-            return Past(None, state, trail)
+            assert state is not None
+            return Past(None, State(state.log_weight.to(recurrent_dtype(like)), state.value), trail)
         received = torch.zeros(batch, heads, held, dtype=accumulation_dtype(like), device=like.device)
         log_weight, value = (None, None) if state is None else state
         table = Table(

@@ -27,6 +27,12 @@ def accumulated(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x))
 
 
+def recurrent_dtype(like: Tensor) -> torch.dtype:
+    """float64, for a log_weight that is added to with every token: in float32 its rounding would add up. (float32 on
+    MPS, which has no float64.)"""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
 class State(NamedTuple):
     """What is remembered of all keys that have entered.
 
@@ -48,7 +54,7 @@ class State(NamedTuple):
         """This state after it has decayed by e^decay [..., F or 1], together with what entered ``later``."""
         log_weight = self.log_weight if decay is None else self.log_weight + decay
         total = torch.logaddexp(log_weight, later.log_weight)
-        share = (later.log_weight - total).exp()
+        share = (later.log_weight - total).exp().to(self.value.dtype)
         return State(total, torch.lerp(self.value, later.value, share[..., None]))
 
 

@@ -22,6 +22,12 @@ class Logits(NamedTuple):
     softcap: float | None = None
     sink: Tensor | None = None
 
+    def of_heads(self, part: slice, kv_heads: int) -> "Logits":
+        """The same for the query heads of some of ``kv_heads`` key/value heads."""
+        if self.sink is None:
+            return self
+        return self._replace(sink=self.sink.unflatten(0, (kv_heads, -1))[part].flatten())
+
     def scaled(self, queries: "Queries") -> tuple["Queries", "Logits"]:
         """The queries with the scaling in them, and logits without it; but not in half precision, which would round."""
         if accumulation_dtype(queries.q) != queries.q.dtype:

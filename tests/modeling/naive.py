@@ -131,7 +131,8 @@ def _table(text: Text, kernel: Kernel, logits: Logits, causal: bool) -> Tensor:
     for n, window in enumerate(windows):
         block = n // size
         outside = range(first[block]) if causal else [*range(first[block]), *range(after[block], length)]
-        best = sorted(outside, key=lambda j: (-score[j], j))[: kernel.sinks + kernel.memory]
+        candidates = [j for j in outside if kernel.memory or j < kernel.sinks]
+        best = sorted(candidates, key=lambda j: (-score[j], j))[: kernel.sinks + kernel.memory]
         outputs.append(_read(text, n, [*best, *window], read[block], logits))
     return torch.stack(outputs, 1)
 
