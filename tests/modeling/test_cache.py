@@ -77,9 +77,7 @@ def test_bytes_are_constant(variant: str, sizes: tuple[int, ...]) -> None:
             numbers += held * layers.kv_heads * layers.head_dim  # keys without rotary embedding, or with their shift
             numbers += held * (2 * layers.kv_heads * kernel.selective + kernel.decay_rank)
     if kernel.far:
-        numbers += (
-            heads * features * (values + (1 if kernel.window else 2))
-        )  # log_weight has 8 bytes then
+        numbers += heads * features * (values + (1 if kernel.window else 2))  # log_weight has 8 bytes then
         numbers += (layers.heads + layers.kv_heads) * layers.head_dim if kernel.shift else 0  # of the last token
     assert found == {2 * 2 * 4 * numbers}  # two layers, two rows; four bytes a number
     made = kernels(model)[0].sizes.empty(2, torch.empty(0))
