@@ -19,7 +19,7 @@ from dijiang_convert.distill.data import Rows
 from dijiang_convert.models import load_converted, silence
 from dijiang_convert.recipe import Stage
 
-SEQ_LEN, BATCH, STEPS = 32, 8, 6
+SEQ_LEN, BATCH, STEPS = 96, 8, 6  # far more than the window and the block
 SIZES: dict[str, Any] = {"tokens": STEPS * BATCH * SEQ_LEN, "seq_len": SEQ_LEN, "batch_tokens": BATCH * SEQ_LEN}
 STAGES = (
     Stage("transfer", "attention_transfer", **SIZES),
@@ -91,7 +91,7 @@ def run_all(checkpoint: str, out: Path, micro_rows: int, interrupt: bool) -> Non
 def run_command(checkpoint: str, text: str, out: Path) -> None:
     """What a user runs: all stages of a recipe, from text to a checkpoint."""
     schedule.LEAST_STEPS = 4
-    options = ["--data", text, "--seq-len", str(SEQ_LEN), "--tokens", "1500", "--out", str(out / "tuned"), "--json"]
+    options = ["--data", text, "--seq-len", str(SEQ_LEN), "--tokens", "4500", "--out", str(out / "tuned"), "--json"]
     app(["finetune", checkpoint, *options], standalone_mode=False)
 
 

@@ -23,7 +23,7 @@ from tests.sources_on_disk import TOKENS, VOCABULARY, llama_config, neox_config,
 
 CONTEXT = 64
 RECIPE = """
-kernel: {window: 8}
+kernel: {window: 8, block: 8, memory: 8}
 stages:
   - {name: transfer, objective: attention_transfer, tokens: 1000, seq_len: 32}
   - {name: distill, objective: distillation, train: lora, tokens: 3000, seq_len: 32}

@@ -175,7 +175,8 @@ class DiJiangAttention(nn.Module):
             out, later = attend(earlier, tokens, layout, part)
             outputs.append(out)
             after.append(later)
-        return torch.cat(outputs, 1), Past.joined(after)
+        out = torch.cat([out.transpose(1, 2) for out in outputs], 2)  # as the attention module wants its heads
+        return out.transpose(1, 2), Past.joined(after)
 
     def _layout(self, new: Tokens, count: int | Tensor, call: Call) -> Layout:
         kernel = self.kernel

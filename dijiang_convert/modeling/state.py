@@ -138,6 +138,8 @@ def block_states(written: list[Written], age: Tensor, behind: int, start: State 
         return _scanned(start, State(log_weight, states[0].value), decay)
     # By unbind, not by index: the gradient of an index is as large as all blocks together.
     value = [block for state in states for block in state.value.unbind(2)]
+    if not value:  # nothing is written, which is a sum of nothing: so what would write has a gradient, of zeros
+        start = State(start.log_weight + log_weight.sum(), start.value + states[0].value.sum())
     read = [start]
     for entering in zip(log_weight.unbind(2), value, decay.unbind(2), strict=True):
         read.append(read[-1].then(State(*entering[:2]), entering[2]))
