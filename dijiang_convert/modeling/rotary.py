@@ -25,12 +25,11 @@ def parameter_names(function: Callable[..., Any]) -> list[str]:
 
 
 class Turn(NamedTuple):
-    """A rotary function: number j becomes x_j cos_j + x_p sign_j sin_j, p its partner. partner, sign: [dim]; pairing
-    has both in one, ±(p + 1), as kernels read it, and swap [dim, dim] as a product does: x swap is x_p sign_j."""
+    """A rotary function: number j becomes x_j cos_j + x_p sign_j sin_j, p its partner. partner, sign: [dim]. swap:
+    [dim, dim] has both as a product: x swap is x_p sign_j."""
 
     partner: Tensor
     sign: Tensor
-    pairing: Tensor
     swap: Tensor
 
     def back(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -96,11 +95,11 @@ def rotation(apply_rotary: Any, cos: Tensor, sin: Tensor, dim: int) -> Turn | No
         return None
     sign = sign.sign()
     swap = torch.zeros(width, width, **kind).index_put_((partner, torch.arange(width, device=cos.device)), sign)
-    return Turn(partner, sign, ((partner + 1) * sign).to(torch.int32), swap)
+    return Turn(partner, sign, swap)
 
 
 def known_rotation(apply_rotary: Any, cos: Tensor, sin: Tensor, dim: int) -> Turn | None:
-    """`rotation`, looked up once a function and device: a CUDA graph can't ask. All layers of a model get the same."""
+    """`rotation`, looked up once a function and device. All layers of a model get the same."""
     key = (apply_rotary, cos.device, dim, cos.dim(), sin.dim(), *cos.shape[2:], *sin.shape[2:])
     if key not in _known:
         _known[key] = rotation(apply_rotary, cos[:, :1], sin[:, :1], dim)
