@@ -77,8 +77,8 @@ def attend_both_sides(queries: Queries, keys: Keys, layout: Layout, kernel: Kern
 class _Near(NamedTuple):
     """The window's part of the table.
 
-    logits: [X, n, R·C, L], in pieces. received: [B, G, n, L], the attention of a block's queries to the keys of its
-    window: the sum of their softmax over the window alone. pieces: how [X, n, …] is divided.
+    logits: [X, n, R·C, L], in pieces [blocks, R·C, L]. received: [B, G, n, L], the attention of a block's queries to the
+    keys of its window: the sum of their softmax over the window alone. pieces: how [X, n, …] is divided.
     """
 
     logits: list[Tensor]
@@ -122,7 +122,8 @@ class _Near(NamedTuple):
 
 
 class _Pieces(NamedTuple):
-    """How [X, n, …] is divided to be worked on: into ``rows`` of X, or where that is 0 into ``run`` of each row's n.
+    """How [X, n, …] is divided to be worked on, in pieces [blocks, …]: ``rows`` of X together, or where that is 0 a
+    ``run`` of a row's n.
 
     By split and unbind, not by index: the gradient of an index is as large as all pieces together.
     """
@@ -138,13 +139,13 @@ class _Pieces(NamedTuple):
 
     def split(self, x: Tensor) -> list[Tensor]:
         if self.rows:
-            return list(x.split(self.rows))
+            return [piece.flatten(0, 1) for piece in x.split(self.rows)]
         return [piece for row in x.unbind(0) for piece in row.split(self.run)]
 
     def join(self, pieces: list[Tensor], blocks: int) -> Tensor:
         """[X, n, …] of its pieces."""
         joined = torch.cat(pieces)
-        return joined if self.rows else joined.view(-1, blocks, *joined.shape[1:])
+        return joined.view(-1, blocks, *joined.shape[1:])
 
 
 def _received(near: _Near, layout: Layout, cached: Tensor | None) -> Tensor:
@@ -208,12 +209,12 @@ def _attend(
 
 
 def softmax_over_rows(part: dict[str, Tensor], logits: Logits) -> tuple[Tensor, Tensor]:
-    """The softmax of some queries [..., N, D] over their rows, times the values: [..., N, V]; and its first
-    weights, those of ``near``, [..., N, L].
+    """The softmax of some queries [A, N, D] over their rows, times the values: [A, N, V]; and its first weights, those
+    of ``near``, [A, N, L]. A: any things apart.
 
-    near [..., N, L] and window [..., L, V]: of the window. own, k, v, hidden: queries, rows of the memory, and what is
-    added to their logits. features [..., N, F], weight, value: of the state. sink: [..., N, 1]. All but the first two
-    may be missing."""
+    near [A, N, L] and window [A, L, V]: of the window. own, k, v, hidden: queries, rows of the memory, and what is
+    added to their logits. features [A, N, F], weight, value: of the state. sink: [A, N, 1]. All but the first two may
+    be missing."""
     rows, values = [part["near"]], [part["window"]]
     if "k" in part:
         rows.append(logits.of(part["own"], part["k"]).add_(part["hidden"]))
@@ -224,9 +225,12 @@ def softmax_over_rows(part: dict[str, Tensor], logits: Logits) -> tuple[Tensor, 
     if "sink" in part:
         rows.append(part["sink"])
     weights = torch.cat(rows, -1).softmax(-1).split([row.shape[-1] for row in rows], -1)
-    out = accumulated(weights[0].to(values[0].dtype) @ values[0])
+    out = accumulated(torch.bmm(weights[0].to(values[0].dtype), values[0]))
     for weight, value in zip(weights[1:], values[1:], strict=False):
-        out = out.add_(weight.to(value.dtype) @ value)
+        if value.dtype == out.dtype:
+            out = torch.baddbmm(out, weight, value)
+        else:
+            out = out.add_(weight.to(value.dtype) @ value)
     return out, weights[0]
 
 

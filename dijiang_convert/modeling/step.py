@@ -1,7 +1,7 @@
 """Attention of one new token over the table, and the table's move by one block: see `kernel`, which says what both are.
 
-Shape legend: B batch, H query heads, G key/value heads, R = H / G, D head_dim, V value head_dim, C tokens of a block,
-P blocks of the window before the query's own, L = (P + 1)·C, M rows of sinks and memory.
+Shape legend: B batch, H query heads, G key/value heads, X = B·G, R = H / G, D head_dim, V value head_dim, C tokens of a
+block, P blocks of the window before the query's own, L = (P + 1)·C, M rows of sinks and memory.
 """
 
 from typing import Any
@@ -35,28 +35,32 @@ def attend_token(
     for kept, new in zip(table.window, token, strict=True):
         if kept is not None and new is not None:
             _write(kept, new, slot, valid)
-    q = queries.q.unflatten(1, (kv_heads, -1)).squeeze(3)  # [B, G, R, D]
+    batch, heads, _, head_dim = queries.q.shape
+    apart = batch * kv_heads  # X
+    q = queries.q.reshape(apart, -1, head_dim)  # [X, R, D]
     first, after = visible_rows(count, kernel)
     if isinstance(count, Tensor):
         row = torch.arange(table.k.shape[2], device=q.device)
-        hidden = (row < first[:, None]) | (row >= after[:, None])
-        near, values = logits.of(q, table.k).masked_fill(hidden[:, None, None], NEVER), table.v
+        hidden = ((row < first[:, None]) | (row >= after[:, None])).repeat_interleave(kv_heads, 0)
+        near, values = logits.of(q, table.k.flatten(0, 1)).masked_fill(hidden[:, None], NEVER), table.v
         start, end = most, table.k.shape[2]  # of the window
     else:
-        near, values = logits.of(q, table.k[:, :, first:after]), table.v[:, :, first:after]
+        near, values = logits.of(q, table.k[:, :, first:after].flatten(0, 1)), table.v[:, :, first:after]
         start, end = max(first, most), after
-    part = {"near": near, "window": values}
-    if queries.features is not None and table.state is not None:
-        part["features"] = queries.features.unflatten(1, (kv_heads, -1)).squeeze(3)
-        part["weight"], part["value"] = table.state.log_weight[:, :, None], table.state.value
+    part = {"near": near, "window": values.flatten(0, 1)}
+    if queries.features is not None and table.log_weight is not None and table.value is not None:
+        part["features"] = queries.features.reshape(apart, -1, table.value.shape[2])
+        part["weight"], part["value"] = table.log_weight.view(apart, 1, -1), table.value.flatten(0, 1)
     if logits.sink is not None:
-        part["sink"] = logits.sink.to(near.dtype).view(1, kv_heads, -1, 1).expand(len(q), -1, -1, -1)
+        part["sink"] = logits.sink.to(near.dtype).expand(batch, -1).reshape(apart, -1, 1)
     out, weights = softmax_over_rows(part, logits)
     if kernel.memory:  # the attention that keys receive is a softmax over the window alone
         given = weights[..., weights.shape[-1] - (end - start) :]
-        given = (given / given.sum(-1, keepdim=True).clamp_min(torch.finfo(given.dtype).tiny)).sum(2)
-        table.received[:, :, start - most : end - most] += given if valid is None else given * valid[:, None, None]
-    return out.flatten(1, 2)[:, :, None]
+        given = (given / given.sum(-1, keepdim=True).clamp_min(torch.finfo(given.dtype).tiny)).sum(1)
+        given = given.view(batch, kv_heads, -1)
+        given = given if valid is None else given * valid[:, None, None]
+        table.received[:, :, start - most : end - most].add_(given)
+    return out.view(batch, heads, 1, -1)
 
 
 def _write(kept: Tensor, new: Tensor, place: int | Tensor, valid: Tensor | None) -> None:
