@@ -77,8 +77,8 @@ def attend_both_sides(queries: Queries, keys: Keys, layout: Layout, kernel: Kern
 class _Near(NamedTuple):
     """The window's part of the table.
 
-    logits: [X, n, R·C, L], in pieces [blocks, R·C, L]. received: [B, G, n, L], the attention of a block's queries to the
-    keys of its window: the sum of their softmax over the window alone. pieces: how [X, n, …] is divided.
+    logits: [X, n, R·C, L], in pieces [blocks, R·C, L]. received: [B, G, n, L], the attention of a block's queries to
+    the keys of its window: the sum of their softmax over the window alone. pieces: how [X, n, …] is divided.
     """
 
     logits: list[Tensor]
