@@ -36,8 +36,9 @@ and loaded by `AutoModelForCausalLM` in a process that can't import this package
 - with a window as long as the text, logits are the source's (≤ 1e-4 of their spread): whatever its attention does
   (soft-capping, sinks, norms of queries and keys, scaling) is kept;
 - cached and full logits agree (≤ 1e-4, or twice what the source itself differs by, where its recurrent layers round
-  differently), also where a long prompt is worked on piece by piece; left padding changes nothing that it does not
-  change in the source; greedy texts without a cache, with one and with a static one are the same;
+  differently; in float64 where rounding alone chooses between two keys), also where a long prompt is worked on piece by
+  piece; left padding changes nothing that it does not change in the source; greedy texts without a cache, with one and
+  with a static one are the same;
 - deleting the far part changes the logits beyond the window;
 - every kernel parameter gets a gradient, and saving and loading is exact.
 

@@ -193,14 +193,21 @@ def equals_softmax(s: Subject) -> Numbers:
 
 
 def cached_equals_full(s: Subject) -> Numbers:
-    full = logits_of(s.model, s.ids)
-    worst = 0.0
     if s.source["cached"][0] > SOURCE_DIFFERS:
         raise AssertionError("the source itself differs with a cache")
+    try:
+        return cached_differences(s, s.model)
+    except AssertionError:  # of keys with almost the same score rounding can choose another; hardly ever in float64
+        return cached_differences(s, copy.deepcopy(s.model).double())
+
+
+def cached_differences(s: Subject, model: Any) -> Numbers:
+    full = logits_of(model, s.ids)
+    worst = 0.0
     for sizes, own in zip(PIECES, s.source["cached"], strict=True):
         if own > SOURCE_DIFFERS:  # it can't go on so, as Jamba with several tokens at once
             continue
-        difference = s.difference(fed(s.model, s.ids, sizes, s.source["positions"]), full)
+        difference = s.difference(fed(model, s.ids, sizes, s.source["positions"]), full)
         within(difference, "cached and full logits", max(TOLERANCE, 2 * own))
         worst = max(worst, difference)
     return {"cached": worst}
