@@ -3,7 +3,7 @@
 `DiJiang<Name>Config` exists for every `<Name>Config` of transformers: the class is built when it is asked for.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -130,6 +130,7 @@ class Layers:
     rotary_dim: how much of each head, the first part, the model's rotary function takes; 0 for none.
     borrowing: those of `layers` that take keys and values of an earlier layer, and don't update the cache.
     unrotated: those of `layers` that have no rotary embedding, in a model where others do.
+    memory: the kernel's memory of each of `layers`, where they share it unequally.
     causal: whether a token sees those before it alone; False in encoders.
     """
 
@@ -145,7 +146,12 @@ class Layers:
     rotary_dim: int = 0
     unrotated: tuple[int, ...] = ()
     borrowing: tuple[int, ...] = ()
+    memory: tuple[int, ...] = ()
     causal: bool = True
+
+    def kernel_of(self, kernel: Kernel, index: int) -> Kernel:
+        """The kernel of one of `layers`."""
+        return replace(kernel, memory=self.memory[self.layers.index(index)]) if self.memory else kernel
 
 
 def read_section(config: transformers.PreTrainedConfig) -> tuple[Kernel, Layers]:
