@@ -161,10 +161,25 @@ def _quality(measured: list[dict[str, Any]]) -> list[str]:
         text = each.get("dataset")
         where = f"[{text}](https://huggingface.co/datasets/{text})" if text else "text that was held out"
         rows = [(title, _figure(each["figures"][name])) for name, title in FIGURES.items() if name in each["figures"]]
+        rows += _details(each)
         rows += [(f"{task}: {metric}", _figure(value)) for task, metric, value in _scores(each)]
         told = f"By `dijiang {each.get('by')}` on {each.get('tokens', 0):,} tokens of {where}:"
         parts += [told, _table(("measured", "value"), rows)]
     return ["\n\n".join(parts)]
+
+
+def _details(measurement: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where in a row perplexity is how far from the original's, and what is repeated of what was read before."""
+    rows = []
+    if ratios := measurement.get("ratio_by_position"):
+        rows.append((f"ratio by position, over {len(ratios)} parts of a row", " ".join(f"{x:.3f}" for x in ratios)))
+    original = measurement.get("baseline_recall") or {}
+    for distance, found in (measurement.get("recall") or {}).items():
+        told = f"{found['gain']:.1f} nats a token, {found['accuracy']:.0%} right"
+        if theirs := original.get(distance):
+            told += f"; the original {theirs['gain']:.1f}, {theirs['accuracy']:.0%}"
+        rows.append((f"repeats a passage read {int(distance):,} tokens ago", told))
+    return rows
 
 
 def _auto_class(config: dict[str, Any]) -> str:
@@ -237,13 +252,31 @@ def _made(record: dict[str, Any]) -> str:
     rows += [(f"kernel: {name}", _code(value)) for name, value in (record.get("kernel") or {}).items()]
     rows += [("dijiang_convert", _code(record.get("version")))]
     rows += [(name, _code(version)) for name, version in (record.get("made_with") or {}).items()]
-    return "## How it was made\n\n" + _table(("setting", "value"), rows) + "\n\n" + _training(record)
+    parts = ["## How it was made", _table(("setting", "value"), rows), *_calibration(record), _training(record)]
+    return "\n\n".join(parts)
+
+
+def _calibration(record: dict[str, Any]) -> list[str]:
+    """What calibration measured, and what each layer got by it."""
+    found = record.get("calibration")
+    if not found:
+        return []
+    memory = dict(zip(record.get("layers") or [], record.get("memory") or [], strict=False))
+    rows = [
+        (layer, f"{gain:.4f}", "stays softmax" if int(layer) in found["softmax"] else _figure(memory.get(int(layer))))
+        for layer, gain in found["gains"].items()
+    ]
+    told = (
+        f"Calibrated on {found['tokens']:,} tokens: with small tables in all layers KL to the source was "
+        f"{found['kl']:.3f} nats a token, and less with one layer left softmax. Rows of memory are shared out by that:"
+    )
+    return [told, _table(("layer", "KL less, were it softmax", "rows of memory"), rows)]
 
 
 def _training(record: dict[str, Any]) -> str:
     rows = [tuple(_figure(entry.get(name)) for name in STAGE) for entry in record.get("history") or []]
     if not rows:
-        return "Not trained since the conversion: expect poor text until `dijiang finetune` has run."
+        return "Not trained since the conversion: `dijiang finetune` repairs what that lost."
     header = tuple(name.replace("_", " ") for name in STAGE)
     return "Training since the conversion:\n\n" + _table(header, rows)
 

@@ -5,7 +5,7 @@ No tensor is loaded here but one at a time, so memory does not grow with the mod
 
 import json
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,17 @@ def write_shards(
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX, index)
     return next((how for how in ("hard link", "reflink") if how in linked), None)
+
+
+def drop_tensors(folder: Path, names: Collection[str]) -> None:
+    """Removes tensors from a checkpoint that was laid out by `write_shards`; only files that have one are rewritten."""
+    index = read_json(folder / INDEX)
+    for file in {index["weight_map"].pop(name) for name in names}:
+        tensors = read_shard(folder / file)
+        index["metadata"]["total_size"] -= sum(t.nbytes for t in tensors if t.name in names)
+        write_safetensors(folder / f"{file}.new", [t for t in tensors if t.name not in names])
+        (folder / f"{file}.new").replace(folder / file)
+    write_json(folder / INDEX, index)
 
 
 def write_trained(folder: Path, saved: Path, source: Path, aliases: Callable[[str], Iterable[str]]) -> None:

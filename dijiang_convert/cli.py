@@ -34,6 +34,13 @@ RecipeFor = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Layers = Annotated[str, typer.Option(help="all, none, sliding-only, 0,3,8-23, every:N, not-every:N, not-last:N.")]
+LayersOf = Annotated[
+    str,
+    typer.Option(
+        help="all, none, sliding-only, 0,3,8-23, every:N, not-every:N, not-last:N; or auto:N, all but the N where "
+        "conversion costs most, as measured."
+    ),
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")]
 Push = Annotated[str | None, typer.Option(metavar="REPO", help="Push the result to this Hub repository.")]
 Private = Annotated[bool, typer.Option("--private", help="Make that repository private.")]
@@ -49,6 +56,9 @@ Corpora = Annotated[
 SeqLen = Annotated[int | None, typer.Option(min=2, help="Tokens a row.")]
 Baseline = Annotated[str | None, typer.Option(metavar="SOURCE", help="The original model, to compare with.")]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens of all stages together.")]
+
+
+SHOWN = 12  # layers
 
 
 def command(name: str, epilog: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., None]]:
@@ -132,8 +142,14 @@ def convert(
     recipe: RecipeFor = None,
     revision: Revision = None,
     dtype: Annotated[str | None, typer.Option(help="Rewrite weights as float32, float16 or bfloat16.")] = None,
-    layers: Layers = "all",
+    layers: LayersOf = "all",
     settings: Settings = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure each layer's loss, and share the memory out by it.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(help="Text to calibrate on: a file, a folder, a quoted glob, or a Hub data set.")
+    ] = None,
     push: Push = None,
     private: Private = False,
     force: Force = False,
@@ -153,7 +169,8 @@ def convert(
 
         result = convert(
             source, out, recipe=recipe, revision=revision, dtype=dtype, layers=layers, settings=settings or (),
-            push=push, private=private, force=force, dry_run=dry_run, link=link, lay=lay,
+            calibrate=calibrate, data=data, push=push, private=private, force=force, dry_run=dry_run, link=link,
+            lay=lay,
         )  # fmt: skip
 
     def show(r: Any) -> None:
@@ -165,6 +182,8 @@ def convert(
         if r.linked:
             note = ": change no weight file of either folder in place" if r.linked == "hard link" else ""
             print(f"weights are {r.linked}s to the source's{note}")
+        if r.calibration is not None:
+            _show_calibration(r.calibration)
         _show_pushed(r)
         if not r.dry_run:
             print(f"next: dijiang finetune {r.out}")
@@ -238,6 +257,9 @@ def evaluate(
     data: Data = None,
     seq_len: SeqLen = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to evaluate on.")] = 100_000,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Also measure how well passages read before are repeated.")
+    ] = False,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks: a,b.")] = "",
     save: Annotated[bool, typer.Option("--save", help="Keep the figures in the checkpoint's model card.")] = False,
     json_output: Json = False,
@@ -249,8 +271,9 @@ def evaluate(
 
     names = [task for task in tasks.split(",") if task]
     result = evaluate(
-        checkpoint, baseline=baseline, data=data, seq_len=seq_len, max_tokens=max_tokens, tasks=names, save=save
-    )
+        checkpoint, baseline=baseline, data=data, seq_len=seq_len, max_tokens=max_tokens, recall=recall,
+        tasks=names, save=save,
+    )  # fmt: skip
     return result, _show_eval
 
 
@@ -399,6 +422,16 @@ def demo(
     return result, show
 
 
+def _show_calibration(c: Any) -> None:
+    """The layers that gain most by exact keys, and what they got."""
+    memory = iter(c.memory)
+    got = {i: "stays softmax" if i in c.softmax else f"{next(memory, 0):,}" for i in c.gains}
+    best = sorted(c.gains, key=c.gains.get, reverse=True)[:SHOWN]
+    rows = [[str(i), f"{c.gains[i]:.4f}", got[i]] for i in best]
+    print(f"calibrated on {c.tokens:,} tokens, with small tables: KL {c.kl:.3f} nats a token, and less by layer")
+    _table("layer", "less, were it softmax", rows, "rows of memory")
+
+
 def _show_eval(r: Any) -> None:
     rows = [["tokens", f"{r.tokens:,} in rows of {r.seq_len}"]]
     if r.likeness is not None:
@@ -418,6 +451,14 @@ def _show_eval(r: Any) -> None:
             ["same choice", f"{r.top1_agreement:.1%}"],
         ]
     rows.append(["by position", "  ".join(f"{p:.2f}" for p in r.perplexity_by_position)])
+    if r.ratio_by_position is not None:
+        rows.append(["ratio by position", "  ".join(f"{p:.3f}" for p in r.ratio_by_position)])
+    for distance, found in (r.recall or {}).items():
+        told = f"{found.gain:.1f} nats a token, {found.accuracy:.0%} right"
+        if r.baseline_recall is not None:
+            theirs = r.baseline_recall[distance]
+            told += f" (the original {theirs.gain:.1f}, {theirs.accuracy:.0%})"
+        rows.append([f"recall, {distance:,} tokens ago", told])
     rows += [[task, json.dumps(scores)] for task, scores in r.tasks.items()]
     _table("", "", rows)
 

@@ -12,20 +12,21 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from . import __version__
 from .architecture import Architecture, check_kernel, examine
 from .card import write_card
-from .checkpoint import read_shard, write_json, write_shards
+from .checkpoint import drop_tensors, read_shard, write_json, write_shards
 from .errors import DijiangError, Unsupported
 from .files import Lay, check_out, copy_file, default_out, new_folder, weight_files
+from .layers import staying_softmax
 from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS, Kernel
 from .modeling.modeling_dijiang import attach
 from .progress import bytes_bar, console
@@ -33,6 +34,9 @@ from .push import check_push, push_result
 from .recipe import Recipe, load_recipe
 from .sources import Source, check_space, download, read_config, resolve
 from .trace import skeleton
+
+if TYPE_CHECKING:
+    from .calibrate import Calibration
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODELING_FILES = (
@@ -67,7 +71,8 @@ LARGE_JSON = ("tokenizer.json", "vocab.json")  # which name no code
 class ConvertResult:
     """What `convert` did, or with ``dry_run`` would do. ``seconds`` is wall-clock time.
 
-    linked: "reflink" or "hard link", where the source's weights were linked and not copied.
+    linked: "reflink" or "hard link", where the source's weights were linked and not copied. calibration: what was
+    measured, see `Calibration`.
     """
 
     out: str
@@ -81,6 +86,7 @@ class ConvertResult:
     dry_run: bool = False
     pushed: str | None = None
     linked: str | None = None
+    calibration: "Calibration | None" = None
 
 
 def convert(
@@ -92,6 +98,8 @@ def convert(
     dtype: str | None = None,
     layers: str = "all",
     settings: Sequence[str] = (),
+    calibrate: bool = False,
+    data: str | Sequence[str] | None = None,
     push: str | None = None,
     private: bool = False,
     force: bool = False,
@@ -109,8 +117,11 @@ def convert(
         revision: branch, tag or commit of a Hub source.
         dtype: rewrites the weights as float32, float16 or bfloat16; by default they are copied byte for byte.
         layers: which layers: all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N, or several with
-            commas. The rest keep softmax.
+            commas. The rest keep softmax. Or auto:N: all but the N where conversion costs most, by calibration.
         settings: ``key=value`` for the recipe's kernel, as ``window=16``.
+        calibrate: measure what each layer loses, and share the memory out by it. That runs the model, which must fit
+            into memory, on some 4,000 tokens, once a layer: see `calibrate`.
+        data: text to calibrate on, as `finetune` takes it; the recipe's own if None.
         push: a Hub repository to push the result to; ``private`` makes it a private one.
         force: replace ``out`` if it exists.
         dry_run: check everything that can be without downloading weights, and write nothing.
@@ -129,10 +140,15 @@ def convert(
     chosen = load_recipe(recipe or "default", settings)
     found = resolve(source, revision)
     config = read_config(found)
-    architecture = examine(config, layers)
+    softmax = staying_softmax(layers)
+    architecture = examine(config, "all" if softmax else layers)
     if recipe is None and not architecture.layers.causal:
         chosen = load_recipe("encoder", settings)
     check_kernel(chosen.kernel, architecture)
+    if calibrate or softmax:
+        _check_calibration(chosen, architecture, softmax)
+    elif data is not None:
+        raise DijiangError("--data is the text to calibrate on: add --calibrate, or --layers auto:N")
     target = Path(out) if out is not None else default_out(found.name)
     check_out(target, force)
     if push is not None:
@@ -143,13 +159,13 @@ def convert(
         source=str(found),
         source_revision=found.revision,
         recipe=chosen.name,
-        layers_converted=len(architecture.layers.layers),
+        layers_converted=len(architecture.layers.layers) - softmax,
         new_parameters=sum(t.numel() for t in new.values()),
         total_parameters=architecture.parameters + sum(t.numel() for t in new.values()),
         seconds=0.0,
         dry_run=dry_run,
     )
-    linked = None
+    linked, calibration = None, None
     if not dry_run:
         found = download(found, target, linked=link)
         assert found.folder is not None
@@ -167,11 +183,52 @@ def convert(
             with bytes_bar("converting", size) as advance:
                 linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link, lay)
             copy_companions(found.folder, folder)
-            write_json(folder / "config.json", converted_config(config, architecture, chosen, found, dtype))
+            content = converted_config(config, architecture, chosen, found, dtype)
+            write_json(folder / "config.json", content)
             write_code(folder)
+            if calibrate or softmax:
+                from .calibrate import calibrate as measure  # these need more libraries than the rest
+                from .distill.gather import corpus_of
+
+                calibration = measure(folder, corpus_of(None, data, chosen), softmax)
+                architecture = _refined(folder, config, architecture, chosen.kernel, calibration)
+                content = converted_config(config, architecture, chosen, found, dtype)
+                content["dijiang"]["calibration"] = dataclasses.asdict(calibration)
+                write_json(folder / "config.json", content)
             write_card(folder)
     pushed = push_result(target, push, private) if push and not dry_run else None
-    return dataclasses.replace(result, seconds=time.perf_counter() - start, pushed=pushed, linked=linked)
+    if calibration is not None:
+        new = architecture.new_tensors(chosen.kernel)
+    parameters = sum(t.numel() for t in new.values())
+    return dataclasses.replace(
+        result, seconds=time.perf_counter() - start, pushed=pushed, linked=linked, calibration=calibration,
+        new_parameters=parameters, total_parameters=architecture.parameters + parameters,
+    )  # fmt: skip
+
+
+def _check_calibration(recipe: Recipe, architecture: Architecture, softmax: int) -> None:
+    """Whether there is something that a calibration can choose."""
+    layers = architecture.layers
+    if not (layers.causal and issubclass(architecture.model_class, GenerationMixin)):
+        raise DijiangError("calibration needs a model that predicts the next token: leave --calibrate and auto:N out")
+    if not softmax and not recipe.kernel.memory:
+        raise DijiangError(f"recipe {recipe.name} has no memory to share: leave --calibrate out, or --set memory=256")
+    if softmax >= len(layers.layers):
+        count = len(layers.layers)
+        raise DijiangError(f"--layers auto:{softmax} leaves none of {count} layers to convert: give a smaller N")
+
+
+def _refined(
+    folder: Path, config: dict[str, Any], architecture: Architecture, kernel: Kernel, found: "Calibration"
+) -> Architecture:
+    """What a calibration makes of an architecture of which all layers were converted. The checkpoint in ``folder``
+    loses the kernels of layers that stay softmax."""
+    if found.softmax:
+        before = architecture.new_tensors(kernel).keys()
+        rest = [str(layer) for layer in architecture.layers.layers if layer not in found.softmax]
+        architecture = examine(config, ",".join(rest))
+        drop_tensors(folder, before - architecture.new_tensors(kernel).keys())
+    return dataclasses.replace(architecture, layers=dataclasses.replace(architecture.layers, memory=found.memory))
 
 
 def converted_config(

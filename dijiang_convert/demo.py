@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .benchmark import BenchResult, BenchRow, benchmark
 from .convert import ConvertResult, convert
@@ -11,11 +12,13 @@ from .evaluate import EvalResult, evaluate
 from .finetune import FinetuneResult, finetune
 from .generate import GenerateResult, generate
 from .progress import console
+from .recipe import load_recipe
 from .report import running_mean
 
 MODEL = Path(__file__).parent / "demo_model"
 PROMPT = '    def __repr__(self):\n        """Return'
 LENGTHS = (512, 2048, 8192)
+TABLE = ("window=64", "memory=64")  # rows are of 512 tokens: so the table is smaller than the recipe's, too
 EVAL_TOKENS = 20_000
 
 
@@ -46,7 +49,10 @@ def demo(
     converted, finetuned = folder / "converted", folder / "finetuned"
 
     console.rule("1  convert: swap the attention")
-    swapped = convert(original, converted, recipe=recipe, force=True)
+    more: dict[str, Any] = {}
+    if load_recipe(recipe).kernel.memory:
+        more = {"settings": TABLE, "calibrate": True, "data": documents("train")}
+    swapped = convert(original, converted, recipe=recipe, force=True, **more)
     untrained = evaluate(converted, baseline=original, data=held_out, seq_len=512, max_tokens=EVAL_TOKENS)
     console.rule("2  finetune: distil what the swap lost")
     trained = finetune(converted, finetuned, data=documents("train"), tokens=tokens, seq_len=512, force=True)

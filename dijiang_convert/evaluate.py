@@ -22,6 +22,8 @@ from .likeness import Likeness, likeness
 from .models import generates, load_any, load_tokenizer, silence
 from .progress import count_bar
 from .quality import add_quality
+from .recall import DISTANCES, PASSAGE, TEXTS, Recall
+from .recall import recall as measure_recall
 from .sources import download, resolve
 
 DEFAULT_DATA = "emozilla/pg19-test"  # books; no part of any recipe's corpus
@@ -33,7 +35,8 @@ class EvalResult:
     """Perplexity a token; the other figures need a baseline. Encoders have no perplexity: theirs is a `likeness`.
 
     kl_divergence: KL(baseline ‖ model) in nats a token; top1_agreement: share of tokens where both would choose the
-    same. perplexity_by_position: over 8 equal parts of a row.
+    same. perplexity_by_position, ratio_by_position: over 8 equal parts of a row. recall: how well a passage is
+    repeated, by how many tokens ago it was read (see `recall`), and baseline_recall how well the original does it.
     """
 
     perplexity: float | None
@@ -44,6 +47,9 @@ class EvalResult:
     perplexity_ratio: float | None = None
     kl_divergence: float | None = None
     top1_agreement: float | None = None
+    ratio_by_position: list[float] | None = None
+    recall: dict[int, Recall] | None = None
+    baseline_recall: dict[int, Recall] | None = None
     likeness: Likeness | None = None
     tasks: dict[str, Any] = field(default_factory=dict)
 
@@ -55,6 +61,7 @@ def evaluate(
     data: str | Sequence[str] | None = None,
     seq_len: int | None = None,
     max_tokens: int = 100_000,
+    recall: bool = False,
     tasks: Sequence[str] = (),
     save: bool = False,
 ) -> EvalResult:
@@ -64,6 +71,7 @@ def evaluate(
         checkpoint: converted, or any causal language model.
         baseline: the original model, to compare with. Encoders need one: they are measured by it alone.
         seq_len: tokens a row; by default the model's context, at most 2,048.
+        recall: also plant passages into the rows, and see how well they are repeated.
         tasks: names of lm-eval tasks; needs ``pip install lm-eval``.
         save: keep the figures with the checkpoint, and write them into its model card.
 
@@ -73,13 +81,13 @@ def evaluate(
     if save:
         read_checkpoint(checkpoint)
     silence()
-    result = _evaluate(checkpoint, baseline, data, seq_len, max_tokens, tasks)
+    result = _evaluate(checkpoint, baseline, data, seq_len, max_tokens, recall, tasks)
     if save:
         folder = Path(checkpoint).expanduser()
         figures = dataclasses.asdict(result) | (dataclasses.asdict(result.likeness) if result.likeness else {})
         text = data if data is not None else DEFAULT_DATA
         names = hub_names(Sources([text])) if isinstance(text, str) else []
-        add_quality(folder, "eval", names[0] if names else None, result.tokens, figures, result.tasks)
+        add_quality(folder, "eval", names[0] if names else None, result.tokens, figures)
         write_card(folder)
     return result
 
@@ -90,6 +98,7 @@ def _evaluate(
     data: str | Sequence[str] | None,
     seq_len: int | None,
     max_tokens: int,
+    wants_recall: bool,
     tasks: Sequence[str],
 ) -> EvalResult:
     model = load_any(str(checkpoint)).eval()
@@ -99,8 +108,9 @@ def _evaluate(
     if other is not None and model.main_input_name == "input_ids" and _vocabulary(other) != _vocabulary(model):
         raise DijiangError(f"{baseline} has another vocabulary than {checkpoint}: give the model it was converted from")
     if model.main_input_name == "pixel_values":
-        if seq_len is not None:
-            raise DijiangError(f"--seq-len {seq_len} is of no use here: {checkpoint} takes images")
+        if seq_len is not None or wants_recall:
+            option = "--recall" if seq_len is None else f"--seq-len {seq_len}"
+            raise DijiangError(f"{option} is of no use here: {checkpoint} takes images")
         return _evaluate_images(checkpoint, model, other, data, max_tokens)
     tokenizer = load_tokenizer(checkpoint)
     length = seq_len or min(getattr(model.config.get_text_config(), "max_position_embeddings", 2048), 2048)
@@ -114,6 +124,8 @@ def _evaluate(
     if whole:
         if tasks:
             raise DijiangError(f"{checkpoint} predicts no next token: lm-eval's tasks need that, leave --tasks out")
+        if wants_recall:
+            raise DijiangError(f"{checkpoint} predicts no next token: leave --recall out")
         assert other is not None
         return EvalResult(None, rows.tokens, length, [], likeness=likeness(model, other, rows))
     totals = measure(model, rows, other)
@@ -132,7 +144,18 @@ def _evaluate(
             "perplexity_ratio": math.exp(loss - base),
             "kl_divergence": float(totals["kl"].sum() / count),
             "top1_agreement": float(totals["agreement"].sum() / count),
+            "ratio_by_position": _ratios(totals),
         }
+    if wants_recall:
+        texts = rows.ids[rows.lengths == length][:TEXTS]
+        if not len(texts) or length < DISTANCES[0] + PASSAGE:
+            raise DijiangError(
+                f"--recall needs texts of {DISTANCES[0] + PASSAGE} tokens at least, as long as a row ({length}): "
+                "give longer ones, or another --seq-len"
+            )
+        result["recall"] = measure_recall(model, texts)
+        if other is not None:
+            result["baseline_recall"] = measure_recall(other, texts)
     return EvalResult(**result, tasks=_lm_eval(model, tokenizer, tasks) if tasks else {})
 
 
@@ -182,6 +205,12 @@ def _by_position(totals: dict[str, Tensor], parts: int = 8) -> list[float]:
     parts = min(parts, len(totals["loss"]))
     pairs = zip(totals["loss"].tensor_split(parts), totals["count"].tensor_split(parts), strict=True)
     return [math.exp(loss.sum() / count.sum()) for loss, count in pairs if count.sum() > 0]
+
+
+def _ratios(totals: dict[str, Tensor]) -> list[float]:
+    """Of perplexity to the baseline's, by position."""
+    original = _by_position({**totals, "loss": totals["baseline_loss"]})
+    return [own / other for own, other in zip(_by_position(totals), original, strict=True)]
 
 
 def _lm_eval(model: PreTrainedModel, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Any]:

@@ -5,6 +5,16 @@ from .errors import DijiangError, Unsupported
 LAYER_SPECS = "all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N"
 
 
+def staying_softmax(spec: str) -> int:
+    """N of ``auto:N``, 0 of any other specification. Raises DijiangError for an N that means nothing."""
+    head, _, number = spec.partition(":")
+    if head != "auto":
+        return 0
+    if not _is_number(number) or int(number) < 1:
+        raise DijiangError(f"--layers {spec!r} is not valid: give auto:N, N the layers that stay softmax, as auto:3")
+    return int(number)
+
+
 def select_layers(spec: str, count: int, full: list[int], local: list[int], kind: str) -> list[int]:
     """The layers that a specification names, of ``count``.
 
@@ -15,7 +25,7 @@ def select_layers(spec: str, count: int, full: list[int], local: list[int], kind
     Raises DijiangError for what is no specification or names a layer that has no attention, and Unsupported where
     ``all`` are none.
     """
-    bad = DijiangError(f"--layers {spec!r} is not valid: give {LAYER_SPECS}")
+    bad = DijiangError(f"--layers {spec!r} is not valid: give {LAYER_SPECS}; convert takes auto:N, too")
     chosen: set[int] = set()
     for part in spec.split(","):
         head, _, number = part.partition(":")

@@ -21,6 +21,9 @@ FIGURES = {
     "embedding_cosine": "cosine of embeddings",
 }
 
+# What is no single figure: results of lm-eval's tasks, ratios over equal parts of a row, recall by distance.
+DETAILS = ("tasks", "ratio_by_position", "recall", "baseline_recall")
+
 
 def read_quality(folder: Path) -> list[dict[str, Any]]:
     """Measurements: what made them ("by"), the text or Hub data set, its tokens, and figures."""
@@ -38,10 +41,13 @@ def add_quality(
     dataset: str | None,
     tokens: int,
     figures: dict[str, Any],
-    tasks: dict[str, Any] | None = None,
 ) -> None:
-    """Keeps a measurement in place of an older one of the same kind; of text that is not on the Hub, not its name."""
-    made = {"by": by, "dataset": dataset, "tokens": tokens, "figures": _known(figures), "tasks": tasks or {}}
+    """Keeps a measurement in place of an older one of the same kind; of text that is not on the Hub, not its name.
+
+    figures: those of `FIGURES` are kept, and those of `DETAILS`.
+    """
+    made = {"by": by, "dataset": dataset, "tokens": tokens, "figures": _known(figures)}
+    made |= {name: figures[name] for name in DETAILS if figures.get(name)}
     others = [each for each in read_quality(folder) if (each.get("by"), each.get("dataset")) != (by, dataset)]
     text = json.dumps([*others, made], indent=2, ensure_ascii=False)
     (folder / EVALUATION).write_text(text + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ Weights are large enough and kernels far enough from their start that every kind
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ from dijiang_convert.convert import convert
 from dijiang_convert.modeling.attention import DiJiangAttention
 from dijiang_convert.modeling.cache import DiJiangCacheLayer
 from dijiang_convert.models import load_converted
-from tests.sources_on_disk import llama_config, neox_config, write_source
+from tests.sources_on_disk import edit_config, llama_config, neox_config, write_source
 
 # Sizes of the table: a text of 100 tokens has keys in the window, in the memory and in the state alone.
 WINDOW, BLOCK, MEMORY = 16, 16, 8
@@ -41,7 +42,9 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "window-only": ("window-only", _BLOCKS, "all"),
     "partial": ("default", _SMALL, "1"),
     "partial-first": ("default", _SMALL, "0"),
+    "shared": ("default", _SMALL, "all"),
 }
+SHARED = [3, 13]  # rows of memory of the layers of "shared", as a calibration gives them
 # Those that remember in a state what is in no exact row.
 WITH_STATE = tuple(name for name in VARIANTS if name not in ("no-state", "window-only"))
 MODELS = (*(f"llama-{variant}" for variant in VARIANTS), "neox-default", "neox-pure", "neox-partial")
@@ -68,6 +71,9 @@ def _checkpoint(kind: str, variant: str) -> Path:
     recipe, settings, layers = VARIANTS[variant]
     out = Path(_FOLDER.name) / f"{kind}-{variant}"
     convert(str(source(kind)), out, recipe=recipe, settings=settings, layers=layers)
+    if variant == "shared":
+        section = json.loads((out / "config.json").read_text())["dijiang"]
+        edit_config(out, dijiang={**section, "memory": SHARED})
     return out
 
 

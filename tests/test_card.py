@@ -170,7 +170,7 @@ def test_quality(tmp_path: Path) -> None:
     assert "It was not measured" in card(tmp_path).text
     add_quality(tmp_path, "finetune", None, 4096, {"perplexity": 13, "untrained_perplexity": 40.0})
     tasks = {"lambada": {"acc,none": 0.5, "acc_stderr,none": 0.01, "alias": "lambada"}}
-    add_quality(tmp_path, "eval", "emozilla/pg19-test", 100_000, FOUND, tasks)
+    add_quality(tmp_path, "eval", "emozilla/pg19-test", 100_000, {**FOUND, "tasks": tasks})
     made = card(tmp_path)
     assert "It was not measured" not in made.text
     assert "By `dijiang finetune` on 4,096 tokens of text that was held out:" in made.text
@@ -213,7 +213,7 @@ def refusal(card: ModelCard, hub: Hub) -> str:
 
 
 def test_the_hub_takes_the_metadata(tmp_path: Path, hub: Hub) -> None:
-    add_quality(tmp_path, "eval", "emozilla/pg19-test", 100_000, FOUND, {"lambada": {"acc,none": 0.5}})
+    add_quality(tmp_path, "eval", "emozilla/pg19-test", 100_000, {**FOUND, "tasks": {"lambada": {"acc,none": 0.5}}})
     add_quality(tmp_path, "finetune", None, 10, FOUND)
     for language in ("en", ["en", "de"]):
         history = [{"stage": "a", "datasets": ["a/b"]}]

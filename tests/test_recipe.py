@@ -53,10 +53,10 @@ def test_every_shipped_recipe_is_valid(name: str) -> None:
 
 
 def test_what_the_shipped_recipes_are() -> None:
-    assert load_recipe("default").kernel == Kernel(window=64)
+    assert load_recipe("default").kernel == Kernel()
     pure, paper, window = (load_recipe(name).kernel for name in ("pure", "paper", "window-only"))
     assert pure == Kernel(window=0, sinks=0, memory=0, rotary="keep", shift=True)
-    assert not window.far and window.window == 64
+    assert not window.far and window.window == Kernel().window
     assert (paper.normalize, paper.gate, paper.decay, paper.window) == (False, True, "retnet", 0)
     assert (paper.frequency, paper.projection, paper.learned_features) == ("quasi-random", False, False)
     assert [stage.objective for stage in load_recipe("paper").stages] == ["cross_entropy"]

@@ -63,9 +63,9 @@ class Kernel:
     gate: group norm a head and an output gate SiLU(x W_G).
     """
 
-    window: int = 64
+    window: int = 128
     sinks: int = 4
-    memory: int = 64
+    memory: int = 256
     block: int = 64
     far: bool = True
     signed: bool = True

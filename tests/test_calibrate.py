@@ -1,0 +1,178 @@
+"""Calibration: what each layer loses is measured as it would be by converting it alone or not, and memory and softmax
+layers follow it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from dijiang_convert.calibrate import calibrate, shared_memory
+from dijiang_convert.cli import app
+from dijiang_convert.convert import convert
+from dijiang_convert.demo import MODEL
+from dijiang_convert.demo_text import documents
+from dijiang_convert.distill.data import token_rows
+from dijiang_convert.errors import DijiangError
+from dijiang_convert.evaluate import measure
+from dijiang_convert.generate import generate
+from dijiang_convert.inspect import state_bytes
+from dijiang_convert.modeling.configuration_dijiang import read_section
+from dijiang_convert.models import load_any, load_converted, load_tokenizer
+from dijiang_convert.timing import cache_bytes
+from tests.models import checkpoint
+from tests.sources_on_disk import edit_config
+from tests.test_encoders import write_bert
+
+SMALL = ("window=32", "block=16", "memory=32", "decay_rank=0")  # nothing starts at random
+CPU = torch.device("cpu")
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def text() -> list[str]:
+    return documents("train")
+
+
+def test_memory_is_shared_in_proportion() -> None:
+    memory = shared_memory([0.04, 0.02, 0.01, 0.01], 64)
+    assert memory == (128, 64, 32, 32)
+
+
+def test_no_layer_gets_too_little_or_too_much() -> None:
+    gains = [1.0, 0.05, 0.02, -0.3, 0.0, 0.01, 0.01, 0.003]
+    memory = shared_memory(gains, 64)
+    assert memory[0] == 256 and memory[3] == memory[4] == 8
+    assert min(memory) == 8 and sum(memory) <= 8 * 64
+    assert sum(memory) > 8 * 64 - 8  # but for rounding nothing is left over
+    assert [memory[i] for i in (1, 2, 5, 7)] == sorted((memory[i] for i in (1, 2, 5, 7)), reverse=True)
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_gains_are_those_of_a_model_with_that_layer_left_softmax(tmp_path: Path, text: list[str], layer: int) -> None:
+    """Measured again with the verbs: a conversion of all layers, and one of all but one, at the size of table that
+    calibration takes."""
+    small = ("window=16", "block=16", "memory=16", "decay_rank=0")
+    convert(str(MODEL), tmp_path / "all", settings=SMALL)
+    found = calibrate(tmp_path / "all", text, tokens=2048)
+    rows = token_rows(text, load_tokenizer(MODEL), seq_len=2048, tokens=2048)
+    original, kl = load_any(str(MODEL), CPU), {}
+    rest = ",".join(str(i) for i in range(4) if i != layer)
+    for name, layers in (("all", "all"), ("but one", rest)):
+        convert(str(MODEL), tmp_path / f"small {name}", layers=layers, settings=small)
+        totals = measure(load_converted(tmp_path / f"small {name}", device=CPU), rows, original)
+        kl[name] = float(totals["kl"].sum() / totals["count"].sum())
+    assert found.tokens == rows.tokens
+    # (evaluation leaves the last token of a row out, which has no next one)
+    assert found.kl == pytest.approx(kl["all"], rel=5e-3)
+    assert found.gains[layer] == pytest.approx(kl["all"] - kl["but one"], rel=2e-2, abs=1e-4)
+
+
+def test_what_is_measured_decides(tmp_path: Path, text: list[str]) -> None:
+    """The kernels of the others alone are written, and all else is as with the layers named by hand."""
+    result = convert(str(MODEL), tmp_path / "auto", layers="auto:1", settings=SMALL, data=text)
+    found = result.calibration
+    assert found is not None and result.layers_converted == 3
+    best = max(found.gains, key=lambda i: found.gains[i])
+    rest = [i for i in range(4) if i != best]
+    assert found.softmax == (best,)
+    assert found.memory == shared_memory([found.gains[i] for i in rest], 32)
+    by_hand = convert(str(MODEL), tmp_path / "by hand", layers=",".join(map(str, rest)), settings=SMALL)
+    assert result.new_parameters == by_hand.new_parameters
+    for out in ("auto", "by hand"):
+        index = json.loads((tmp_path / out / INDEX).read_text())
+        assert index["metadata"]["total_size"] == sum(
+            t.nbytes for path in (tmp_path / out).glob("*.safetensors") for t in load_file(path).values()
+        )
+    assert _tensors(tmp_path / "auto").keys() == _tensors(tmp_path / "by hand").keys()
+    assert all(torch.equal(x, _tensors(tmp_path / "by hand")[name]) for name, x in _tensors(tmp_path / "auto").items())
+    section = json.loads((tmp_path / "auto/config.json").read_text())["dijiang"]
+    assert section["layers"] == rest and section["memory"] == list(found.memory)
+    assert section["calibration"]["softmax"] == [best]
+    assert f"{found.kl:.3f}" in (tmp_path / "auto/README.md").read_text()
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+def test_calibrated_checkpoint_is_whole(tmp_path: Path, text: list[str]) -> None:
+    """It loads by AutoModel, keeps its shares when saved again, and its cache has as many bytes as is said."""
+    result = convert(str(MODEL), tmp_path / "out", calibrate=True, settings=SMALL, data=text)
+    assert result.calibration is not None and result.calibration.softmax == ()
+    memory = result.calibration.memory
+    assert len(set(memory)) > 1 and sum(memory) <= 4 * 32
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    for each in (model, again):
+        kernels = [m.dijiang.kernel for m in each.modules() if hasattr(m, "dijiang")]
+        assert [kernel.memory for kernel in kernels] == list(memory)
+    ids = torch.arange(1, 200)[None] % 100
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        assert torch.equal(model(ids).logits, again(ids).logits)
+    assert cache_bytes(cache) == state_bytes(*read_section(model.config), torch.float32)
+    assert generate(tmp_path / "out", "def f", max_new_tokens=4).text
+
+
+def test_layers_with_unequal_memory_keep_their_own() -> None:
+    folder = checkpoint("llama", "shared")
+    model = load_converted(folder)
+    assert [m.dijiang.kernel.memory for m in model.modules() if hasattr(m, "dijiang")] == [3, 13]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--layers", "auto:0"), "auto:N"),
+        (("--layers", "auto:x"), "auto:N"),
+        (("--layers", "auto:4"), "leaves none of 4 layers"),
+        (("--calibrate", "--recipe", "pure"), "no memory to share"),
+        (("--data", "text.txt"), "add --calibrate"),
+        (("--calibrate", "--data", "no-such.txt"), "no-such.txt"),
+    ],
+)
+def test_what_means_nothing_is_refused(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    answer = CliRunner().invoke(app, ["convert", str(MODEL), "--out", str(tmp_path / "out"), *options])
+    assert answer.exit_code == 1 and not (tmp_path / "out").exists()
+    assert answer.stderr.startswith("error: ") and said in answer.stderr and answer.stderr.count("\n") == 1
+
+
+def test_rows_that_the_table_holds_measure_nothing(tmp_path: Path, text: list[str]) -> None:
+    short = shutil.copytree(MODEL, tmp_path / "short")
+    edit_config(short, max_position_embeddings=64)
+    with pytest.raises(DijiangError, match="rows of 64 tokens fit into the table"):
+        convert(str(short), tmp_path / "out", calibrate=True, data=text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+
+    folder = write_bert(tmp_path / "bert")
+    with pytest.raises(DijiangError, match="predicts the next token"):
+        convert(str(folder), tmp_path / "out", calibrate=True)
+
+
+def test_the_command_shows_what_it_measured(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(documents("train")[:40]))
+    arguments = [
+        "convert",
+        str(MODEL),
+        "--out",
+        str(tmp_path / "out"),
+        "--calibrate",
+        "--data",
+        str(tmp_path / "text.txt"),
+    ]
+    answer = CliRunner().invoke(app, [*arguments, *(part for key in SMALL for part in ("--set", key))])
+    assert answer.exit_code == 0, answer.stderr
+    assert "rows of memory" in answer.stdout and "KL" in answer.stdout
+    answer = CliRunner().invoke(app, [*arguments, "--force", "--json", "--layers", "auto:2"])
+    assert len(json.loads(answer.stdout)["calibration"]["softmax"]) == 2
