@@ -1,15 +1,15 @@
-"""A real model, converted and trained as a user would: its perplexity and divergence from the original's.
+"""A real model, converted and trained as a user would: what it loses, where in a text, and what it can repeat.
 
     python benchmarks/real.py MODEL --data FOLDER --work WORK --out benchmarks/results/smollm2.json
 
-MODEL is converted by the default recipe with each of --sizes (window and memory), measured, trained on --tokens by the
-recipe's stages with the first of the sizes, and measured again with each: a table's size is no matter of its weights.
-What WORK holds is not made again, and training goes on where it stopped. FOLDER has a train and a validation split.
+MODEL is converted in every way of `WAYS` and measured beside the original; those of --train are trained on --tokens by
+the default recipe and measured again. What WORK holds is not made again, training goes on where it stopped, and every
+row is written as it comes. FOLDER has a train and a validation split.
 """
 
 import argparse
+import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,20 @@ import torch
 
 import dijiang_convert
 from dijiang_convert import convert, evaluate, finetune
+from dijiang_convert.checkpoint import read_checkpoint
+from dijiang_convert.inspect import state_bytes
+from dijiang_convert.modeling.configuration_dijiang import read_section
+from dijiang_convert.models import converted_config
+
+WAYS: dict[str, dict[str, Any]] = {
+    "default, calibrated": {"calibrate": True},
+    "default": {},
+    "auto:3": {"layers": "auto:3"},
+    "auto:5": {"layers": "auto:5"},
+    "window 64, memory 64": {"settings": ["window=64", "memory=64"]},
+    "pure": {"recipe": "pure"},
+}
+CONTEXT = 8192  # where the cache is compared with the original's
 
 
 def main() -> None:
@@ -25,55 +39,63 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="with train.parquet and validation.parquet")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sizes", nargs="+", default=["64,64", "128,256"], metavar="WINDOW,MEMORY")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, metavar="WAY")
+    parser.add_argument("--train", nargs="*", default=list(WAYS)[:1], choices=WAYS, metavar="WAY")
     parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--train-length", type=int, default=1024)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=4)
     args = parser.parse_args()
-    sizes = [tuple(map(int, size.split(","))) for size in args.sizes]
     args.work.mkdir(parents=True, exist_ok=True)
+    content = json.loads(args.out.read_text()) if args.out.exists() else {}
+    rows = content.get("rows", [])
+    for way in [*args.ways, *args.train]:
+        tokens = args.tokens if way in args.train and any(_is(row, way, 0, args) for row in rows) else 0
+        if any(_is(row, way, tokens, args) for row in rows):
+            continue
+        row = {"way": way, "tokens": tokens, "length": args.length, **measured(made(way, tokens, args), args)}
+        print(row, flush=True)
+        rows.append(row)
+        content = {
+            "model": args.model.name, "version": dijiang_convert.__version__, "torch": torch.__version__,
+            "texts": args.rows, "rows": rows,
+        }  # fmt: skip
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
 
-    base, trained, rows = args.work / "converted", args.work / "trained", []
+
+def _is(row: dict[str, Any], way: str, tokens: int, args: argparse.Namespace) -> bool:
+    return (row["way"], row["tokens"], row["length"]) == (way, tokens, args.length)
+
+
+def made(way: str, tokens: int, args: argparse.Namespace) -> Path:
+    """The checkpoint of a row."""
+    name, text = way.replace(" ", "-"), str(args.data / "train.parquet")
+    base, trained = args.work / name, args.work / f"{name}-{tokens}"
     if not base.exists():
-        convert(str(args.model), base, settings=[f"window={sizes[0][0]}", f"memory={sizes[0][1]}"])
-    for tokens, folder in ((0, base), (args.tokens, trained)):
-        if not folder.exists():
-            finetune(
-                str(base), out=folder, data=str(args.data / "train.parquet"), tokens=args.tokens,
-                seq_len=args.train_length, resume=folder.with_name(f"{folder.name}.run").exists(),
-            )  # fmt: skip
-        for window, memory in sizes:
-            found = measured(resized(folder, window, memory), args)
-            rows.append({"tokens": tokens, "window": window, "memory": memory, **found})
-            print(rows[-1], flush=True)
-    content = {
-        "model": args.model.name, "version": dijiang_convert.__version__, "torch": torch.__version__,
-        "length": args.length, "texts": args.rows, "train_length": args.train_length, "rows": rows,
-    }  # fmt: skip
-    args.out.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def resized(folder: Path, window: int, memory: int) -> Path:
-    """A checkpoint with the same weights and a table of another size."""
-    out = folder.with_name(f"{folder.name}-{window}-{memory}")
-    if not out.exists():
-        shutil.copytree(folder, out)
-        config = json.loads((out / "config.json").read_text())
-        config["dijiang"]["kernel"] |= {"window": window, "memory": memory}
-        (out / "config.json").write_text(json.dumps(config))
-    return out
+        options = WAYS[way]
+        needs_text = "calibrate" in options or "layers" in options
+        convert(str(args.model), base, data=text if needs_text else None, **options)
+    if tokens and not trained.exists():
+        going_on = trained.with_name(f"{trained.name}.run").exists()
+        finetune(str(base), out=trained, data=text, tokens=tokens, resume=going_on)
+    return trained if tokens else base
 
 
 def measured(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    result = evaluate(
+    found = evaluate(
         str(folder), baseline=str(args.model), data=str(args.data / "validation.parquet"), seq_len=args.length,
-        max_tokens=args.length * args.rows,
+        max_tokens=args.length * args.rows, recall=True,
     )  # fmt: skip
+    kernel, layers = read_section(converted_config(folder))
+    section = read_checkpoint(folder)["dijiang"]
+    count = len(layers.layers) + len((section.get("calibration") or {}).get("softmax", []))
+    one = layers.kv_heads * (layers.head_dim + layers.value_dim) * CONTEXT * 2  # bytes a softmax layer, in bfloat16
+    cache = state_bytes(kernel, layers, torch.bfloat16) + (count - len(layers.layers)) * one
     return {
-        "perplexity": result.perplexity, "ratio": result.perplexity_ratio, "kl": result.kl_divergence,
-        "same_choice": result.top1_agreement, "by_position": result.perplexity_by_position,
-    }  # fmt: skip
+        "softmax": [i for i in range(count) if i not in layers.layers],
+        "memory": list(layers.memory) or kernel.memory,
+        "cache_share": cache / (count * one),
+        **{key: value for key, value in dataclasses.asdict(found).items() if value not in (None, {})},
+    }
 
 
 if __name__ == "__main__":
