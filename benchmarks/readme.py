@@ -17,7 +17,6 @@ from benchmarks.fidelity import beyond, positions, report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SHORT_ROWS = ("default", "lolcats", "sinks", "window-only", "pure", "gsa", "hedgehog", "paper")
 Rows = list[dict[str, Any]]
 Speeds = dict[str, dict[int, float]]  # tokens a second, by model and length
 
@@ -35,6 +34,7 @@ def parts() -> dict[tuple[str, str], str]:
     """What belongs between the marks, by file and mark."""
     speed = read("speed-cpu.json")
     found = {
+        ("README.md", "real"): real_table(read("smollm2.json")["rows"]),
         ("README.md", "speed"): f"{setting(speed)}\n\n{speed_table(speed)}",
         ("docs/speed.md", "cpu"): f"{setting(speed)}\n\n{speed_table(speed)}\n{growth_table(speed)}",
         ("docs/speed.md", "conversion"): conversion_table(read("conversion.json")),
@@ -46,7 +46,6 @@ def parts() -> dict[tuple[str, str], str]:
     for name in ("stories", "books"):
         runs = report.load([RESULTS / f"fidelity-{name}.jsonl"])
         found |= {
-            ("README.md", name): fidelity([run for run in runs if in_short(run)], report.SHORT),
             ("docs/recipes.md", name): fidelity(runs, report.COLUMNS),
             ("docs/recipes.md", f"positions-{name}"): positions.table(read(f"positions-{name}.json")),
             ("docs/long-context.md", f"beyond-{name}"): beyond.table(read(f"beyond-{name}.json")),
@@ -58,13 +57,27 @@ def read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
 
 
-def in_short(run: dict[str, Any]) -> bool:
-    """Rows of SHORT_ROWS, whatever their sizes."""
-    return run["budget"] >= 100_000 and run["row"].removesuffix(f":{report.sizes(run['row'])}") in SHORT_ROWS
-
-
 def fidelity(runs: Rows, columns: tuple[str, ...]) -> str:
     return f"The original's perplexity is {runs[0]['original']:.2f}.\n\n{report.table(runs, columns)}\n"
+
+
+def real_table(rows: Rows) -> str:
+    """What a real model loses and repeats, by how it was converted and on how many tokens it was trained."""
+    distances = list(rows[0]["recall"])
+    header = ["`dijiang convert`", "cache at 8,192", "trained on", "perplexity", "KL a token", "same choice"]
+    header += [f"repeats, {int(distance):,} ago" for distance in distances]
+    lines = [["softmax", "1", "", "1", "0", "100%", *(told(rows[0]["baseline_recall"][d]) for d in distances)]]
+    for row in sorted(rows, key=lambda row: row["tokens"]):
+        lines.append([
+            f"`{row['way']}`", f"{row['cache_share']:.3f}", f"{row['tokens'] // 1000}K" if row["tokens"] else "nothing",
+            f"{row['perplexity_ratio']:.3f}", f"{row['kl_divergence']:.3f}", f"{row['top1_agreement']:.1%}",
+            *(told(row["recall"][d]) for d in distances),
+        ])  # fmt: skip
+    return markdown(header, lines)
+
+
+def told(recall: dict[str, float]) -> str:
+    return f"{recall['gain']:.1f} nats, {recall['accuracy']:.0%}"
 
 
 def setting(content: dict[str, Any]) -> str:

@@ -507,8 +507,9 @@ def test_inspect_by_hand(sources: Path) -> None:
     of_features = 16 * hidden + 2 * 16 * 16 + 2 * 16  # down to 16 numbers, from them to each feature's decay, its start
     assert result.new_parameters == 3 * (4 * (features + 1) + 2 * (features + 2) + selection + of_features)
     # A key/value head's state has 16 features by 8 values and a weight. Keys and values are kept of 4 sinks, of 224
-    # keys of the memory, each with its score, and of three blocks of 64 in the window. Of these there are besides the keys
-    # before rotation and the attention received, and of a token two gates a head and 16 numbers for features.
+    # keys of the memory, each with its score, and of three blocks of 64 in the window. Of these there are
+    # besides the keys before rotation and the attention received, and of a token two gates a head and 16 numbers for
+    # features.
     state, memory, window = 16 * (8 + 1), (4 + 224) * (8 + 8 + 1), 192 * (8 + 8 + 8 + 1)
     assert result.state_bytes == 3 * 4 * (2 * (state + memory + window) + 192 * (2 * 2 + 16))
     assert result.kv_cache_bytes_at == {n: 3 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)}
