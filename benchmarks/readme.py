@@ -17,6 +17,15 @@ from benchmarks.fidelity import beyond, positions, report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# What `dijiang convert` is given for each way of benchmarks/real.py.
+GIVEN = {
+    "calibrated": "`--calibrate`",
+    "equal": "",
+    "auto:3": "`--layers auto:3`",
+    "auto:5": "`--layers auto:5`",
+    "small": "`--set window=64 --set memory=64`",
+    "pure": "`--recipe pure`",
+}
 Rows = list[dict[str, Any]]
 Speeds = dict[str, dict[int, float]]  # tokens a second, by model and length
 
@@ -69,7 +78,7 @@ def real_table(rows: Rows) -> str:
     lines = [["softmax", "1", "", "1", "0", "100%", *(told(rows[0]["baseline_recall"][d]) for d in distances)]]
     for row in sorted(rows, key=lambda row: row["tokens"]):
         lines.append([
-            f"`{row['way']}`", f"{row['cache_share']:.3f}", f"{row['tokens'] // 1000}K" if row["tokens"] else "nothing",
+            GIVEN[row["way"]], f"{row['cache_share']:.3f}", f"{row['tokens'] // 1000}K" if row["tokens"] else "nothing",
             f"{row['perplexity_ratio']:.3f}", f"{row['kl_divergence']:.3f}", f"{row['top1_agreement']:.1%}",
             *(told(row["recall"][d]) for d in distances),
         ])  # fmt: skip

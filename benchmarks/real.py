@@ -10,7 +10,6 @@ row is written as it comes. FOLDER has a train and a validation split.
 import argparse
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,13 @@ from dijiang_convert.inspect import state_bytes
 from dijiang_convert.modeling.configuration_dijiang import read_section
 from dijiang_convert.models import converted_config
 
-# By what is given to `dijiang convert`.
 WAYS: dict[str, dict[str, Any]] = {
-    "--calibrate": {"calibrate": True},
-    "(nothing)": {},
-    "--layers auto:3": {"layers": "auto:3"},
-    "--layers auto:5": {"layers": "auto:5"},
-    "--set window=64 --set memory=64": {"settings": ["window=64", "memory=64"]},
-    "--recipe pure": {"recipe": "pure"},
+    "calibrated": {"calibrate": True},
+    "equal": {},
+    "auto:3": {"layers": "auto:3"},
+    "auto:5": {"layers": "auto:5"},
+    "small": {"settings": ["window=64", "memory=64"]},
+    "pure": {"recipe": "pure"},
 }
 CONTEXT = 8192  # where the cache is compared with the original's
 
@@ -70,7 +68,7 @@ def _is(row: dict[str, Any], way: str, tokens: int, args: argparse.Namespace) ->
 
 def made(way: str, tokens: int, args: argparse.Namespace) -> Path:
     """The checkpoint of a row."""
-    name, text = re.sub(r"\W+", "-", way).strip("-"), str(args.data / "train.parquet")
+    name, text = way.replace(":", "-"), str(args.data / "train.parquet")
     base, trained = args.work / name, args.work / f"{name}-{tokens}"
     if not base.exists():
         options = WAYS[way]
