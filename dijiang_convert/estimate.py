@@ -152,12 +152,13 @@ def _activations(model: PreTrainedModel, kernel: Kernel, layers: Layers, stage: 
 
 def _kernel_numbers(kernel: Kernel, layers: Layers) -> int:
     """What autograd keeps of a layer's kernel for a token, as numbers: the tensors of `feature_map`, `state` and
-    `kernel` (without a window `linear`), counted."""
+    `kernel` (without a window `linear`), counted; of the layer with the largest memory."""
     query, key, value, dim = layers.heads, layers.kv_heads, layers.value_dim, layers.head_dim
     if kernel.decay == "retnet":
         key = query
     features = dim * (2 if kernel.signed else 1) if kernel.far else 0
-    exact = kernel.sinks + kernel.memory + kernel.window + kernel.block if kernel.window else 0
+    memory = max(layers.memory, default=kernel.memory)
+    exact = kernel.sinks + memory + kernel.window + kernel.block if kernel.window else 0
     # Of a query: its weights and what they are of, itself, and its features.
     numbers = query * (exact + 2 * features + 3 * dim + 2 * value)
     # Of a key: features, their logarithms and decays; of a block: the rows that it reads, and the state.
