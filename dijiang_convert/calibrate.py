@@ -92,10 +92,10 @@ def calibrate(folder: Path, data: str | Sequence[str], softmax: int = 0, tokens:
     return Calibration(rows.tokens, kl, gains, tuple(sorted(best[:softmax])), memory)
 
 
-def shared_memory(gains: Sequence[float], mean: int) -> tuple[int, ...]:
+def shared_memory(gains: Sequence[float], mean: int, power: float = POWER) -> tuple[int, ...]:
     """Rows of memory of each layer: in proportion to a power of what it gains, between an eighth of ``mean`` and four
     times it, and no more in all than ``mean`` each."""
-    worth = [max(gain, 0.0) ** POWER for gain in gains]
+    worth = [max(gain, 0.0) ** power for gain in gains]
     least, most = mean // LEAST, mean * MOST
 
     def at(scale: float) -> list[int]:

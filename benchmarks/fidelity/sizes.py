@@ -1,0 +1,76 @@
+"""What tables of other sizes are worth to one checkpoint, and other ways to share memory out: sizes are no weights.
+
+    python -m benchmarks.fidelity.sizes CHECKPOINT --baseline MODEL --data FILE --out SIZES.jsonl \
+        128,256 64,336 128,224 128,224:1 128,224:1.5 128,224:2
+
+A size is the window, the mean memory of a layer, and behind a colon the power of its layers' gains by which memory is
+shared out (then CHECKPOINT must be calibrated); without one all layers have as much. Rows that SIZES.jsonl has are not
+measured again.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dijiang_convert.calibrate import shared_memory
+from dijiang_convert.checkpoint import read_checkpoint
+from dijiang_convert.distill.data import token_rows
+from dijiang_convert.models import load_any, load_converted, load_tokenizer, silence
+from dijiang_convert.recall import recall
+
+from .measures import fidelity
+
+TEXTS = 2  # of which recall is measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("sizes", nargs="+", metavar="WINDOW,MEMORY[:POWER]")
+    parser.add_argument("--baseline", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=4)
+    args = parser.parse_args()
+    silence()
+    rows = token_rows(
+        args.data, load_tokenizer(args.checkpoint), seq_len=args.length, tokens=args.length * args.rows, held_out=True,
+        shuffle_seed=None,
+    )  # fmt: skip
+    cpu = torch.device("cpu")
+    model, original = load_converted(args.checkpoint, device=cpu).eval(), load_any(args.baseline, cpu).eval()
+    gains = (read_checkpoint(args.checkpoint)["dijiang"].get("calibration") or {}).get("gains")
+    done = [json.loads(line)["size"] for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    for size in args.sizes:
+        if size in done:
+            continue
+        memory = resize(model, size, gains)
+        texts = rows.ids[rows.lengths == args.length][:TEXTS]
+        copied = {n: found.gain for n, found in recall(model, texts).items()}
+        found = {"size": size, "memory": memory, "recall": copied, **fidelity(model, rows, original)}
+        with args.out.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        print(f"{size}: ratio {found['ratio']:.4f} KL {found['kl']:.4f} recall {copied}", flush=True)
+
+
+def resize(model: Any, size: str, gains: dict[str, float] | None) -> list[int]:
+    """Gives every layer its table; returns their memories."""
+    shape, _, power = size.partition(":")
+    window, mean = map(int, shape.split(","))
+    kernels = [module.dijiang for module in model.modules() if hasattr(module, "dijiang")]
+    memory = [mean] * len(kernels)
+    if power:
+        assert gains is not None, "a power needs a calibrated checkpoint"
+        memory = list(shared_memory(list(gains.values()), mean, float(power)))
+    for each, rows in zip(kernels, memory, strict=True):
+        each.kernel = replace(each.kernel, window=window, memory=rows)
+    return memory
+
+
+if __name__ == "__main__":
+    main()
