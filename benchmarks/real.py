@@ -30,6 +30,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "small": {"settings": ["window=64", "memory=64"]},
     "pure": {"recipe": "pure"},
 }
+FIGURES = (
+    "perplexity", "baseline_perplexity", "perplexity_ratio", "kl_divergence", "top1_agreement", "ratio_by_position",
+    "recall", "baseline_recall",
+)  # fmt: skip
 CONTEXT = 8192  # where the cache is compared with the original's
 
 
@@ -52,7 +56,7 @@ def main() -> None:
         tokens = args.tokens if way in args.train and any(_is(row, way, 0, args) for row in rows) else 0
         if any(_is(row, way, tokens, args) for row in rows):
             continue
-        row = {"way": way, "tokens": tokens, "length": args.length, **measured(made(way, tokens, args), args)}
+        row = {**measured(made(way, tokens, args), args), "way": way, "tokens": tokens, "length": args.length}
         print(row, flush=True)
         rows.append(row)
         content = {
@@ -94,7 +98,7 @@ def measured(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "softmax": [i for i in range(count) if i not in layers.layers],
         "memory": list(layers.memory) or kernel.memory,
         "cache_share": cache / (count * one),
-        **{key: value for key, value in dataclasses.asdict(found).items() if value not in (None, {})},
+        **{name: value for name, value in dataclasses.asdict(found).items() if name in FIGURES},
     }
 
 

@@ -67,7 +67,8 @@ def calibrate(folder: Path, data: str | Sequence[str], softmax: int = 0, tokens:
     model: Any = load_converted(folder).eval()
     layers = {layer_index(name, module): module for name, module in model.named_modules() if hasattr(module, "dijiang")}
     length = min(getattr(model.config.get_text_config(), "max_position_embeddings", ROW), ROW)
-    rows = token_rows(data, load_tokenizer(folder), seq_len=length, tokens=tokens)
+    # In order, each document by itself: texts of one piece are what far keys matter to.
+    rows = token_rows(data, load_tokenizer(folder), seq_len=length, tokens=tokens, shuffle_seed=None)
     converted, each = [], {index: [] for index in layers}  # type: ignore[var-annotated]
     with count_bar("calibrating (layers)", len(rows) * (len(layers) + 1)) as advance, small_tables(layers):
         for row, count in zip(rows.ids, rows.lengths.tolist(), strict=True):
@@ -96,6 +97,8 @@ def shared_memory(gains: Sequence[float], mean: int, power: float = POWER) -> tu
     """Rows of memory of each layer: in proportion to a power of what it gains, between an eighth of ``mean`` and four
     times it, and no more in all than ``mean`` each."""
     worth = [max(gain, 0.0) ** power for gain in gains]
+    if not any(worth):
+        return (mean,) * len(gains)
     least, most = mean // LEAST, mean * MOST
 
     def at(scale: float) -> list[int]:
