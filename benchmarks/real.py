@@ -91,11 +91,12 @@ def measured(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     kernel, layers = read_section(converted_config(folder))
     section = read_checkpoint(folder)["dijiang"]
-    count = len(layers.layers) + len((section.get("calibration") or {}).get("softmax", []))
+    softmax = list((section.get("calibration") or {}).get("softmax", []))
+    count = len(layers.layers) + len(softmax)
     one = layers.kv_heads * (layers.head_dim + layers.value_dim) * CONTEXT * 2  # bytes a softmax layer, in bfloat16
-    cache = state_bytes(kernel, layers, torch.bfloat16) + (count - len(layers.layers)) * one
+    cache = state_bytes(kernel, layers, torch.bfloat16) + len(softmax) * one
     return {
-        "softmax": [i for i in range(count) if i not in layers.layers],
+        "softmax": softmax,
         "memory": list(layers.memory) or kernel.memory,
         "cache_share": cache / (count * one),
         **{name: value for name, value in dataclasses.asdict(found).items() if name in FIGURES},

@@ -7,6 +7,7 @@ layers by the divergence is from arXiv 2512.20569, which measures more of them a
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,25 +22,28 @@ from transformers.modeling_utils import AttentionInterface
 
 from .distill.attention import attention, original
 from .distill.data import token_rows
+from .distill.logits import counted, distillation_loss, live_teacher
 from .errors import DijiangError
 from .modeling.interface import dijiang_attention, dijiang_mask, softmax_attention
 from .modeling.modeling_dijiang import layer_index
 from .models import load_converted, load_tokenizer, silence
+from .plan import source_context
 from .progress import count_bar
 
 ROW = 2048  # tokens
-LEAST, MOST = 8, 4  # a layer gets an eighth of the mean memory at least, and four times it at most
+SEEN = 16  # times as much text is looked through for the longest documents
+LEAST, MOST = 1 / 8, 4  # of the mean memory a layer gets
 # Memory is shared by this power of the gains: in proportion to them (1) the divergence is as low, and less is copied.
 POWER = 1.5
-NOTHING = 1e-6  # nats a token, which rounding explains
 NAME = "dijiang_calibration"
 
 _SOFTMAX: ContextVar[nn.Module | None] = ContextVar("softmax", default=None)
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured, with a table of one block of memory and two of window (see `small_tables`).
+    """What was measured, with small tables.
 
     tokens: of how much text. kl: KL(original ‖ model) in nats a token with all layers converted; gains: how much less
     it is, by layer, with that layer alone left softmax. softmax: the layers that stay so; memory: rows of the others.
@@ -61,36 +65,58 @@ def calibrate(folder: Path, data: str | Sequence[str], softmax: int = 0, tokens:
         tokens: how much text.
 
     Raises:
-        DijiangError: text that is too short, or rows that the table holds whole, so that there is nothing to measure.
+        DijiangError: too little text, or texts that the table holds whole, so that there is nothing to measure.
     """
     silence()
     model: Any = load_converted(folder).eval()
-    layers = {layer_index(name, module): module for name, module in model.named_modules() if hasattr(module, "dijiang")}
-    length = min(getattr(model.config.get_text_config(), "max_position_embeddings", ROW), ROW)
-    # In order, each document by itself: texts of one piece are what far keys matter to.
-    rows = token_rows(data, load_tokenizer(folder), seq_len=length, tokens=tokens, shuffle_seed=None)
-    converted, each = [], {index: [] for index in layers}  # type: ignore[var-annotated]
-    with count_bar("calibrating (layers)", len(rows) * (len(layers) + 1)) as advance, small_tables(layers):
-        for row, count in zip(rows.ids, rows.lengths.tolist(), strict=True):
-            ids = row[None, :count].to(model.device, torch.long)
-            with original(model):
-                teacher = _log_probabilities(model, ids)
-            converted.append(_divergence(model, ids, teacher, None))
-            advance(1)
-            for index, module in layers.items():
-                each[index].append(_divergence(model, ids, teacher, module))
-                advance(1)
-    kl = sum(converted) / len(converted)
-    gains = {index: kl - sum(found) / len(found) for index, found in each.items()}
-    best = sorted(gains, key=lambda index: gains[index], reverse=True)
+    found = {layer_index(name, module): module for name, module in model.named_modules() if hasattr(module, "dijiang")}
+    layers = dict(sorted(found.items()))
+    converted, each = 0.0, dict.fromkeys(layers, 0.0)
+    with small_tables(layers):
+        kernel = next(iter(layers.values())).dijiang.kernel
+        texts = _texts(data, folder, model, kernel.sinks + kernel.memory + kernel.window, tokens)
+        count = sum(int(counted(batch).sum()) for batch in texts)
+        with count_bar("calibrating (layers)", len(texts) * (len(layers) + 1)) as advance:
+            for batch in texts:
+                share = int(counted(batch).sum()) / count
+                with torch.no_grad():
+                    teacher = live_teacher(model, batch, lambda: original(model))
+                    for index, module in [(None, None), *layers.items()]:
+                        kl = share * _divergence(model, batch, teacher, module)
+                        if index is None:
+                            converted += kl
+                        else:
+                            each[index] += kl
+                        advance(1)
+    if not math.isfinite(converted):
+        raise DijiangError(f"the model's answers to {data if isinstance(data, str) else 'this text'} are not finite")
+    gains = {index: converted - kl for index, kl in each.items()}
+    best = sorted(gains, key=lambda index: gains[index], reverse=True)[:softmax]
     kernel = next(iter(layers.values())).dijiang.kernel
-    if kl < NOTHING or gains[best[0]] <= 0:
+    rest = [gain for index, gain in gains.items() if index not in best]
+    memory = shared_memory(rest, kernel.memory) if kernel.memory else ()
+    return Calibration(count, converted, gains, tuple(sorted(best)), memory)
+
+
+def _texts(data: str | Sequence[str], folder: Path, model: Any, held: int, tokens: int) -> list[Batch]:
+    """The longest of the first documents, or their first parts: ``tokens`` tokens, in batches of one. Far keys matter
+    to texts of one piece; those of no more than ``held`` tokens tell nothing."""
+    length = min(source_context(model.config), ROW)
+    rows = token_rows(data, load_tokenizer(folder), seq_len=length, tokens=SEEN * tokens, shuffle_seed=None)
+    lengths = rows.lengths
+    longest = lengths.argsort(descending=True, stable=True)
+    texts, taken = [], 0
+    for i in longest.tolist():
+        if taken >= tokens or lengths[i] <= held:
+            break
+        texts.append({name: x[None, : lengths[i]].to(model.device) for name, x in rows[i].items()})
+        taken += int(lengths[i])
+    if not texts:
         raise DijiangError(
-            f"rows of {length} tokens fit into the table, and no layer loses by it: leave --calibrate out"
+            f"a table of {held} keys holds these texts of at most {int(lengths.max())} tokens, so that no layer loses "
+            "by it: give longer ones, or leave --calibrate and auto:N out"
         )
-    rest = [index for index in layers if index not in best[:softmax]]
-    memory = shared_memory([gains[index] for index in rest], kernel.memory) if kernel.memory else ()
-    return Calibration(rows.tokens, kl, gains, tuple(sorted(best[:softmax])), memory)
+    return texts
 
 
 def shared_memory(gains: Sequence[float], mean: int, power: float = POWER) -> tuple[int, ...]:
@@ -99,13 +125,13 @@ def shared_memory(gains: Sequence[float], mean: int, power: float = POWER) -> tu
     worth = [max(gain, 0.0) ** power for gain in gains]
     if not any(worth):
         return (mean,) * len(gains)
-    least, most = mean // LEAST, mean * MOST
+    least, most = int(mean * LEAST), mean * MOST
 
-    def at(scale: float) -> list[int]:
-        return [min(max(int(each * scale), least), most) for each in worth]
+    def at(log_scale: float) -> list[int]:
+        return [min(max(int(each * math.exp(log_scale)), least), most) for each in worth]
 
-    below, above = 0.0, most / min(each for each in worth if each > 0)
-    for _ in range(64):
+    below, above = -100.0, 100.0
+    for _ in range(100):
         middle = (below + above) / 2
         below, above = (middle, above) if sum(at(middle)) <= mean * len(gains) else (below, middle)
     return tuple(at(below))
@@ -127,20 +153,14 @@ def small_tables(layers: dict[int, Any]) -> Iterator[None]:
             module.dijiang.kernel = before[index]
 
 
-@torch.no_grad()
-def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-
-
-def _divergence(model: Any, ids: Tensor, teacher: Tensor, softmax: nn.Module | None) -> float:
+def _divergence(model: Any, batch: Batch, teacher: Any, softmax: nn.Module | None) -> float:
     """KL(teacher ‖ model) in nats a token, where one attention module is softmax."""
     token = _SOFTMAX.set(softmax)
     try:
         with attention(model, NAME):
-            found = _log_probabilities(model, ids)
+            return float(distillation_loss(model, teacher, batch, 0.0))
     finally:
         _SOFTMAX.reset(token)
-    return float((teacher.exp() * (teacher - found)).sum(-1).mean())
 
 
 def calibration_attention(module: nn.Module, *tensors: Any, **kwargs: Any) -> tuple[Tensor, None]:

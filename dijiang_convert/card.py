@@ -268,15 +268,15 @@ def _calibration(record: dict[str, Any]) -> list[str]:
     ]
     told = (
         f"Calibrated on {found['tokens']:,} tokens: with small tables in all layers KL to the source was "
-        f"{found['kl']:.3f} nats a token, and less with one layer left softmax. Rows of memory are shared out by that:"
+        f"{found['kl']:.3f} nats a token, and by so much less with one layer left softmax:"
     )
-    return [told, _table(("layer", "KL less, were it softmax", "rows of memory"), rows)]
+    return [told, _table(("layer", "KL less", "rows of memory" if memory else "kept"), rows)]
 
 
 def _training(record: dict[str, Any]) -> str:
     rows = [tuple(_figure(entry.get(name)) for name in STAGE) for entry in record.get("history") or []]
     if not rows:
-        return "Not trained since the conversion: `dijiang finetune` repairs what that lost."
+        return "Not trained since the conversion: `dijiang finetune` brings it nearer to its source."
     header = tuple(name.replace("_", " ") for name in STAGE)
     return "Training since the conversion:\n\n" + _table(header, rows)
 
@@ -288,8 +288,12 @@ def _plots(folder: Path) -> list[str]:
 
 
 def _limits(record: dict[str, Any], measured: list[dict[str, Any]]) -> str:
-    window = (record.get("kernel") or {}).get("window")
-    near = f" Only the last {window} tokens are attended to exactly." if window else ""
+    kernel = record.get("kernel") or {}
+    near = ""
+    if kernel.get("window"):
+        others = f", the first {kernel.get('sinks')} and {kernel.get('memory')} others"
+        others += " in the mean of its layers" if record.get("memory") else ""
+        near = f" Attended to exactly are the last {kernel['window']} tokens{others}."
     unmeasured = "" if measured else "\n- It was not measured: `dijiang eval --save` compares it to its source."
     return f"""\
 ## Limits

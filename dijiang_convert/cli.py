@@ -34,11 +34,11 @@ RecipeFor = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Layers = Annotated[str, typer.Option(help="all, none, sliding-only, 0,3,8-23, every:N, not-every:N, not-last:N.")]
-LayersOf = Annotated[
+LayersToConvert = Annotated[
     str,
     typer.Option(
-        help="all, none, sliding-only, 0,3,8-23, every:N, not-every:N, not-last:N; or auto:N, all but the N where "
-        "conversion costs most, as measured."
+        help="all, none, sliding-only, 0,3,8-23, every:N, not-every:N, not-last:N; or auto:N, which calibrates, all "
+        "but the N where conversion costs most."
     ),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")]
@@ -58,7 +58,7 @@ Baseline = Annotated[str | None, typer.Option(metavar="SOURCE", help="The origin
 Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens of all stages together.")]
 
 
-SHOWN = 12  # layers
+SHOWN = 12  # layers of a calibration: those that matter fit on a screen
 
 
 def command(name: str, epilog: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., None]]:
@@ -142,7 +142,7 @@ def convert(
     recipe: RecipeFor = None,
     revision: Revision = None,
     dtype: Annotated[str | None, typer.Option(help="Rewrite weights as float32, float16 or bfloat16.")] = None,
-    layers: LayersOf = "all",
+    layers: LayersToConvert = "all",
     settings: Settings = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure each layer's loss, and share the memory out by it.")

@@ -117,7 +117,7 @@ def convert(
         revision: branch, tag or commit of a Hub source.
         dtype: rewrites the weights as float32, float16 or bfloat16; by default they are copied byte for byte.
         layers: which layers: all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N, or several with
-            commas. The rest keep softmax. Or auto:N: all but the N where conversion costs most, by calibration.
+            commas. The rest keep softmax. Or auto:N: calibrates, and all but the N where conversion costs most.
         settings: ``key=value`` for the recipe's kernel, as ``window=16``.
         calibrate: measure what each layer loses, and share the memory out by it. That runs the model, which must fit
             into memory, on some 4,000 tokens, once a layer: see `calibrate`.
@@ -146,7 +146,7 @@ def convert(
         chosen = load_recipe("encoder", settings)
     check_kernel(chosen.kernel, architecture)
     if calibrate or softmax:
-        _check_calibration(chosen, architecture, softmax)
+        _check_calibration(chosen, architecture, softmax, data)
     elif data is not None:
         raise DijiangError("--data is the text to calibrate on: add --calibrate, or --layers auto:N")
     target = Path(out) if out is not None else default_out(found.name)
@@ -154,14 +154,16 @@ def convert(
     if push is not None:
         check_push(push)
     new = architecture.new_tensors(chosen.kernel)
+    parameters = sum(t.numel() for t in new.values())  # layers have as many each
+    parameters = parameters * (len(architecture.layers.layers) - softmax) // max(len(architecture.layers.layers), 1)
     result = ConvertResult(
         out=str(target),
         source=str(found),
         source_revision=found.revision,
         recipe=chosen.name,
         layers_converted=len(architecture.layers.layers) - softmax,
-        new_parameters=sum(t.numel() for t in new.values()),
-        total_parameters=architecture.parameters + sum(t.numel() for t in new.values()),
+        new_parameters=parameters,
+        total_parameters=architecture.parameters + parameters,
         seconds=0.0,
         dry_run=dry_run,
     )
@@ -197,18 +199,21 @@ def convert(
                 write_json(folder / "config.json", content)
             write_card(folder)
     pushed = push_result(target, push, private) if push and not dry_run else None
-    if calibration is not None:
-        new = architecture.new_tensors(chosen.kernel)
-    parameters = sum(t.numel() for t in new.values())
     return dataclasses.replace(
-        result, seconds=time.perf_counter() - start, pushed=pushed, linked=linked, calibration=calibration,
-        new_parameters=parameters, total_parameters=architecture.parameters + parameters,
-    )  # fmt: skip
+        result, seconds=time.perf_counter() - start, pushed=pushed, linked=linked, calibration=calibration
+    )
 
 
-def _check_calibration(recipe: Recipe, architecture: Architecture, softmax: int) -> None:
-    """Whether there is something that a calibration can choose."""
+def _check_calibration(
+    recipe: Recipe, architecture: Architecture, softmax: int, data: str | Sequence[str] | None
+) -> None:
+    """Whether there is something that a calibration can choose, and text to do it by."""
+    from .distill.data import check_data
+    from .distill.gather import corpus_of
+
     layers = architecture.layers
+    if not layers.layers:
+        raise DijiangError("there is no layer to convert, so none to calibrate: leave --calibrate out")
     if not (layers.causal and issubclass(architecture.model_class, GenerationMixin)):
         raise DijiangError("calibration needs a model that predicts the next token: leave --calibrate and auto:N out")
     if not softmax and not recipe.kernel.memory:
@@ -216,6 +221,9 @@ def _check_calibration(recipe: Recipe, architecture: Architecture, softmax: int)
     if softmax >= len(layers.layers):
         count = len(layers.layers)
         raise DijiangError(f"--layers auto:{softmax} leaves none of {count} layers to convert: give a smaller N")
+    if softmax and layers.borrowing:
+        raise Unsupported("auto:N chooses layers one by one, and some here share keys and values: name them yourself")
+    check_data(corpus_of(None, data, recipe))
 
 
 def _refined(

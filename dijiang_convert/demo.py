@@ -12,7 +12,6 @@ from .evaluate import EvalResult, evaluate
 from .finetune import FinetuneResult, finetune
 from .generate import GenerateResult, generate
 from .progress import console
-from .recipe import load_recipe
 from .report import running_mean
 
 MODEL = Path(__file__).parent / "demo_model"
@@ -50,7 +49,7 @@ def demo(
 
     console.rule("1  convert: swap the attention")
     more: dict[str, Any] = {}
-    if load_recipe(recipe).kernel.memory:
+    if recipe == "default":
         more = {"settings": TABLE, "calibrate": True, "data": documents("train")}
     swapped = convert(original, converted, recipe=recipe, force=True, **more)
     untrained = evaluate(converted, baseline=original, data=held_out, seq_len=512, max_tokens=EVAL_TOKENS)

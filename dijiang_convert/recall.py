@@ -42,19 +42,19 @@ def recall(model: Any, texts: Tensor) -> dict[int, Recall]:
                 planted = without.clone()
                 start = length - PASSAGE - distance
                 planted[start : start + PASSAGE] = passage
-                before, after = (_of_the_last(model, x[None].to(model.device)) for x in (without, planted))
-                gain.append(_at(after, passage) - _at(before, passage))
+                before, after = (_predict_passage(model, x[None].to(model.device)) for x in (without, planted))
+                gain.append(_mean_of(after, passage) - _mean_of(before, passage))
                 right.append((after.argmax(-1) == passage).double().mean())
                 advance(1)
             found[distance] = Recall(float(torch.stack(gain).mean()), float(torch.stack(right).mean()))
     return found
 
 
-def _of_the_last(model: Any, ids: Tensor) -> Tensor:
+def _predict_passage(model: Any, ids: Tensor) -> Tensor:
     """Log-probabilities of the last tokens of one text, each given those before it: [PASSAGE, vocabulary]."""
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=PASSAGE + 1).logits[0, -PASSAGE - 1 : -1]
     return logits.double().log_softmax(-1).cpu()
 
 
-def _at(log_p: Tensor, tokens: Tensor) -> Tensor:
+def _mean_of(log_p: Tensor, tokens: Tensor) -> Tensor:
     return log_p.gather(1, tokens[:, None]).mean()

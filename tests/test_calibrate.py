@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 from typer.testing import CliRunner
 
 from dijiang_convert.calibrate import calibrate, shared_memory
@@ -18,19 +21,21 @@ from dijiang_convert.cli import app
 from dijiang_convert.convert import convert
 from dijiang_convert.demo import MODEL
 from dijiang_convert.demo_text import documents
+from dijiang_convert.distill.attention import attention, original
 from dijiang_convert.distill.data import token_rows
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.evaluate import measure
 from dijiang_convert.generate import generate
 from dijiang_convert.inspect import state_bytes
 from dijiang_convert.modeling.configuration_dijiang import read_section
+from dijiang_convert.modeling.interface import dijiang_mask, softmax_attention
 from dijiang_convert.models import load_any, load_converted, load_tokenizer
 from dijiang_convert.timing import cache_bytes
 from tests.models import checkpoint
-from tests.sources_on_disk import edit_config
+from tests.sources_on_disk import VOCABULARY, edit_config, write_source
 from tests.test_encoders import write_bert
 
-SMALL = ("window=32", "block=16", "memory=32", "decay_rank=0")  # nothing starts at random
+SMALL = ("window=32", "block=16", "memory=32", "decay_rank=0")  # which makes all kernels start alike, not at random
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"
 
@@ -44,6 +49,11 @@ def test_memory_is_shared_by_what_layers_gain() -> None:
     memory = shared_memory([0.04, 0.02, 0.01, 0.01], 64)
     assert memory[0] / memory[1] == pytest.approx(2**1.5, rel=0.02) and memory[2] == memory[3]
     assert memory[1] / memory[2] == pytest.approx(2**1.5, rel=0.05) and 252 <= sum(memory) <= 256
+
+
+def test_a_layer_that_gains_next_to_nothing_spoils_no_share() -> None:
+    assert sum(shared_memory([0.04, 0.02, 0.01, 1e-16], 224)) > 4 * 224 - 4
+    assert shared_memory([-0.1, 0.0], 64) == (64, 64)
 
 
 def test_no_layer_gets_too_little_or_too_much() -> None:
@@ -63,16 +73,15 @@ def test_gains_are_those_of_a_model_with_that_layer_left_softmax(tmp_path: Path,
     convert(str(MODEL), tmp_path / "all", settings=SMALL)
     found = calibrate(tmp_path / "all", text, tokens=2048)
     rows = token_rows(text, load_tokenizer(MODEL), seq_len=2048, tokens=2048, shuffle_seed=None)
-    original, kl = load_any(str(MODEL), CPU), {}
+    softmax, kl = load_any(str(MODEL), CPU), {}
     rest = ",".join(str(i) for i in range(4) if i != layer)
     for name, layers in (("all", "all"), ("but one", rest)):
         convert(str(MODEL), tmp_path / f"small {name}", layers=layers, settings=small)
-        totals = measure(load_converted(tmp_path / f"small {name}", device=CPU), rows, original)
+        totals = measure(load_converted(tmp_path / f"small {name}", device=CPU), rows, softmax)
         kl[name] = float(totals["kl"].sum() / totals["count"].sum())
-    assert found.tokens == rows.tokens
-    # (evaluation leaves the last token of a row out, which has no next one)
-    assert found.kl == pytest.approx(kl["all"], rel=5e-3)
-    assert found.gains[layer] == pytest.approx(kl["all"] - kl["but one"], rel=2e-2, abs=1e-4)
+    assert found.tokens == rows.tokens - 1  # the last has no next one
+    assert found.kl == pytest.approx(kl["all"], rel=1e-4)
+    assert found.gains[layer] == pytest.approx(kl["all"] - kl["but one"], rel=1e-3, abs=1e-4)
 
 
 def test_what_is_measured_decides(tmp_path: Path, text: list[str]) -> None:
@@ -101,6 +110,63 @@ def test_what_is_measured_decides(tmp_path: Path, text: list[str]) -> None:
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+def test_short_documents_count_too(tmp_path: Path, text: list[str]) -> None:
+    """As many of the longest as make up the text, each alone and by its length."""
+    convert(str(MODEL), tmp_path / "out", settings=("window=16", "block=16", "memory=16"))
+    pieces = [document[:400] for document in text]
+    found = calibrate(tmp_path / "out", pieces, tokens=1024)
+    assert 900 < found.tokens < 1300 and found.kl > 0
+    longer = calibrate(tmp_path / "out", [*pieces[:2], text[0][:3000]], tokens=300)
+    assert longer.tokens > 600  # of the long one
+
+
+def test_a_dry_run_counts_as_the_run_does(tmp_path: Path, text: list[str]) -> None:
+    told = convert(str(MODEL), tmp_path / "out", layers="auto:1", settings=SMALL, data=text, dry_run=True)
+    done = convert(str(MODEL), tmp_path / "out", layers="auto:1", settings=SMALL, data=text)
+    assert (told.new_parameters, told.total_parameters) == (done.new_parameters, done.total_parameters)
+    assert told.layers_converted == done.layers_converted == 3
+
+
+def test_linked_weights_stay_as_they_are(tmp_path: Path, text: list[str]) -> None:
+    source = shutil.copytree(MODEL, tmp_path / "source")
+    before = (source / "model.safetensors").read_bytes()
+    convert(str(source), tmp_path / "out", layers="auto:1", settings=SMALL, data=text, link=True)
+    assert (source / "model.safetensors").read_bytes() == before
+
+
+def test_memory_of_another_number_of_layers_is_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint("llama", "shared"), tmp_path / "out")
+    section = json.loads((folder / "config.json").read_text())["dijiang"]
+    edit_config(folder, dijiang={**section, "memory": [3]})
+    with pytest.raises(DijiangError, match="memory has 1 numbers for 2 layers"):
+        load_converted(folder)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_all_layers_softmax_are_the_original(kind: str, tmp_path: Path) -> None:
+    """In what calibration (and attention transfer) takes for softmax, sliding windows too."""
+    window = {"sliding_window": 24}
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.3, **window,
+    )  # fmt: skip
+    folder = write_source(tmp_path / kind, config)
+    convert(str(folder), tmp_path / "out", layers="sliding-only")
+    model: Any = load_converted(tmp_path / "out", device=CPU).eval()
+    ids = torch.randint(1, 200, (1, 150), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), original(model):
+        expected = model(ids).logits
+    AttentionInterface.register("dijiang_all_softmax", _softmax)
+    AttentionMaskInterface.register("dijiang_all_softmax", dijiang_mask)
+    with torch.no_grad(), attention(model, "dijiang_all_softmax"):
+        found = model(ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def _softmax(module: Any, *tensors: Any, dijiang: Any = None, **kwargs: Any) -> Any:
+    return softmax_attention(module, *tensors, **kwargs)
 
 
 def test_calibrated_checkpoint_is_whole(tmp_path: Path, text: list[str]) -> None:
@@ -135,6 +201,8 @@ def test_layers_with_unequal_memory_keep_their_own() -> None:
         (("--layers", "auto:0"), "auto:N"),
         (("--layers", "auto:x"), "auto:N"),
         (("--layers", "auto:4"), "leaves none of 4 layers"),
+        (("--layers", "none", "--calibrate"), "no layer to convert"),
+        (("--layers", "auto:1", "--data", "no-such.txt", "--dry-run"), "no-such.txt"),
         (("--calibrate", "--recipe", "pure"), "no memory to share"),
         (("--data", "text.txt"), "add --calibrate"),
         (("--calibrate", "--data", "no-such.txt"), "no-such.txt"),
@@ -149,7 +217,7 @@ def test_what_means_nothing_is_refused(tmp_path: Path, options: tuple[str, ...],
 def test_rows_that_the_table_holds_measure_nothing(tmp_path: Path, text: list[str]) -> None:
     short = shutil.copytree(MODEL, tmp_path / "short")
     edit_config(short, max_position_embeddings=64)
-    with pytest.raises(DijiangError, match="rows of 64 tokens fit into the table"):
+    with pytest.raises(DijiangError, match="holds these texts of at most 64 tokens"):
         convert(str(short), tmp_path / "out", calibrate=True, data=text)
     assert not (tmp_path / "out").exists()
 

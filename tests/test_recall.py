@@ -68,9 +68,10 @@ def test_recall_is_measured_beside_the_original(tmp_path: Path) -> None:
     )  # fmt: skip
     assert found.recall is not None and found.baseline_recall is not None
     assert list(found.recall) == [DISTANCES[0]] and list(found.baseline_recall) == [DISTANCES[0]]
-    assert found.ratio_by_position is not None and len(found.ratio_by_position) == 8
-    ratio = found.perplexity_by_position[3] / found.ratio_by_position[3]
-    assert 0 < ratio < found.perplexity_by_position[3] * 1.2
+    original = evaluate(str(MODEL), data=documents("validation"), seq_len=512, max_tokens=2048)
+    pairs = zip(found.perplexity_by_position, original.perplexity_by_position, strict=True)
+    assert found.ratio_by_position == pytest.approx([own / theirs for own, theirs in pairs])
+    assert found.ratio_by_position != pytest.approx([1.0] * 8, rel=1e-3)
     card = (tmp_path / "out/README.md").read_text()
     assert "repeats a passage read 256 tokens ago" in card and "; the original" in card
     assert " ".join(f"{x:.3f}" for x in found.ratio_by_position) in card

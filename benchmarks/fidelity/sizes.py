@@ -44,7 +44,8 @@ def main() -> None:
     )  # fmt: skip
     cpu = torch.device("cpu")
     model, original = load_converted(args.checkpoint, device=cpu).eval(), load_any(args.baseline, cpu).eval()
-    gains = (read_checkpoint(args.checkpoint)["dijiang"].get("calibration") or {}).get("gains")
+    found = read_checkpoint(args.checkpoint)["dijiang"].get("calibration")
+    gains = found and [gain for layer, gain in found["gains"].items() if int(layer) not in found["softmax"]]
     done = [json.loads(line)["size"] for line in args.out.read_text().splitlines()] if args.out.exists() else []
     for size in args.sizes:
         if size in done:
@@ -52,21 +53,21 @@ def main() -> None:
         memory = resize(model, size, gains)
         texts = rows.ids[rows.lengths == args.length][:TEXTS]
         copied = {n: found.gain for n, found in recall(model, texts).items()}
-        found = {"size": size, "memory": memory, "recall": copied, **fidelity(model, rows, original)}
+        row = {"size": size, "memory": memory, "recall": copied, **fidelity(model, rows, original)}
         with args.out.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        print(f"{size}: ratio {found['ratio']:.4f} KL {found['kl']:.4f} recall {copied}", flush=True)
+            file.write(json.dumps(row) + "\n")
+        print(f"{size}: ratio {row['ratio']:.4f} KL {row['kl']:.4f} recall {copied}", flush=True)
 
 
-def resize(model: Any, size: str, gains: dict[str, float] | None) -> list[int]:
-    """Gives every layer its table; returns their memories."""
+def resize(model: Any, size: str, gains: list[float] | None) -> list[int]:
+    """Gives every layer its table; returns their memories. gains: of the converted layers."""
     shape, _, power = size.partition(":")
     window, mean = map(int, shape.split(","))
     kernels = [module.dijiang for module in model.modules() if hasattr(module, "dijiang")]
     memory = [mean] * len(kernels)
     if power:
         assert gains is not None, "a power needs a calibrated checkpoint"
-        memory = list(shared_memory(list(gains.values()), mean, float(power)))
+        memory = list(shared_memory(gains, mean, float(power)))
     for each, rows in zip(kernels, memory, strict=True):
         each.kernel = replace(each.kernel, window=window, memory=rows)
     return memory

@@ -164,6 +164,8 @@ def read_section(config: transformers.PreTrainedConfig) -> tuple[Kernel, Layers]
         )
     values = {field.name: section[field.name] for field in fields(Layers) if field.name in section}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list | tuple)}
+    if len(lists.get("memory", ())) not in (0, len(lists["layers"])):
+        raise ValueError(f"dijiang.memory has {len(lists['memory'])} numbers for {len(lists['layers'])} layers")
     return Kernel(**section["kernel"]), Layers(**{**values, **lists})
 
 

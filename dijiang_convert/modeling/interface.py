@@ -89,9 +89,9 @@ def softmax_attention(
     plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
     queries, keys = query.shape[2], key.shape[2]
     segments = packed_segments(attention_mask)
+    window = kwargs.get("sliding_window") or _sliding_window(module)
+    visible = sliding_window_causal_mask_function(window) if window else causal_mask_function
     if segments is not None:
-        window = kwargs.get("sliding_window") or _sliding_window(module)
-        visible = sliding_window_causal_mask_function(window) if window else causal_mask_function
         attention_mask = packed_mask(segments, visible if causal else bidirectional_mask_function)
     elif attention_mask is not None and attention_mask.dim() == 4:
         if attention_mask.shape[2] == queries + 1:  # of a static cache, see `static_mask`
@@ -101,7 +101,8 @@ def softmax_attention(
             attention_mask = attention_mask[:, -keys:].bool()
         attention_mask = sdpa_mask(
             batch_size=query.shape[0], q_length=queries, kv_length=keys, q_offset=keys - queries, kv_offset=0,
-            attention_mask=attention_mask, allow_is_causal_skip=plain, device=query.device,
+            attention_mask=attention_mask, allow_is_causal_skip=plain and not window, mask_function=visible,
+            device=query.device,
         )  # fmt: skip
     elif attention_mask is not None:
         attention_mask = attention_mask[:, None, None, -keys:].bool().expand(-1, 1, queries, -1)
