@@ -291,9 +291,10 @@ def _limits(record: dict[str, Any], measured: list[dict[str, Any]]) -> str:
     kernel = record.get("kernel") or {}
     near = ""
     if kernel.get("window"):
-        others = f", the first {kernel.get('sinks')} and {kernel.get('memory')} others"
-        others += " in the mean of its layers" if record.get("memory") else ""
-        near = f" Attended to exactly are the last {kernel['window']} tokens{others}."
+        parts = [f"the last {kernel['window']} tokens"]
+        parts += [f"the first {kernel['sinks']}"] if kernel.get("sinks") else []
+        parts += [f"{kernel['memory']} others that mattered most"] if kernel.get("memory") else []
+        near = f" Attended to exactly are {', '.join(parts)}."
     unmeasured = "" if measured else "\n- It was not measured: `dijiang eval --save` compares it to its source."
     return f"""\
 ## Limits
