@@ -17,6 +17,7 @@ from .report import running_mean
 MODEL = Path(__file__).parent / "demo_model"
 PROMPT = '    def __repr__(self):\n        """Return'
 LENGTHS = (512, 2048, 8192)
+ROW_CHARACTERS = 1500  # about as many as a row of 512 tokens has
 TABLE = ("window=64", "memory=64")  # rows are of 512 tokens: so the table is smaller than the recipe's, too
 EVAL_TOKENS = 20_000
 
@@ -50,7 +51,7 @@ def demo(
     console.rule("1  convert: swap the attention")
     more: dict[str, Any] = {}
     if recipe == "default":
-        more = {"settings": TABLE, "calibrate": True, "data": documents("train")}
+        more = {"settings": TABLE, "calibrate": True, "data": [text[:ROW_CHARACTERS] for text in documents("train")]}
     swapped = convert(original, converted, recipe=recipe, force=True, **more)
     untrained = evaluate(converted, baseline=original, data=held_out, seq_len=512, max_tokens=EVAL_TOKENS)
     console.rule("2  finetune: distil what the swap lost")

@@ -150,8 +150,8 @@ def _evaluate(
         texts = rows.ids[rows.lengths == length][:TEXTS]
         if not len(texts) or length < DISTANCES[0] + PASSAGE:
             raise DijiangError(
-                f"--recall needs texts of {DISTANCES[0] + PASSAGE} tokens at least, as long as a row ({length}): "
-                "give longer ones, or another --seq-len"
+                f"--recall needs rows of {DISTANCES[0] + PASSAGE} tokens at least (they have {length}), and texts that "
+                f"fill one (the longest has {int(rows.lengths.max())}): give longer texts, or leave --recall out"
             )
         result["recall"] = measure_recall(model, texts)
         if other is not None:

@@ -142,15 +142,16 @@ def finetune(
     parsed = converted_config(folder)
     of_language, of_images = predicts(parsed), takes_images(parsed)
     tokenizer = None if of_images else load_tokenizer(folder)
+    follows_recipe = seq_len is None and not any("seq_len" in each for each in settings)
+    if of_language and follows_recipe:
+        plan = tuple(s if s.objective == "cross_entropy" else fit_rows([s], source_context(parsed))[0] for s in plan)
     if not of_language:
         check_objectives(plan)
         if tokenizer is None and seq_len is not None:
             raise DijiangError(f"--seq-len {seq_len} is of no use here: an image has {image_tokens(parsed)} tokens")
         if tokenizer is None:
             plan = tuple(dataclasses.replace(stage, seq_len=image_tokens(parsed)) for stage in plan)
-        elif seq_len is None and not any(
-            "seq_len" in each for each in settings
-        ):  # most encoders have a short context, and recipes are for decoders
+        elif follows_recipe:
             plan = fit_rows(plan, min(source_context(parsed), tokenizer.model_max_length))
         if cache_teacher is not None:
             raise DijiangError("--cache-teacher keeps next tokens, and this model predicts none: leave it out")

@@ -84,7 +84,7 @@ def check_context(plan: Sequence[Stage], config: Any) -> None:
 
 
 def fit_rows(plan: Sequence[Stage], context: int) -> tuple[Stage, ...]:
-    """The stages with rows no longer than ``context``."""
+    """The stages with rows no longer than ``context``, which recipes don't know."""
     return tuple(dataclasses.replace(stage, seq_len=min(stage.seq_len, context)) for stage in plan)
 
 

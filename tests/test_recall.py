@@ -86,12 +86,12 @@ def test_the_command_shows_it(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(documents("validation")[:5]))
     arguments = ["eval", str(MODEL), "--recall", "--data", str(tmp_path / "text.txt")]
     answer = CliRunner().invoke(app, [*arguments, "--seq-len", "64"])
-    assert answer.exit_code == 1 and "--recall needs texts of 288 tokens" in answer.stderr
+    assert answer.exit_code == 1 and "--recall needs rows of 288 tokens" in answer.stderr
     answer = CliRunner().invoke(app, [*arguments, "--seq-len", "512", "--max-tokens", "1024"])
     assert answer.exit_code == 0, answer.stderr
     assert "recall, 256 tokens ago" in answer.stdout
 
 
 def test_rows_too_short_for_it_are_refused() -> None:
-    with pytest.raises(DijiangError, match="--recall needs texts"):
+    with pytest.raises(DijiangError, match="--recall needs rows"):
         evaluate(str(MODEL), data=documents("validation"), seq_len=128, max_tokens=512, recall=True)
