@@ -218,6 +218,8 @@ def _source(record: dict[str, Any]) -> str:
 
 def _title(record: dict[str, Any]) -> str:
     cost = "A converted layer keeps a state of fixed size: a new token costs the same however long the context is."
+    if softmax := (record.get("calibration") or {}).get("softmax"):
+        cost += f"\n{len(softmax)} of its layers stayed softmax: their cache grows with the context."
     if not record.get("causal", True):
         cost = "Time and memory of a converted layer grow linearly with length."
     return f"""\

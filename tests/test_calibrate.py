@@ -105,7 +105,8 @@ def test_what_is_measured_decides(tmp_path: Path, text: list[str]) -> None:
     section = json.loads((tmp_path / "auto/config.json").read_text())["dijiang"]
     assert section["layers"] == rest and section["memory"] == list(found.memory)
     assert section["calibration"]["softmax"] == [best]
-    assert f"{found.kl:.3f}" in (tmp_path / "auto/README.md").read_text()
+    card = (tmp_path / "auto/README.md").read_text()
+    assert f"{found.kl:.3f}" in card and "1 of its layers stayed softmax" in card
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
