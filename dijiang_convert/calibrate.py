@@ -43,7 +43,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured, with small tables.
+    """What a calibration measured, with small tables, and what it chose.
 
     tokens: of how much text. kl: KL(original ‖ model) in nats a token with all layers converted; gains: how much less
     it is, by layer, with that layer alone left softmax. softmax: the layers that stay so; memory: rows of the others.

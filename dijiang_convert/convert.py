@@ -217,7 +217,7 @@ def _check_calibration(
     if not (layers.causal and issubclass(architecture.model_class, GenerationMixin)):
         raise DijiangError("calibration needs a model that predicts the next token: leave --calibrate and auto:N out")
     if not softmax and not recipe.kernel.memory:
-        raise DijiangError(f"recipe {recipe.name} has no memory to share: leave --calibrate out, or --set memory=256")
+        raise DijiangError(f"recipe {recipe.name} has no memory to share: leave --calibrate out")
     if softmax >= len(layers.layers):
         count = len(layers.layers)
         raise DijiangError(f"--layers auto:{softmax} leaves none of {count} layers to convert: give a smaller N")

@@ -146,6 +146,16 @@ def test_no_teacher_is_followed_beyond_its_context(objective: str, tmp_path: Pat
             check_context(plan, config)
 
 
+def test_a_recipes_rows_are_shortened_to_the_teachers_context(tmp_path: Path) -> None:
+    """Of the stages that have one; a row length that was asked for is an error."""
+    folder = converted("llama", tmp_path, "long")
+    plan = finetune(folder, data=["a text"], dry_run=True).plan
+    assert plan is not None and [cost.seq_len for cost in plan] == [CONTEXT, CONTEXT, 8192]
+    for asked in ({"seq_len": 128}, {"settings": ["transfer.seq_len=128"]}):
+        with pytest.raises(DijiangError, match="beyond the original's context of 64"):
+            finetune(folder, data=["a text"], dry_run=True, **asked)
+
+
 def test_rope_scaling_stretches_the_teachers_context(tmp_path: Path, recipe: str) -> None:
     config = converted_config(converted("llama", tmp_path, recipe, rope_parameters=dict(YARN)))
     assert source_context(config) == 4 * CONTEXT
