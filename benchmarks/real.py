@@ -97,7 +97,7 @@ def measured(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     cache = state_bytes(kernel, layers, torch.bfloat16) + len(softmax) * one
     return {
         "softmax": softmax,
-        "memory": list(layers.memory) or kernel.memory,
+        "memory": layers.memory or kernel.memory,
         "cache_share": cache / (count * one),
         **{name: value for name, value in dataclasses.asdict(found).items() if name in FIGURES},
     }

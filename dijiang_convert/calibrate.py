@@ -1,22 +1,27 @@
-"""`dijiang convert --calibrate`: which layers need exact keys most, measured on a little text.
+"""`dijiang convert --calibrate`: which heads need exact keys most, measured on a little text.
 
-All layers are converted, and in turn one of them computes softmax attention again. What the divergence from the
-original loses by that is what exact keys are worth in the layer. So memory, of which a row costs the same in every
-layer, is shared out by it; and of ``--layers auto:N`` the N layers worth most stay softmax altogether. (Choosing
-layers by the divergence is from arXiv 2512.20569, which measures more of them at once.)
+Few heads look far back, and they need many rows; most need hardly any (arXiv 2410.10819). To tell them apart, the
+output of each key/value head's queries is made a mixture of the table's and softmax attention's. What the model loses
+falls as the share of softmax grows from 0 to 1, and the integral of the derivative by a head's own share is what exact
+keys are worth in that head, of all that is lost (integrated gradients, arXiv 1703.01365). So memory, of which a row
+costs the same everywhere, is shared out by it; and of ``--layers auto:N`` the N layers whose heads are worth most stay
+softmax altogether.
+
+What is lost is the divergence from the original on text, and as much again on a passage at its end that repeats an
+earlier one: copying from far back is what a fixed table is worst at, and text alone asks for it too rarely to tell.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -32,12 +37,13 @@ from .progress import count_bar
 
 ROW = 2048  # tokens
 SEEN = 16  # times as much text is looked through for the longest documents
-LEAST, MOST = 1 / 8, 4  # of the mean memory a layer gets
-# Memory is shared by this power of the gains: in proportion to them (1) the divergence is as low, and less is copied.
-POWER = 1.5
+REPEATED = 1 / 8  # of a text repeat a passage of it
+# The share of softmax at which derivatives are taken, and their weights: the trapezoidal rule. (At 1 they are 0.)
+POINTS = ((0.0, 0.25), (0.5, 0.5))
+LEAST, MOST = 8, 8  # a head gets at least the mean memory divided by the first, at most the mean times the second
 NAME = "dijiang_calibration"
 
-_SOFTMAX: ContextVar[nn.Module | None] = ContextVar("softmax", default=None)
+_SHARES: ContextVar[dict[nn.Module, Tensor]] = ContextVar("shares")
 Batch = dict[str, Tensor]
 
 
@@ -45,19 +51,21 @@ Batch = dict[str, Tensor]
 class Calibration:
     """What a calibration measured, with small tables, and what it chose.
 
-    tokens: of how much text. kl: KL(original ‖ model) in nats a token with all layers converted; gains: how much less
-    it is, by layer, with that layer alone left softmax. softmax: the layers that stay so; memory: rows of the others.
+    tokens: of how much text. kl: KL(original ‖ model) in nats a token on it; repeated_kl: on passages that repeat an
+    earlier one. worth: of exact keys in each key/value head, by layer; about 1 in all. softmax: the layers that stay
+    so; memory: rows of each head of the others, () where none has any.
     """
 
     tokens: int
     kl: float
-    gains: dict[int, float]
+    repeated_kl: float
+    worth: dict[int, tuple[float, ...]]
     softmax: tuple[int, ...]
-    memory: tuple[int, ...]
+    memory: tuple[tuple[int, ...], ...]
 
 
 def calibrate(folder: Path, data: str | Sequence[str], softmax: int = 0, tokens: int = 2 * ROW) -> Calibration:
-    """Measures the converted checkpoint in ``folder``, which has an equal memory in all layers.
+    """Measures the converted checkpoint in ``folder``, which has an equal memory in all heads.
 
     Args:
         data: a file, a folder, a glob or a Hub data set; `Sources` of several, or the documents themselves.
@@ -68,107 +76,154 @@ def calibrate(folder: Path, data: str | Sequence[str], softmax: int = 0, tokens:
         DijiangError: too little text, or texts that the table holds whole, so that there is nothing to measure.
     """
     silence()
-    model: Any = load_converted(folder).eval()
+    model: Any = load_converted(folder).eval().requires_grad_(False)
     found = {layer_index(name, module): module for name, module in model.named_modules() if hasattr(module, "dijiang")}
     layers = dict(sorted(found.items()))
-    converted, each = 0.0, dict.fromkeys(layers, 0.0)
-    with small_tables(layers):
-        kernel = next(iter(layers.values())).dijiang.kernel
-        texts = _texts(data, folder, model, kernel.sinks + kernel.memory + kernel.window, tokens)
-        count = sum(int(counted(batch).sum()) for batch in texts)
-        with count_bar("calibrating (layers)", len(texts) * (len(layers) + 1)) as advance:
-            for batch in texts:
-                share = int(counted(batch).sum()) / count
-                with torch.no_grad():
-                    teacher = live_teacher(model, batch, lambda: original(model))
-                    for index, module in [(None, None), *layers.items()]:
-                        kl = share * _divergence(model, batch, teacher, module)
-                        if index is None:
-                            converted += kl
-                        else:
-                            each[index] += kl
-                        advance(1)
-    if not math.isfinite(converted):
+    memory, heads = next(iter(layers.values())).dijiang.kernel.memory, model.config.dijiang["kv_heads"]
+    worth, lost, repeated_lost, count = torch.zeros(len(layers), heads), 0.0, 0.0, 0
+    with small_tables(layers.values()) as held:
+        texts = _texts(data, folder, model, held, tokens)
+        with count_bar("calibrating (texts)", len(texts)) as advance:
+            for text in texts:
+                passage = int(text["input_ids"].shape[1] * REPEATED)
+                on_text, on_passage, each = _worth(model, list(layers.values()), text, passage)
+                part = int(counted(text).sum())
+                worth, count = worth + part * each, count + part
+                lost, repeated_lost = lost + part * on_text, repeated_lost + part * on_passage
+                advance(1)
+    if not math.isfinite(lost + repeated_lost) or not worth.isfinite().all():
         raise DijiangError(f"the model's answers to {data if isinstance(data, str) else 'this text'} are not finite")
-    gains = {index: converted - kl for index, kl in each.items()}
-    best = sorted(gains, key=lambda index: gains[index], reverse=True)[:softmax]
-    kernel = next(iter(layers.values())).dijiang.kernel
-    rest = [gain for index, gain in gains.items() if index not in best]
-    memory = shared_memory(rest, kernel.memory) if kernel.memory else ()
-    return Calibration(count, converted, gains, tuple(sorted(best)), memory)
+    of_heads = dict(zip(layers, map(tuple, (worth / count).tolist()), strict=True))
+    best = sorted(of_heads, key=lambda index: sum(of_heads[index]), reverse=True)[:softmax]
+    rest = [of_heads[index] for index in layers if index not in best]
+    shared = shared_memory(rest, memory) if memory else ()
+    return Calibration(count, lost / count, repeated_lost / count, of_heads, tuple(sorted(best)), shared)
+
+
+def shared_memory(worth: Sequence[Sequence[float]], mean: int) -> tuple[tuple[int, ...], ...]:
+    """Rows of memory of each head of each layer, no more in all than ``mean`` each: the least at first, and then as
+    long as there are rows the head that is worth most a row gets as many again. So there are few sizes, and heads that
+    have one are computed together."""
+    flat = [max(each, 0.0) for heads in worth for each in heads]
+    rows = [max(mean // LEAST, 1)] * len(flat)
+    left = mean * len(flat) - sum(rows)
+    while growing := [i for i, each in enumerate(flat) if each and rows[i] <= min(left, mean * MOST // 2)]:
+        best = max(growing, key=lambda i: flat[i] / rows[i])
+        left -= rows[best]
+        rows[best] *= 2
+    sizes = iter(rows)
+    return tuple(tuple(next(sizes) for _ in heads) for heads in worth)
 
 
 def _texts(data: str | Sequence[str], folder: Path, model: Any, held: int, tokens: int) -> list[Batch]:
-    """The longest of the first documents, or their first parts: ``tokens`` tokens, in batches of one. Far keys matter
-    to texts of one piece; those of no more than ``held`` tokens tell nothing."""
+    """The longest of the first documents, or their first parts: ``tokens`` tokens, in batches of one, of which the last
+    repeat what came more than ``held`` tokens before. Texts too short for that tell nothing."""
     length = min(source_context(model.config), ROW)
     rows = token_rows(data, load_tokenizer(folder), seq_len=length, tokens=SEEN * tokens, shuffle_seed=None)
     lengths = rows.lengths
     longest = lengths.argsort(descending=True, stable=True)
+    generator = torch.Generator().manual_seed(0)
     texts, taken = [], 0
     for i in longest.tolist():
-        if taken >= tokens or lengths[i] <= held:
+        passage = int(lengths[i] * REPEATED)
+        places = int(lengths[i]) - held - 2 * passage  # where a passage can begin
+        if taken >= tokens or places < 1 or passage < 1:
             break
-        texts.append({name: x[None, : lengths[i]].to(model.device) for name, x in rows[i].items()})
+        text = {name: x[None, : lengths[i]].clone() for name, x in rows[i].items()}
+        begin = int(torch.randint(places, (), generator=generator))
+        text["input_ids"][:, -passage:] = text["input_ids"][:, begin : begin + passage]
+        texts.append({name: x.to(model.device) for name, x in text.items()})
         taken += int(lengths[i])
     if not texts:
         raise DijiangError(
-            f"a table of {held} keys holds these texts of at most {int(lengths.max())} tokens, so that no layer loses "
+            f"a table of {held} keys holds these texts of at most {int(lengths.max())} tokens, so that no head loses "
             "by it: give longer ones, or leave --calibrate and auto:N out"
         )
     return texts
 
 
-def shared_memory(gains: Sequence[float], mean: int, power: float = POWER) -> tuple[int, ...]:
-    """Rows of memory of each layer: in proportion to a power of what it gains, between an eighth of ``mean`` and four
-    times it, and no more in all than ``mean`` each."""
-    worth = [max(gain, 0.0) ** power for gain in gains]
-    if not any(worth):
-        return (mean,) * len(gains)
-    least, most = int(mean * LEAST), mean * MOST
-
-    def at(log_scale: float) -> list[int]:
-        return [min(max(int(each * math.exp(log_scale)), least), most) for each in worth]
-
-    below, above = -100.0, 100.0
-    for _ in range(100):
-        middle = (below + above) / 2
-        below, above = (middle, above) if sum(at(middle)) <= mean * len(gains) else (below, middle)
-    return tuple(at(below))
-
-
 @contextmanager
-def small_tables(layers: dict[int, Any]) -> Iterator[None]:
+def small_tables(modules: Any) -> Iterator[int]:
     """Inside, a window and a memory are one block each: rows are short beside the contexts that the model is made for,
-    and so is the table."""
-    before = {index: module.dijiang.kernel for index, module in layers.items()}
+    and so is the table. Gives how many keys that holds."""
+    kernels = [module.dijiang for module in modules]
+    before = [(each.kernel, each.memory) for each in kernels]
     try:
-        for index, module in layers.items():
-            kernel = before[index]
-            window, memory = min(kernel.window, kernel.block), min(kernel.memory, kernel.block)
-            module.dijiang.kernel = dataclasses.replace(kernel, window=window, memory=memory)
-        yield
+        for each, (kernel, _) in zip(kernels, before, strict=True):
+            small = replace(
+                kernel, window=min(kernel.window, kernel.block), memory=min(kernel.memory, kernel.block)
+            )  # fmt: skip
+            each.resize(small)
+        yield small.sinks + small.memory + small.window
     finally:
-        for index, module in layers.items():
-            module.dijiang.kernel = before[index]
+        for each, sizes in zip(kernels, before, strict=True):
+            each.resize(*sizes)
 
 
-def _divergence(model: Any, batch: Batch, teacher: Any, softmax: nn.Module | None) -> float:
-    """KL(teacher ‖ model) in nats a token, where one attention module is softmax."""
-    token = _SOFTMAX.set(softmax)
-    try:
-        with attention(model, NAME):
-            return float(distillation_loss(model, teacher, batch, 0.0))
-    finally:
-        _SOFTMAX.reset(token)
+def _worth(model: Any, modules: list[nn.Module], text: Batch, passage: int) -> tuple[float, float, Tensor]:
+    """KL on a text, KL on the passage at its end, and the worth of each head, [layers, heads]: its part in the fall of
+    both, each by what it was, as all heads turn to softmax."""
+    heads, count = model.config.dijiang["kv_heads"], int(counted(text).sum())
+    with torch.no_grad():
+        teacher = live_teacher(model, text, lambda: original(model))
+
+    def lost(shares: Tensor, scales: tuple[float, float]) -> tuple[Tensor, list[float]]:
+        """The sum of both, each times its scale, and both as they are."""
+        sums, edge = [0.0, 0.0], count - passage
+
+        def divergence(logits: Tensor, part: slice) -> Tensor:
+            first, last = part.start, part.start + len(logits)
+            middle, total = min(max(edge, first), last), torch.zeros((), device=logits.device)
+            for i, where in enumerate((slice(first, middle), slice(middle, last))):
+                if where.start < where.stop:
+                    kl = teacher(logits[where.start - first : where.stop - first], where)
+                    sums[i] += float(kl.detach())
+                    total = total + scales[i] * kl
+            return total
+
+        token = _SHARES.set(dict(zip(modules, shares, strict=True)))
+        try:
+            with attention(model, NAME):
+                return distillation_loss(model, divergence, text, 0.0) * count, sums
+        finally:
+            _SHARES.reset(token)
+
+    worth = torch.zeros(len(modules), heads, device=model.device)
+    with torch.no_grad():
+        _, (on_text, on_passage) = lost(worth, (1.0, 1.0))
+    for share, weight in POINTS:
+        shares = torch.full_like(worth, share, requires_grad=True)
+        with torch.enable_grad():
+            total, _ = lost(shares, (0.5 / on_text, 0.5 / on_passage))
+            worth -= weight * torch.autograd.grad(total, [shares])[0]
+    return on_text / (count - passage), on_passage / passage, worth.cpu()
 
 
-def calibration_attention(module: nn.Module, *tensors: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """`dijiang_attention`, but of one module softmax."""
-    if module is _SOFTMAX.get():
-        kwargs.pop("dijiang")
-        return softmax_attention(module, *tensors, **kwargs)
-    return dijiang_attention(module, *tensors, **kwargs)
+def calibration_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """A mixture of the table's attention and softmax attention, by the shares of the latter; computed again for the
+    backward pass, which would else keep all that lies between. A layer that was not converted is softmax."""
+    share = _SHARES.get().get(module)
+    if share is None:
+        return dijiang_attention(module, query, key, value, attention_mask, **kwargs)
+    if not share.requires_grad:
+        return _mixed(share, module, query, key, value, attention_mask, **kwargs)
+    return checkpoint(
+        _mixed, share, module, query, key, value, attention_mask, use_reentrant=False, preserve_rng_state=False,
+        **kwargs,
+    )  # fmt: skip
+
+
+def _mixed(share: Tensor, module: nn.Module, *tensors: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """share: [G], of softmax in each key/value head."""
+    out, _ = dijiang_attention(module, *tensors, **kwargs)
+    if not share.requires_grad:  # none
+        return out, None
+    del kwargs["dijiang"]
+    softmax, _ = softmax_attention(module, *tensors, **kwargs)
+    of_queries = share.to(out.dtype).repeat_interleave(out.shape[2] // len(share))
+    return torch.lerp(out, softmax, of_queries[:, None].expand_as(out)), None
 
 
 AttentionInterface.register(NAME, calibration_attention)

@@ -264,15 +264,17 @@ def _calibration(record: dict[str, Any]) -> list[str]:
     if not found:
         return []
     memory = dict(zip(record.get("layers") or [], record.get("memory") or [], strict=False))
+    kept = {layer: ", ".join(_figure(rows) for rows in heads) for layer, heads in memory.items()}
     rows = [
-        (layer, f"{gain:.4f}", "stays softmax" if int(layer) in found["softmax"] else _figure(memory.get(int(layer))))
-        for layer, gain in found["gains"].items()
+        (layer, f"{sum(worth):.1%}", "stays softmax" if int(layer) in found["softmax"] else kept.get(int(layer), ""))
+        for layer, worth in found["worth"].items()
     ]
     told = (
-        f"Calibrated on {found['tokens']:,} tokens: with small tables in all layers KL to the source was "
-        f"{found['kl']:.3f} nats a token, and by so much less with one layer left softmax:"
+        f"Calibrated on {found['tokens']:,} tokens. With small tables in all layers KL to the source was "
+        f"{found['kl']:.3f} nats a token, and {found['repeated_kl']:.3f} where the text repeats an earlier passage. "
+        "What each layer has of that:"
     )
-    return [told, _table(("layer", "KL less", "rows of memory" if memory else "kept"), rows)]
+    return [told, _table(("layer", "of what is lost", "rows of memory by key/value head"), rows)]
 
 
 def _training(record: dict[str, Any]) -> str:

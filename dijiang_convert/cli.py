@@ -423,13 +423,16 @@ def demo(
 
 
 def _show_calibration(c: Any) -> None:
-    """The layers that gain most by exact keys, and what they got."""
+    """The layers to which exact keys are worth most, and what their heads got."""
     memory = iter(c.memory)
-    got = {i: "stays softmax" if i in c.softmax else f"{next(memory, 0):,}" for i in c.gains}
-    best = sorted(c.gains, key=c.gains.get, reverse=True)[:SHOWN]
-    rows = [[str(i), f"{c.gains[i]:.4f}", got[i]] for i in best]
-    print(f"calibrated on {c.tokens:,} tokens, with small tables: KL {c.kl:.3f} nats a token, and less by layer")
-    _table("layer", "less, were it softmax", rows, "rows of memory")
+    got = {i: "stays softmax" if i in c.softmax else ", ".join(f"{n:,}" for n in next(memory, ())) for i in c.worth}
+    worth = {i: sum(heads) for i, heads in c.worth.items()}
+    best = sorted(worth, key=lambda i: worth[i], reverse=True)[:SHOWN]
+    print(
+        f"calibrated on {c.tokens:,} tokens, with small tables: KL {c.kl:.3f} nats a token, "
+        f"{c.repeated_kl:.3f} where they repeat a passage; the layers that lose most of it:"
+    )
+    _table("layer", "of what is lost", [[str(i), f"{worth[i]:.1%}", got[i]] for i in best], "rows of memory by head")
 
 
 def _show_eval(r: Any) -> None:

@@ -157,7 +157,7 @@ def _kernel_numbers(kernel: Kernel, layers: Layers) -> int:
     if kernel.decay == "retnet":
         key = query
     features = dim * (2 if kernel.signed else 1) if kernel.far else 0
-    memory = max(layers.memory, default=kernel.memory)
+    memory = max((sum(heads) // len(heads) for heads in layers.memory), default=kernel.memory)
     exact = kernel.sinks + memory + kernel.window + kernel.block if kernel.window else 0
     # Of a query: its weights and what they are of, itself, and its features.
     numbers = query * (exact + 2 * features + 3 * dim + 2 * value)

@@ -109,7 +109,7 @@ def state_bytes(kernel: Kernel, layers: Layers, dtype: torch.dtype) -> int:
     for layer in layers.layers:
         far_k = kernel.far and (kernel.shift or (turned and layer not in layers.unrotated))
         sizes = Sizes(
-            layers.kernel_of(kernel, layer), layers.heads, layers.kv_heads, layers.head_dim, layers.value_dim, far_k
+            kernel, layers.heads, layers.kv_heads, layers.head_dim, layers.value_dim, far_k, layers.memory_of(layer)
         )
         total += sum(x.nbytes for x in sizes.empty(1, like).tensors())
     return total

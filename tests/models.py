@@ -44,7 +44,8 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "partial-first": ("default", _SMALL, "0"),
     "shared": ("default", _SMALL, "all"),
 }
-SHARED = [3, 13]  # rows of memory of the layers of "shared", as a calibration gives them
+# Rows of memory of each head of the layers of "shared", as a calibration gives them.
+SHARED = {"llama": [[3, 13], [5, 5]], "neox": [[3, 13, 13, 6], [5, 5, 5, 5]]}
 # Those that remember in a state what is in no exact row.
 WITH_STATE = tuple(name for name in VARIANTS if name not in ("no-state", "window-only"))
 MODELS = (*(f"llama-{variant}" for variant in VARIANTS), "neox-default", "neox-pure", "neox-partial")
@@ -73,7 +74,7 @@ def _checkpoint(kind: str, variant: str) -> Path:
     convert(str(source(kind)), out, recipe=recipe, settings=settings, layers=layers)
     if variant == "shared":
         section = json.loads((out / "config.json").read_text())["dijiang"]
-        edit_config(out, dijiang={**section, "memory": SHARED})
+        edit_config(out, dijiang={**section, "memory": SHARED[kind]})
     return out
 
 
@@ -114,10 +115,12 @@ def forget_far_part(folder: Path) -> None:
 def forget(layer: Any, part: str) -> None:
     """Zeroes what a layer of a cache keeps in one part: its ``state``, or the values of ``sinks``, ``memory`` or
     ``window``. (The best rows come last, and sinks are the best.)"""
-    table, state = layer.past.table, layer.past.state
-    if part == "state":
-        (table.value if state is None else state.value).zero_()
-    else:
+    if layer.past.state is not None:
+        layer.past.state.value.zero_()
+    for table in layer.past.tables:
+        if part == "state":
+            table.value.zero_()
+            continue
         most, sinks = table.score.shape[2], 4
         rows = {"memory": slice(most - sinks), "sinks": slice(most - sinks, most), "window": slice(most, None)}[part]
         table.v[:, :, rows] = 0
@@ -128,9 +131,11 @@ def assert_state_is_float32(cache: Any) -> None:
     found = 0
     for layer in cache.layers:
         if isinstance(layer, DiJiangCacheLayer):
-            table, state = layer.past.table, layer.past.state  # type: ignore[union-attr]
-            kept = state if table is None else (table.log_weight, table.value, table.received, table.score)
-            assert all(x.dtype in (torch.float32, torch.float64) for x in kept)  # type: ignore[union-attr]
+            past: Any = layer.past
+            kept = list(past.state or ())
+            for table in past.tables:
+                kept += [table.log_weight, table.value, table.received, table.score]
+            assert kept and all(x.dtype in (torch.float32, torch.float64) for x in kept)
             found += 1
     assert found
 

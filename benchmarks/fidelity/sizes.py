@@ -1,11 +1,10 @@
 """What tables of other sizes are worth to one checkpoint, and other ways to share memory out: sizes are no weights.
 
     python -m benchmarks.fidelity.sizes CHECKPOINT --baseline MODEL --data FILE --out SIZES.jsonl \
-        128,256 64,336 128,224 128,224:1 128,224:1.5 128,224:2
+        128,256 64,336 128,224 128,224:shared 128,256:shared
 
-A size is the window, the mean memory of a layer, and behind a colon the power of its layers' gains by which memory is
-shared out (then CHECKPOINT must be calibrated); without one all layers have as much. Rows that SIZES.jsonl has are not
-measured again.
+A size is the window and the mean memory of a head, which CHECKPOINT's calibration shares out where it says so; else all
+heads have as much. Rows that SIZES.jsonl has are not measured again.
 """
 
 import argparse
@@ -30,7 +29,7 @@ TEXTS = 2  # of which recall is measured
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("sizes", nargs="+", metavar="WINDOW,MEMORY[:POWER]")
+    parser.add_argument("sizes", nargs="+", metavar="WINDOW,MEMORY[:shared]")
     parser.add_argument("--baseline", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -45,12 +44,12 @@ def main() -> None:
     cpu = torch.device("cpu")
     model, original = load_converted(args.checkpoint, device=cpu).eval(), load_any(args.baseline, cpu).eval()
     found = read_checkpoint(args.checkpoint)["dijiang"].get("calibration")
-    gains = found and [gain for layer, gain in found["gains"].items() if int(layer) not in found["softmax"]]
+    worth = found and [heads for layer, heads in found["worth"].items() if int(layer) not in found["softmax"]]
     done = [json.loads(line)["size"] for line in args.out.read_text().splitlines()] if args.out.exists() else []
     for size in args.sizes:
         if size in done:
             continue
-        memory = resize(model, size, gains)
+        memory = resize(model, size, worth)
         texts = rows.ids[rows.lengths == args.length][:TEXTS]
         copied = {n: found.gain for n, found in recall(model, texts).items()}
         row = {"size": size, "memory": memory, "recall": copied, **fidelity(model, rows, original)}
@@ -59,17 +58,18 @@ def main() -> None:
         print(f"{size}: ratio {row['ratio']:.4f} KL {row['kl']:.4f} recall {copied}", flush=True)
 
 
-def resize(model: Any, size: str, gains: list[float] | None) -> list[int]:
-    """Gives every layer its table; returns their memories. gains: of the converted layers."""
-    shape, _, power = size.partition(":")
+def resize(model: Any, size: str, worth: list[list[float]] | None) -> tuple[tuple[int, ...], ...]:
+    """Gives every layer its tables; returns the memories of their heads, () where all are equal. worth: of the heads of
+    converted layers."""
+    shape, _, way = size.partition(":")
     window, mean = map(int, shape.split(","))
     kernels = [module.dijiang for module in model.modules() if hasattr(module, "dijiang")]
-    memory = [mean] * len(kernels)
-    if power:
-        assert gains is not None, "a power needs a calibrated checkpoint"
-        memory = list(shared_memory(gains, mean, float(power)))
-    for each, rows in zip(kernels, memory, strict=True):
-        each.kernel = replace(each.kernel, window=window, memory=rows)
+    memory: tuple[tuple[int, ...], ...] = ()
+    if way:
+        assert way == "shared" and worth is not None, "this needs a calibrated checkpoint"
+        memory = shared_memory(worth, mean)
+    for each, heads in zip(kernels, memory or [()] * len(kernels), strict=True):
+        each.resize(replace(each.kernel, window=window, memory=mean), heads)
     return memory
 
 

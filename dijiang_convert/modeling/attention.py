@@ -22,8 +22,8 @@ from .feature_map import KeyFeatures, QueryFeatures
 from .kernel import attend_blocks, attend_both_sides
 from .layout import Layout
 from .linear import attend_chunks, attend_chunks_both_sides, attend_one
-from .past import Past, Sizes, Tokens
-from .rotary import known_rotation, parameter_names
+from .past import Group, Past, Sizes, Tokens
+from .rotary import without_rotation
 from .state import NEVER, Written, accumulated
 from .step import advance, attend_token
 from .table import Keys, KeyTokens, Logits, Queries, Table, in_pieces
@@ -44,19 +44,27 @@ class Call(NamedTuple):
     causal: bool = True
     heads: slice = slice(None)
 
+    def of_heads(self, part: slice, kv_heads: int) -> "Call":
+        """The same for some of all key/value heads."""
+        return self._replace(heads=part, logits=self.logits.of_heads(part, kv_heads))
+
 
 class DiJiangAttention(nn.Module):
     """The child of a converted attention module: kernel parameters, and attention with them.
 
-    The table has kv_heads heads; with a fixed decay a query head (``decay: retnet``) it has as many as queries.
+    The tables have kv_heads heads; with a fixed decay a query head (``decay: retnet``) as many as queries.
     """
 
-    def __init__(self, kernel: Kernel, layers: Layers, apply_rotary: Callable[..., Any] | None) -> None:
+    def __init__(
+        self, kernel: Kernel, layers: Layers, apply_rotary: Callable[..., Any] | None, memory: tuple[int, ...] = ()
+    ) -> None:
+        """memory: see `Layers.memory_of`."""
         super().__init__()
-        self.kernel, self.layers = kernel, layers
+        self.layers = layers
         self.arguments: list[str] = []  # of the attention module's forward
         self.borrows = False  # keys and values of an earlier layer
         self.apply_rotary = apply_rotary if kernel.rotary == "remove" else None
+        self.resize(kernel, memory)
         heads, kv_heads = layers.heads, layers.kv_heads
         if kernel.far:
             self.q_features = QueryFeatures(heads, layers.head_dim, kernel, scaled=kernel.window > 0)
@@ -72,6 +80,11 @@ class DiJiangAttention(nn.Module):
             self.gate = nn.Parameter(torch.empty(width, layers.hidden_size, dtype=torch.float32))  # W_G
             self.norm_weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
             self.norm_bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
+
+    def resize(self, kernel: Kernel, memory: tuple[int, ...] = ()) -> None:
+        """Takes tables of another size, which no parameter depends on."""
+        self.kernel, self.memory = kernel, memory
+        self.groups = Group.of(kernel, self.sizes.state_heads, memory)
 
     def reset_parameters(self) -> None:
         """Sets what no checkpoint has set. Only `transformers.initialization` knows which that is."""
@@ -92,7 +105,8 @@ class DiJiangAttention(nn.Module):
         """What a cache keeps for this layer."""
         layers = self.layers
         return Sizes(
-            self.kernel, layers.heads, layers.kv_heads, layers.head_dim, layers.value_dim, self._sees_other_keys
+            self.kernel, layers.heads, layers.kv_heads, layers.head_dim, layers.value_dim, self._sees_other_keys,
+            self.memory,
         )  # fmt: skip
 
     @property
@@ -110,7 +124,9 @@ class DiJiangAttention(nn.Module):
         cache = call.cache
         if cache is not None and self.borrows:  # the module, which has no keys of its own, did not
             cache.update(k, v)
-        far_q, far_k = self._without_rotation(q, k, call.cos_sin)
+        far_q, far_k = q, k
+        if self.kernel.far and self.apply_rotary is not None and call.cos_sin is not None:
+            far_q, far_k = without_rotation(self.apply_rotary, q, k, *call.cos_sin, dim=self.layers.rotary_dim)
         keeps = cache is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         known = cache.known if cache is not None and keeps else {}
         keys = KeyTokens(
@@ -160,19 +176,21 @@ class DiJiangAttention(nn.Module):
         return layout.outputs(out, new.length), after._replace(trail=trail), count
 
     def _by_heads(self, past: Past | None, new: Tokens, layout: Layout, call: Call) -> tuple[Tensor, Past]:
-        """The output in slots, [B, H, T, V], and the past without its trail; of a few key/value heads at a time, which
-        stay in a CPU's cache."""
+        """The output in slots, [B, H, T, V], and the past without its trail; of heads that are alike together, but no
+        more at a time than stay in a CPU's cache."""
         attend = self._extend_table if self.kernel.window else self._extend_state
         batch, heads = new.keys.k.shape[:2]
-        groups = in_pieces(heads, batch * new.length * 2 * self.layers.head_dim, new.q)
-        if len(groups) == 1 or self.kernel.decay == "retnet":  # whose heads are those of queries
-            return attend(past, new, layout, call)
-        sizes = [end - start for start, end in groups]
+        parts = self.groups
+        if self.kernel.decay != "retnet":  # whose heads are those of queries
+            numbers = batch * new.length * 2 * self.layers.head_dim
+            parts = [part for group in parts for part in group.pieces(numbers, new.q)]
+        if len(parts) == 1:
+            return attend(past, new, layout, call, parts[0].kernel)
+        sizes = [part.heads for part in parts]
         pasts: list[Any] = [None] * len(sizes) if past is None else past.split(sizes)
         outputs, after = [], []
-        for group, earlier, tokens in zip(groups, pasts, new.split(sizes), strict=True):
-            part = call._replace(heads=slice(*group), logits=call.logits.of_heads(slice(*group), heads))
-            out, later = attend(earlier, tokens, layout, part)
+        for group, earlier, tokens in zip(parts, pasts, new.split(sizes), strict=True):
+            out, later = attend(earlier, tokens, layout, call.of_heads(group.part, heads), group.kernel)
             outputs.append(out)
             after.append(later)
         out = torch.cat([out.transpose(1, 2) for out in outputs], 2)  # as the attention module wants its heads
@@ -189,26 +207,31 @@ class DiJiangAttention(nn.Module):
         count = torch.as_tensor(count, device=new.q.device).expand(len(new.q))
         return Layout.padded(new.real(), kernel.block, kernel.window, count)
 
-    def _extend_table(self, past: Past | None, new: Tokens, layout: Layout, call: Call) -> tuple[Tensor, Past]:
-        table, block = None if past is None else past.table, self.kernel.block
+    def _extend_table(
+        self, past: Past | None, new: Tokens, layout: Layout, call: Call, kernel: Kernel
+    ) -> tuple[Tensor, Past]:
+        """Of heads that are alike, whose one table the past is of."""
+        table, block = None if past is None else past.tables[0], kernel.block
         keys = new.keys.map(layout.keys, None if table is None else table.window)
         written = []
-        if self.kernel.far:  # all but the last blocks will leave the window, in the next ones
+        if kernel.far:  # all but the last blocks will leave the window, in the next ones
             leaving = layout.blocks - 1
             numbers = keys.k.shape[0] * keys.k.shape[1] * 2 * self.k_features.features * block  # and their decays
             for start, end in in_pieces(leaving, numbers, keys.k):
                 written.append(self._written(keys.between(start * block, end * block), None, block, call))
         queries, rows = self._queries(new, layout, call), Keys(keys.k, keys.v, written)
-        out, after = attend_blocks(queries, rows, layout, table, self.kernel, call.logits)
+        out, after = attend_blocks(queries, rows, layout, table, kernel, call.logits)
         far_k, gates = (x if x is None else layout.last_window(x).clone() for x in keys[2:])
-        return out, Past(after._replace(far_k=far_k, gates=gates), None, None)
+        return out, Past((after._replace(far_k=far_k, gates=gates),), None, None)
 
-    def _extend_state(self, past: Past | None, new: Tokens, layout: Layout, call: Call) -> tuple[Tensor, Past]:
-        written = self._written(new.keys.map(layout.queries), layout.real, self.kernel.block, call)
+    def _extend_state(
+        self, past: Past | None, new: Tokens, layout: Layout, call: Call, kernel: Kernel
+    ) -> tuple[Tensor, Past]:
+        written = self._written(new.keys.map(layout.queries), layout.real, kernel.block, call)
         features, state = self._queries(new, layout, call).features, None if past is None else past.state
         assert features is not None
-        out, state = attend_chunks(features, written, layout, state, self.kernel.normalize)
-        return out, Past(None, state, None)
+        out, state = attend_chunks(features, written, layout, state, kernel.normalize)
+        return out, Past((), state, None)
 
     def _both_sides(self, new: Tokens, call: Call) -> Tensor:
         """All tokens of an encoder, [B, H, N, V]."""
@@ -244,30 +267,56 @@ class DiJiangAttention(nn.Module):
         features = None
         if self.kernel.far:
             features = self.q_features(new.far_q, call.logits.scaling, known=known.setdefault("queries", {}))
-        table, state = past.table, past.state
-        if table is None:
-            assert state is not None and features is not None
-            written = self._written(new.keys, new.valid, 1, call)
-            written = written.map(lambda x: x[:, :, 0])
-            out, state = attend_one(features, written, state, self.kernel.normalize)
+        if past.tables:
+            out, past = self._decode_tables(past, new, features, cache.count, call)
         else:
-            table = self._advanced(table, cache.count, valid, call)
-            out = attend_token(Queries(new.q, features), new.keys, table, cache.count, valid, self.kernel, call.logits)
-        cache.keep(Past(table, state, trail), cache.count + (1 if valid is None else valid.long()))
+            assert features is not None and past.state is not None
+            written = self._written(new.keys, new.valid, 1, call).map(lambda x: x[:, :, 0])
+            out, state = attend_one(features, written, past.state, self.kernel.normalize)
+            past = Past((), state, None)
+        cache.keep(past._replace(trail=trail), cache.count + (1 if valid is None else valid.long()))
         return out
 
-    def _advanced(self, table: Table, count: int | Tensor, valid: Tensor | None, call: Call) -> Table:
+    def _decode_tables(
+        self, past: Past, new: Tokens, features: Tensor | None, count: int | Tensor, call: Call
+    ) -> tuple[Tensor, Past]:
+        """The same with tables. features: [B, H, 1, F], of the query, or None without a state."""
+        if len(self.groups) == 1:
+            return self._decode_group(past, new, features, count, call, self.groups[0].kernel)
+        sizes, heads = [group.heads for group in self.groups], self.layers.kv_heads
+        repeats = self.layers.heads // heads
+        some: Any = [None] * len(sizes)
+        if features is not None:
+            some = features.split([size * repeats for size in sizes], 1)
+        outputs, after = [], []
+        for group, earlier, tokens, own in zip(self.groups, past.split(sizes), new.split(sizes), some, strict=True):
+            part = call.of_heads(group.part, heads)
+            out, later = self._decode_group(earlier, tokens, own, count, part, group.kernel)
+            outputs.append(out)
+            after.append(later)
+        return torch.cat(outputs, 1), Past.joined(after)
+
+    def _decode_group(
+        self, past: Past, new: Tokens, features: Tensor | None, count: int | Tensor, call: Call, kernel: Kernel
+    ) -> tuple[Tensor, Past]:
+        """The same of heads that are alike, whose one table the past is of."""
+        valid = None if new.valid is None else new.valid[:, 0]
+        table = self._advanced(past.tables[0], count, valid, call, kernel)
+        out = attend_token(Queries(new.q, features), new.keys, table, count, valid, kernel, call.logits)
+        return out, Past((table,), None, None)
+
+    def _advanced(self, table: Table, count: int | Tensor, valid: Tensor | None, call: Call, kernel: Kernel) -> Table:
         """The table with room for one more token: where its last block is full, the oldest one leaves the window."""
-        block = self.kernel.block
+        block = kernel.block
         if not isinstance(count, Tensor):
-            return self._advance(table, count, call) if count and count % block == 0 else table
+            return self._advance(table, count, call, kernel) if count and count % block == 0 else table
         due = (count > 0) & (count % block == 0)
         due = due if valid is None else due & valid  # padding takes no room
         if torch.compiler.is_compiling():  # which looks at no value: the branch is in the graph
             held = [x for x in table if x is not None]
 
             def some(*tensors: Tensor) -> tuple[Tensor, ...]:
-                after = self._advance(_like(table, tensors), count, call)
+                after = self._advance(_like(table, tensors), count, call, kernel)
                 kept = zip(tensors, (x for x in after if x is not None), strict=True)
                 return tuple(torch.where(due.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in kept)
 
@@ -278,16 +327,16 @@ class DiJiangAttention(nn.Module):
         rows = due.nonzero()[:, 0]
         if not len(rows):
             return table
-        after = self._advance(table.map(lambda x: x[rows]), count[rows], call)
+        after = self._advance(table.map(lambda x: x[rows]), count[rows], call, kernel)
         pairs = zip(table, after, strict=True)
         return Table(*(x if x is None or y is None else x.index_copy(0, rows, y) for x, y in pairs))  # type: ignore[arg-type]
 
-    def _advance(self, table: Table, count: int | Tensor, call: Call) -> Table:
-        written, block = None, self.kernel.block
-        if self.kernel.far:
+    def _advance(self, table: Table, count: int | Tensor, call: Call, kernel: Kernel) -> Table:
+        written, block = None, kernel.block
+        if kernel.far:
             written = self._written(table.window.map(lambda x: x[:, :, :block]), None, block, call)
             written = written.map(lambda x: x[:, :, 0])
-        return advance(table, written, count, self.kernel)
+        return advance(table, written, count, kernel)
 
     # --------------------------------------------------------------------------------------- what the state is written
 
@@ -339,31 +388,6 @@ class DiJiangAttention(nn.Module):
         far_q = new.far_q + (self.q_shift * q_before).to(new.far_q.dtype)
         far_k = far_k + (self.k_shift * k_before).to(far_k.dtype)
         return new._replace(far_q=far_q, keys=new.keys._replace(far_k=far_k)), last.clone()
-
-    def _without_rotation(self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Undoes rotary embedding by rotating back: the model's own function with −sin, over the squared length that
-        scaled variants (YaRN) give cos and sin."""
-        if self.apply_rotary is None or cos_sin is None or not self.kernel.far:
-            return q, k
-        dim = self.layers.rotary_dim  # less than head_dim with partial rotary embedding
-        looks = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and q.device.type == "cpu"
-        turn = known_rotation(self.apply_rotary, *cos_sin, dim) if looks else None
-        if turn is not None:
-            if q.shape[2] > 1:
-                return turn.back(q, *cos_sin), turn.back(k, *cos_sin)
-            both = turn.back(torch.cat([q, k], 1), *cos_sin)
-            return both[:, : q.shape[1]], both[:, q.shape[1] :]
-        cos, sin = (accumulated(x) for x in cos_sin)
-        length = cos[..., :1].square() + sin[..., :1].square()
-        back = (cos / length, -sin / length)
-        if "k" in parameter_names(self.apply_rotary):
-            turned_q, turned_k = self.apply_rotary(q[..., :dim], k[..., :dim], *back)
-        else:  # a function of one of them
-            turned_q, turned_k = (self.apply_rotary(x[..., :dim], *back) for x in (q, k))
-        return (
-            torch.cat([turned_q.to(q.dtype), q[..., dim:]], -1),
-            torch.cat([turned_k.to(k.dtype), k[..., dim:]], -1),
-        )
 
     def _gated(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
         """Group norm a head and the output gate SiLU(x W_G) of the published formulation."""

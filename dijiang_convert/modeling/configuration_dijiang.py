@@ -3,7 +3,7 @@
 `DiJiang<Name>Config` exists for every `<Name>Config` of transformers: the class is built when it is asked for.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -130,7 +130,7 @@ class Layers:
     rotary_dim: how much of each head, the first part, the model's rotary function takes; 0 for none.
     borrowing: those of `layers` that take keys and values of an earlier layer, and don't update the cache.
     unrotated: those of `layers` that have no rotary embedding, in a model where others do.
-    memory: the kernel's memory of each of `layers`, where they share it unequally.
+    memory: rows of memory of each key/value head of each of `layers`, where they share it unequally.
     causal: whether a token sees those before it alone; False in encoders.
     """
 
@@ -146,12 +146,12 @@ class Layers:
     rotary_dim: int = 0
     unrotated: tuple[int, ...] = ()
     borrowing: tuple[int, ...] = ()
-    memory: tuple[int, ...] = ()
+    memory: tuple[tuple[int, ...], ...] = ()
     causal: bool = True
 
-    def kernel_of(self, kernel: Kernel, index: int) -> Kernel:
-        """The kernel of one of `layers`."""
-        return replace(kernel, memory=self.memory[self.layers.index(index)]) if self.memory else kernel
+    def memory_of(self, index: int) -> tuple[int, ...]:
+        """Rows of memory of each key/value head of one of `layers`; () where all have the kernel's."""
+        return self.memory[self.layers.index(index)] if self.memory else ()
 
 
 def read_section(config: transformers.PreTrainedConfig) -> tuple[Kernel, Layers]:
@@ -164,9 +164,17 @@ def read_section(config: transformers.PreTrainedConfig) -> tuple[Kernel, Layers]
         )
     values = {field.name: section[field.name] for field in fields(Layers) if field.name in section}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list | tuple)}
-    if len(lists.get("memory", ())) not in (0, len(lists["layers"])):
-        raise ValueError(f"dijiang.memory has {len(lists['memory'])} numbers for {len(lists['layers'])} layers")
-    return Kernel(**section["kernel"]), Layers(**{**values, **lists})
+    lists["memory"] = tuple(tuple(heads) if isinstance(heads, list | tuple) else () for heads in lists["memory"])
+    kernel, layers = Kernel(**section["kernel"]), Layers(**{**values, **lists})
+    shared = layers.memory
+    if shared and (len(shared), {len(heads) for heads in shared}) != (len(layers.layers), {layers.kv_heads}):
+        raise ValueError(
+            f"dijiang.memory is not {len(layers.layers)} lists, one a layer, of {layers.kv_heads} numbers, one a "
+            "key/value head"
+        )
+    if shared and (kernel.decay == "retnet" or not layers.causal):
+        raise ValueError("dijiang.memory needs a causal model and a kernel whose decay is not retnet")
+    return kernel, layers
 
 
 class DiJiangConfigMixin:

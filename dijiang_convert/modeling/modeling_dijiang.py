@@ -48,7 +48,7 @@ def attach(model: nn.Module, kernel: Kernel, layers: Layers) -> list[str]:
         elif is_attention and index in layers.layers:
             apply_rotary = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
             rotary = None if index in layers.unrotated else apply_rotary
-            module.dijiang = DiJiangAttention(layers.kernel_of(kernel, index), layers, rotary)
+            module.dijiang = DiJiangAttention(kernel, layers, rotary, layers.memory_of(index))
             module.dijiang.arguments = parameter_names(type(module).forward)
             module.dijiang.borrows = index in layers.borrowing
             module.register_forward_pre_hook(_hand_over, with_kwargs=True)

@@ -1,53 +1,95 @@
 """What a layer keeps of a text, and the new tokens that it takes.
 
+Key/value heads may have tables of different sizes. Those side by side that are alike share one: they are a `Group`.
+
 Shape legend: B batch, H query heads, G key/value heads, A query and key/value heads, N tokens, D head_dim, V value
 head_dim, F features, X numbers that a hidden state is made into.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .configuration_dijiang import Kernel
 from .state import State, accumulation_dtype, recurrent_dtype
-from .table import KeyTokens, Table
+from .table import KeyTokens, Table, in_pieces
+
+
+class Group(NamedTuple):
+    """Key/value heads whose tables have the size that ``kernel`` says: from the first to before the second of ``part``,
+    of all that a layer has."""
+
+    part: slice
+    kernel: Kernel
+
+    @property
+    def heads(self) -> int:
+        return int(self.part.stop - self.part.start)
+
+    @classmethod
+    def of(cls, kernel: Kernel, heads: int, memory: tuple[int, ...]) -> list["Group"]:
+        """memory: rows of each of the heads, or () where all have the kernel's."""
+        groups, start = [], 0
+        for rows, alike in groupby(memory or (kernel.memory,) * heads):
+            end = start + len(list(alike))
+            groups.append(cls(slice(start, end), replace(kernel, memory=rows)))
+            start = end
+        return groups
+
+    def pieces(self, numbers: int, like: Tensor) -> list["Group"]:
+        """Parts of it that are worked on at a time, where a head is of so many numbers (see `in_pieces`)."""
+        start = self.part.start
+        found = in_pieces(self.heads, numbers, like)
+        return [Group(slice(start + first, start + last), self.kernel) for first, last in found]
 
 
 class Past(NamedTuple):
-    """All that a layer keeps of a text: a ``table``, or of a kernel without exact rows a ``state``; and the ``trail``,
-    [B, A, 1, D], the last token's query and key where the next token's features get a share of them."""
+    """All that a layer keeps of a text: ``tables``, one a `Group`, or of a kernel without exact rows a ``state``; and
+    the ``trail``, [B, A, 1, D], the last token's query and key where the next token's features get a share of them.
 
-    table: Table | None
+    The gates are the same for all heads: the first table has them."""
+
+    tables: tuple[Table, ...]
     state: State | None
     trail: Tensor | None
 
     def split(self, sizes: list[int]) -> list["Past"]:
-        """By key/value heads, so many in each part; without the trail, which is of all heads."""
-        tables: Any = [None] * len(sizes) if self.table is None else self.table.split(sizes)
-        states: Any = [None] * len(sizes)
+        """By key/value heads, so many in each part, which has no heads of two tables; each has the gates. Without the
+        trail, which is of all heads."""
         if self.state is not None:
-            states = [State(*parts) for parts in zip(*(x.split(sizes, 1) for x in self.state), strict=True)]
-        return [Past(*parts, None) for parts in zip(tables, states, strict=True)]
+            states = (State(*parts) for parts in zip(*(x.split(sizes, 1) for x in self.state), strict=True))
+            return [Past((), state, None) for state in states]
+        parts, rest = [], list(sizes)
+        for table in self.tables:
+            own: list[int] = []
+            while sum(own) < table.k.shape[1]:
+                own.append(rest.pop(0))
+            parts += table._replace(gates=self.tables[0].gates).split(own)
+        return [Past((table,), None, None) for table in parts]
 
     @classmethod
     def joined(cls, parts: list["Past"]) -> "Past":
         """The inverse of `split`."""
-        if parts[0].table is None:
+        if not parts[0].tables:
             states = zip(*(part.state for part in parts if part.state is not None), strict=True)
-            return cls(None, State(*(torch.cat(same, 1) for same in states)), None)
-        return cls(Table.joined([part.table for part in parts if part.table is not None]), None, None)
+            return cls((), State(*(torch.cat(same, 1) for same in states)), None)
+        alike = groupby((part.tables[0] for part in parts), lambda table: table.k.shape[2])
+        first, *others = (Table.joined(list(tables)) for _, tables in alike)
+        return cls((first, *(table._replace(gates=None) for table in others)), None, None)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Past":
-        table = None if self.table is None else self.table.map(change)
         state = None if self.state is None else State(*map(change, self.state))
-        return Past(table, state, None if self.trail is None else change(self.trail))
+        tables = tuple(table.map(change) for table in self.tables)
+        return Past(tables, state, None if self.trail is None else change(self.trail))
 
     def first(self) -> Tensor:
         """One of the tensors, which are all made together."""
-        if self.table is not None:
-            return self.table.received
+        if self.tables:
+            return self.tables[0].received
         assert self.state is not None
         return self.state.value
 
@@ -65,7 +107,7 @@ class Past(NamedTuple):
 
 class Sizes(NamedTuple):
     """What the past of a layer is made of. heads, kv_heads, head_dim, value_dim: those that attention sees. far_k:
-    whether features see keys other than k."""
+    whether features see keys other than k. memory: see `Layers.memory_of`."""
 
     kernel: Kernel
     heads: int
@@ -73,6 +115,7 @@ class Sizes(NamedTuple):
     head_dim: int
     value_dim: int
     far_k: bool
+    memory: tuple[int, ...] = ()
 
     @property
     def features(self) -> int:
@@ -91,31 +134,34 @@ class Sizes(NamedTuple):
 
     def empty(self, batch: int, like: Tensor) -> Past:
         """The past of no token, with ``batch`` rows, on the device of ``like``; keys and values have its dtype."""
-        kernel, heads = self.kernel, self.state_heads
-        held = kernel.window + kernel.block
-        rows = held + kernel.sinks + kernel.memory
+        kernel, heads, trail = self.kernel, self.state_heads, None
+        if kernel.far and kernel.shift:
+            trail = like.new_zeros(batch, self.heads + self.kv_heads, 1, self.head_dim)
+        if kernel.window:
+            groups = Group.of(kernel, heads, self.memory)
+            return Past.joined([Past((self._table(batch, group, like),), None, None) for group in groups])._replace(
+                trail=trail
+            )
+        state = State.empty(batch, heads, self.features, self.value_dim, like)
+        return Past((), State(state.log_weight.to(recurrent_dtype(like)), state.value), trail)
 
-        def zeros(heads: int, tokens: int, dim: int) -> Tensor:
-            return like.new_zeros(batch, heads, tokens, dim)
-
-        state = State.empty(batch, heads, self.features, self.value_dim, like) if kernel.far else None
-        trail = zeros(self.heads + self.kv_heads, 1, self.head_dim) if kernel.far and kernel.shift else None
-        if not kernel.window:
-            assert state is not None
-            return Past(None, State(state.log_weight.to(recurrent_dtype(like)), state.value), trail)
+    def _table(self, batch: int, group: Group, like: Tensor) -> Table:
+        """An empty table of some of the heads."""
+        kernel, heads, dim = group.kernel, group.heads, self.head_dim
+        most, held = kernel.sinks + kernel.memory, kernel.window + kernel.block
         received = torch.zeros(batch, heads, held, dtype=accumulation_dtype(like), device=like.device)
+        state = State.empty(batch, heads, self.features, self.value_dim, like) if kernel.far else None
         log_weight, value = (None, None) if state is None else state
-        table = Table(
-            k=zeros(heads, rows, self.head_dim),
-            v=zeros(heads, rows, self.value_dim),
+        return Table(
+            k=like.new_zeros(batch, heads, most + held, dim),
+            v=like.new_zeros(batch, heads, most + held, self.value_dim),
             received=received,
-            score=received.new_full((batch, heads, kernel.sinks + kernel.memory), -torch.inf),
+            score=received.new_full((batch, heads, most), -torch.inf),
             log_weight=log_weight,
             value=value,
-            far_k=zeros(self.kv_heads, held, self.head_dim) if self.far_k else None,
+            far_k=like.new_zeros(batch, heads * self.kv_heads // self.state_heads, held, dim) if self.far_k else None,
             gates=received.new_zeros(batch, 1, held, self.gates) if self.gates else None,
         )
-        return Past(table, None, trail)
 
 
 class Tokens(NamedTuple):

@@ -18,6 +18,32 @@ from .state import accumulated
 _known: dict[tuple[Any, ...], "Turn | None"] = {}  # see `known_rotation`
 
 
+def without_rotation(
+    apply_rotary: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, A, N, D] rotated back: by the model's own function with −sin, over the squared length that
+    scaled variants (YaRN) give cos and sin. dim: how much of each head it takes, with partial rotary embedding less
+    than D."""
+    looks = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and q.device.type == "cpu"
+    turn = known_rotation(apply_rotary, cos, sin, dim) if looks else None
+    if turn is not None:
+        if q.shape[2] > 1:
+            return turn.back(q, cos, sin), turn.back(k, cos, sin)
+        both = turn.back(torch.cat([q, k], 1), cos, sin)
+        return both[:, : q.shape[1]], both[:, q.shape[1] :]
+    cos, sin = accumulated(cos), accumulated(sin)
+    length = cos[..., :1].square() + sin[..., :1].square()
+    back = (cos / length, -sin / length)
+    if "k" in parameter_names(apply_rotary):
+        turned_q, turned_k = apply_rotary(q[..., :dim], k[..., :dim], *back)
+    else:  # a function of one of them
+        turned_q, turned_k = (apply_rotary(x[..., :dim], *back) for x in (q, k))
+    return (
+        torch.cat([turned_q.to(q.dtype), q[..., dim:]], -1),
+        torch.cat([turned_k.to(k.dtype), k[..., dim:]], -1),
+    )
+
+
 @functools.cache
 def parameter_names(function: Callable[..., Any]) -> list[str]:
     """What a function takes."""

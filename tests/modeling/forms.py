@@ -82,8 +82,7 @@ def empty(x: Inputs, kernel: Kernel) -> Past:
     """The past of no token."""
     batch, kv_heads, _, dim = x.k.shape
     sizes = Sizes(kernel, x.q.shape[1], kv_heads, dim, x.v.shape[-1], False)
-    made = sizes._replace(kernel=Kernel(**{**kernel.to_dict(), "far": False})).empty(batch, x.k).table
-    assert made is not None
+    made = sizes._replace(kernel=Kernel(**{**kernel.to_dict(), "far": False})).empty(batch, x.k).tables[0]
     if x.written is not None:
         made = made._replace(**State.empty(batch, kv_heads, x.written.shape[-1], x.v.shape[-1], x.v)._asdict())
     held = kernel.window + kernel.block

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dijiang_convert.modeling.rotary import known_rotation
+from dijiang_convert.modeling.rotary import known_rotation, without_rotation
 from tests.models import KINDS, difference, kernels, load, logits_of, tokens
 
 TOLERANCE = 1e-4
@@ -34,7 +34,7 @@ def test_rotation_is_undone(kind: str, scale: float) -> None:
     assert dim == (child.layers.head_dim if kind == "llama" else child.layers.head_dim // 4)
     turned = torch.cat([child.apply_rotary(x[..., :dim], x[..., :dim], cos, sin)[0], x[..., dim:]], -1)
     assert difference(turned, x) > 0.1
-    for undone in child._without_rotation(turned, turned, (cos, sin)):
+    for undone in without_rotation(child.apply_rotary, turned, turned, cos, sin, dim=child.layers.rotary_dim):
         assert difference(undone, x) <= 1e-5
     turn = known_rotation(child.apply_rotary, cos, sin, child.layers.rotary_dim)
     assert turn is not None and turn.partner.shape == (dim,)  # though it is given the whole head
