@@ -48,7 +48,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], str]] = {
 SHARED = {"llama": [[3, 13], [5, 5]], "neox": [[3, 13, 13, 6], [5, 5, 5, 5]]}
 # Those that remember in a state what is in no exact row.
 WITH_STATE = tuple(name for name in VARIANTS if name not in ("no-state", "window-only"))
-MODELS = (*(f"llama-{variant}" for variant in VARIANTS), "neox-default", "neox-pure", "neox-partial")
+MODELS = (*(f"llama-{variant}" for variant in VARIANTS), "neox-default", "neox-pure", "neox-partial", "neox-shared")
 _FOLDER = tempfile.TemporaryDirectory(prefix="converted-")
 
 

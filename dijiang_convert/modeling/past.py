@@ -8,7 +8,6 @@ head_dim, F features, X numbers that a hidden state is made into.
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -33,12 +32,12 @@ class Group(NamedTuple):
     @classmethod
     def of(cls, kernel: Kernel, heads: int, memory: tuple[int, ...]) -> list["Group"]:
         """memory: rows of each of the heads, or () where all have the kernel's."""
-        groups, start = [], 0
-        for rows, alike in groupby(memory or (kernel.memory,) * heads):
-            end = start + len(list(alike))
-            groups.append(cls(slice(start, end), replace(kernel, memory=rows)))
-            start = end
-        return groups
+        memory = memory or (kernel.memory,) * heads
+        starts = [i for i in range(heads) if i == 0 or memory[i] != memory[i - 1]]
+        return [
+            cls(slice(start, end), replace(kernel, memory=memory[start]))
+            for start, end in zip(starts, [*starts[1:], heads], strict=True)
+        ]
 
     def pieces(self, numbers: int, like: Tensor) -> list["Group"]:
         """Parts of it that are worked on at a time, where a head is of so many numbers (see `in_pieces`)."""
@@ -77,8 +76,13 @@ class Past(NamedTuple):
         if not parts[0].tables:
             states = zip(*(part.state for part in parts if part.state is not None), strict=True)
             return cls((), State(*(torch.cat(same, 1) for same in states)), None)
-        alike = groupby((part.tables[0] for part in parts), lambda table: table.k.shape[2])
-        first, *others = (Table.joined(list(tables)) for _, tables in alike)
+        alike: list[list[Table]] = []
+        for (table,), *_ in parts:
+            if alike and alike[-1][0].k.shape[2] == table.k.shape[2]:
+                alike[-1].append(table)
+            else:
+                alike.append([table])
+        first, *others = (Table.joined(tables) for tables in alike)
         return cls((first, *(table._replace(gates=None) for table in others)), None, None)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Past":

@@ -133,12 +133,16 @@ class Table(NamedTuple):
 
     def split(self, sizes: list[int]) -> list["Table"]:
         """By heads, so many in each part; they share the gates."""
+        if len(sizes) == 1:
+            return [self]
         parts = ([None] * len(sizes) if x is None else x.split(sizes, 1) for x in self[:-1])
         return [Table._make((*part, self.gates)) for part in zip(*parts, strict=True)]
 
     @classmethod
     def joined(cls, parts: list["Table"]) -> "Table":
         """The inverse of `split`."""
+        if len(parts) == 1:
+            return parts[0]
         *own, gates = zip(*parts, strict=True)
         return cls._make([*(None if same[0] is None else torch.cat(same, 1) for same in own), gates[0]])
 

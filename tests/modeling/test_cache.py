@@ -13,14 +13,15 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from dijiang_convert.modeling.cache import DiJiangCacheLayer, cache_layer
-from tests.models import BLOCK, WINDOW, difference, feed, forget, kernels, load, logits_of, tokens
+from tests.models import BLOCK, SHARED, WINDOW, difference, feed, forget, kernels, load, logits_of, tokens
 
 TOLERANCE = 1e-4
 PROMPT = 150  # far more than the window and what the memory holds; 6 tokens in the last block
 
 
 @pytest.fixture(
-    scope="module", params=["default", "keep", "retnet", "no-state", "pure", "paper", "window-only", "partial"]
+    scope="module",
+    params=["default", "keep", "retnet", "no-state", "pure", "paper", "window-only", "partial", "shared"],
 )
 def model(request: pytest.FixtureRequest) -> Any:
     return load("llama", request.param)
@@ -55,7 +56,7 @@ def assert_goes_on(model: Any, cache: Cache, ids: Tensor, tail: Tensor, sizes: t
     "variant,sizes",
     [
         ("default", (100, 1)),
-        *((name, (33, 1, 20)) for name in ("keep", "retnet", "no-state", "pure", "paper", "window-only")),
+        *((name, (33, 1, 20)) for name in ("keep", "retnet", "no-state", "pure", "paper", "window-only", "shared")),
     ],
 )
 def test_bytes_are_constant(variant: str, sizes: tuple[int, ...]) -> None:
@@ -69,19 +70,20 @@ def test_bytes_are_constant(variant: str, sizes: tuple[int, ...]) -> None:
     kernel, layers = kernels(model)[0].kernel, kernels(model)[0].layers
     heads = layers.heads if kernel.decay == "retnet" else layers.kv_heads
     features, values = layers.head_dim * (2 if kernel.signed else 1), layers.value_dim
-    held, rows = kernel.window + kernel.block, kernel.sinks + kernel.memory
-    numbers = 0
-    if kernel.window:
-        numbers += heads * ((rows + held) * (layers.head_dim + values) + held + rows)  # and received, and score
+    held, numbers = kernel.window + kernel.block, 0
+    for memory in SHARED["llama"] if variant == "shared" else 2 * [heads * [kernel.memory]]:
+        if kernel.window:
+            for rows in (kernel.sinks + of_head for of_head in memory):  # and received, and score
+                numbers += (rows + held) * (layers.head_dim + values) + held + rows
+            if kernel.far:  # and keys without rotary embedding, or with their shift, and gates
+                numbers += held * layers.kv_heads * layers.head_dim
+                numbers += held * (2 * layers.kv_heads * kernel.selective + kernel.decay_rank)
         if kernel.far:
-            numbers += held * layers.kv_heads * layers.head_dim  # keys without rotary embedding, or with their shift
-            numbers += held * (2 * layers.kv_heads * kernel.selective + kernel.decay_rank)
-    if kernel.far:
-        numbers += heads * features * (values + (1 if kernel.window else 2))  # log_weight has 8 bytes then
-        numbers += (layers.heads + layers.kv_heads) * layers.head_dim if kernel.shift else 0  # of the last token
-    assert found == {2 * 2 * 4 * numbers}  # two layers, two rows; four bytes a number
-    made = kernels(model)[0].sizes.empty(2, torch.empty(0))
-    assert found == {2 * sum(x.nbytes for x in made.tensors())}
+            numbers += heads * features * (values + (1 if kernel.window else 2))  # log_weight has 8 bytes then
+            numbers += (layers.heads + layers.kv_heads) * layers.head_dim if kernel.shift else 0  # of the last token
+    assert found == {2 * 4 * numbers}  # two rows; four bytes a number
+    made = [each.sizes.empty(2, torch.empty(0)) for each in kernels(model)]
+    assert found == {sum(x.nbytes for past in made for x in past.tensors())}
 
 
 @torch.no_grad()

@@ -102,6 +102,7 @@ def test_forward_equals_the_definition(model: Any, monkeypatch: pytest.MonkeyPat
 PARTS = [("default", part) for part in ("state", "memory", "sinks")] + [
     *(("no-state", part) for part in ("memory", "sinks")),
     ("window-only", "sinks"),
+    *(("shared", part) for part in ("memory", "sinks")),
     ("no-memory", "sinks"),
     *((variant, "state") for variant in WITH_STATE if variant != "default"),
 ]

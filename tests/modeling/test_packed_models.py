@@ -116,7 +116,7 @@ def gradients(model: Any, ids: Tensor, **options: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("variant", ["default", "pure", "paper", "partial"])
+@pytest.mark.parametrize("variant", ["default", "pure", "paper", "partial", "shared"])
 def test_gradient_checkpointing_keeps_documents_apart(variant: str, reentrant: bool) -> None:
     model, ids = load("llama", variant).train(), tokens(2, LENGTH)
     plain = gradients(model, ids)
