@@ -5,6 +5,7 @@ without the first plant is what the model remembers of it; a model that copies p
 """
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -31,30 +32,27 @@ def recall(model: Any, texts: Tensor) -> dict[int, Recall]:
     texts = texts.long()
     length, generator = texts.shape[1], torch.Generator().manual_seed(0)
     known = texts.unique()
-    found = {}
     distances = [distance for distance in DISTANCES if distance + PASSAGE <= length]
-    with count_bar("recall (texts)", len(distances) * len(texts)) as advance:
-        for distance in distances:
-            gain, right = [], []
-            for text in texts:
-                passage = known[torch.randint(len(known), (PASSAGE,), generator=generator)]
-                without = torch.cat([text[:-PASSAGE], passage])
-                planted = without.clone()
-                start = length - PASSAGE - distance
+    gains: dict[int, list[float]] = {distance: [] for distance in distances}
+    right: dict[int, list[float]] = {distance: [] for distance in distances}
+    with count_bar("recall (texts)", len(texts) * (1 + len(distances))) as advance:
+        for text in texts if distances else []:
+            passage = known[torch.randint(len(known), (PASSAGE,), generator=generator)]
+            without = torch.cat([text[:-PASSAGE], passage])
+            before = _predict_passage(model, without).gather(1, passage[:, None]).mean()
+            advance(1)
+            for distance in distances:
+                planted, start = without.clone(), length - PASSAGE - distance
                 planted[start : start + PASSAGE] = passage
-                before, after = (_predict_passage(model, x[None].to(model.device)) for x in (without, planted))
-                gain.append(_mean_of(after, passage) - _mean_of(before, passage))
-                right.append((after.argmax(-1) == passage).double().mean())
+                after = _predict_passage(model, planted)
+                gains[distance].append(float(after.gather(1, passage[:, None]).mean() - before))
+                right[distance].append(float((after.argmax(-1) == passage).double().mean()))
                 advance(1)
-            found[distance] = Recall(float(torch.stack(gain).mean()), float(torch.stack(right).mean()))
-    return found
+    return {distance: Recall(fmean(gains[distance]), fmean(right[distance])) for distance in distances}
 
 
-def _predict_passage(model: Any, ids: Tensor) -> Tensor:
+def _predict_passage(model: Any, text: Tensor) -> Tensor:
     """Log-probabilities of the last tokens of one text, each given those before it: [PASSAGE, vocabulary]."""
+    ids = text[None].to(model.device)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=PASSAGE + 1).logits[0, -PASSAGE - 1 : -1]
     return logits.double().log_softmax(-1).cpu()
-
-
-def _mean_of(log_p: Tensor, tokens: Tensor) -> Tensor:
-    return log_p.gather(1, tokens[:, None]).mean()
