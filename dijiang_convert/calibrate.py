@@ -40,7 +40,9 @@ SEEN = 16  # times as much text is looked through for the longest documents
 REPEATED = 1 / 8  # of a text repeat a passage of it
 # The share of softmax at which derivatives are taken, and their weights: the trapezoidal rule. (At 1 they are 0.)
 POINTS = ((0.0, 0.25), (0.5, 0.5))
-LEAST, MOST = 8, 8  # a head gets at least the mean memory divided by the first, at most the mean times the second
+# A head gets at least half of the mean memory (with a quarter no less is lost, and there are more sizes), at most eight
+# times the mean.
+LEAST, MOST = 2, 8
 NAME = "dijiang_calibration"
 
 _SHARES: ContextVar[dict[nn.Module, Tensor]] = ContextVar("shares")

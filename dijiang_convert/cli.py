@@ -145,7 +145,7 @@ def convert(
     layers: LayersToConvert = "all",
     settings: Settings = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure each layer's loss, and share the memory out by it.")
+        bool, typer.Option("--calibrate", help="Measure what each head loses, and share the memory by it.")
     ] = False,
     data: Annotated[
         str | None, typer.Option(help="Text to calibrate on: a file, a folder, a quoted glob, or a Hub data set.")
@@ -244,8 +244,9 @@ def finetune(
                 f"{s.name}: {s.tokens:,} tokens, loss {s.first_loss:.4f} to {s.last_loss:.4f}, "
                 f"{s.tokens_per_second:,.0f} tokens/s, peak memory {s.peak_memory_bytes / 1e9:.1f} GB"
             )
-        print(f"wrote {r.out} in {r.seconds:.0f} s")
+        print(f"wrote {r.out} in {r.seconds:.0f} s" + (f"; how it went: {r.out}/report.html" if report else ""))
         _show_pushed(r)
+        print(f"next: dijiang eval {r.out} --baseline ORIGINAL")
 
     return result, show
 

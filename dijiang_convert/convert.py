@@ -119,8 +119,8 @@ def convert(
         layers: which layers: all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N, or several with
             commas. The rest keep softmax. Or auto:N: calibrates, and all but the N where conversion costs most.
         settings: ``key=value`` for the recipe's kernel, as ``window=16``.
-        calibrate: measure what each layer loses, and share the memory out by it. That runs the model, which must fit
-            into memory, on some 4,000 tokens, once a layer: see `calibrate`.
+        calibrate: measure what each head loses, and share the memory out by it. That runs the model forwards and
+            backwards on some 4,000 tokens, for which it must fit into memory: see `calibrate`.
         data: text to calibrate on, as `finetune` takes it; the recipe's own if None.
         push: a Hub repository to push the result to; ``private`` makes it a private one.
         force: replace ``out`` if it exists.

@@ -20,7 +20,8 @@ from .distill.images import open_images
 from .errors import DijiangError
 from .likeness import Likeness, likeness
 from .models import generates, load_any, load_tokenizer, silence
-from .progress import count_bar
+from .plan import source_context
+from .progress import console, count_bar
 from .quality import add_quality
 from .recall import DISTANCES, PASSAGE, TEXTS, Recall
 from .recall import recall as measure_recall
@@ -114,6 +115,8 @@ def _evaluate(
         return _evaluate_images(checkpoint, model, other, data, max_tokens)
     tokenizer = load_tokenizer(checkpoint)
     length = seq_len or min(getattr(model.config.get_text_config(), "max_position_embeddings", 2048), 2048)
+    if getattr(model.config, "dijiang", None) and length > (context := source_context(model.config)):
+        console.print(f"rows of {length:,} tokens are longer than the original's context of {context:,}")
     whole = not generates(model)
     if whole and seq_len is None:
         length = min(length, tokenizer.model_max_length)

@@ -97,7 +97,8 @@ def resolve(source: str, revision: str | None = None) -> Source:
     alias = source.lower()
     repo_id = ALIASES.get(alias, source)
     if not is_hub_id(repo_id):
-        near = difflib.get_close_matches(alias, ALIASES, n=3)
+        folders = [found.parent.name for found in Path().glob("*/config.json")]
+        near = [*difflib.get_close_matches(source, folders, n=2), *difflib.get_close_matches(alias, ALIASES, n=2)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"aliases are {', '.join(ALIASES)}"
         raise DijiangError(f"{source!r} is no folder, no alias and no Hub id of the form owner/name: {hint}")
 

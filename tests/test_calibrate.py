@@ -48,19 +48,20 @@ def test_memory_is_shared_by_what_it_is_worth() -> None:
     """Twice as much for the head that is worth most a row, as long as there are rows."""
     assert shared_memory([[0.4, 0.2], [0.1, 0.1]], 64) == ((128, 64), (32, 32))
     assert shared_memory([[0.4], [0.2], [0.1], [1e-16]], 64) == ((128,), (64,), (32,), (32,))
+    assert shared_memory([[0.4, 0.1, 0.1], [0.0, 0.0, 0.0]], 64) == ((128, 64, 64), (32, 32, 32))
 
 
 def test_a_head_worth_nothing_spoils_no_share() -> None:
-    assert shared_memory([[0.4, 0.0], [-0.1, 0.0]], 64) == ((128, 8), (8, 8))
-    assert shared_memory([[-0.1], [0.0]], 64) == ((8,), (8,))
+    assert shared_memory([[0.4, 0.0], [-0.1, 0.0]], 64) == ((128, 32), (32, 32))
+    assert shared_memory([[-0.1], [0.0]], 64) == ((32,), (32,))
 
 
 def test_no_head_gets_too_little_or_too_much() -> None:
     worth = [[1.0, 0.05, 0.02, -0.3, 0.0], [0.01, 0.01, 0.003, 0.0, 0.0], [0.0] * 5]
     memory = shared_memory(worth, 64)
     flat = [rows for heads in memory for rows in heads]
-    assert memory[0][0] == 8 * 64 and min(flat) == 8 and sum(flat) <= 15 * 64
-    assert memory[0][1] >= memory[0][2] >= memory[1][0] and memory[0][3] == 8
+    assert memory[0][0] == 8 * 64 and min(flat) == 32 and sum(flat) <= 15 * 64
+    assert memory[0][1] >= memory[0][2] >= memory[1][0] and memory[0][3] == 32
 
 
 def test_worth_is_what_giving_heads_back_gains(tmp_path: Path, text: list[str]) -> None:

@@ -85,6 +85,13 @@ def test_no_such_source(verb: str, name: str, expected: str, tmp_path: Path, mon
     assert tree(tmp_path) == []
 
 
+def test_a_misspelt_folder_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books-dijiang").mkdir()
+    (tmp_path / "books-dijiang/config.json").write_text("{}")
+    assert "did you mean books-dijiang?" in refusal("eval", "books-dijang")
+
+
 def cut(name: str, keep: int) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep]) and None
 

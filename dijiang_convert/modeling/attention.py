@@ -285,13 +285,13 @@ class DiJiangAttention(nn.Module):
             return self._decode_group(past, new, features, count, call, self.groups[0].kernel)
         sizes, heads = [group.heads for group in self.groups], self.layers.kv_heads
         repeats = self.layers.heads // heads
-        some: Any = [None] * len(sizes)
-        if features is not None:
-            some = features.split([size * repeats for size in sizes], 1)
-        outputs, after = [], []
-        for group, earlier, tokens, own in zip(self.groups, past.split(sizes), new.split(sizes), some, strict=True):
-            part = call.of_heads(group.part, heads)
-            out, later = self._decode_group(earlier, tokens, own, count, part, group.kernel)
+        outputs: list[Tensor] = []
+        after: list[Past] = []
+        for (part, kernel), earlier, tokens in zip(self.groups, past.split(sizes), new.split(sizes), strict=True):
+            own = None if features is None else features[:, part.start * repeats : part.stop * repeats]
+            if after:  # the gates, which all share, are written
+                tokens = tokens._replace(keys=tokens.keys._replace(gates=None))
+            out, later = self._decode_group(earlier, tokens, own, count, call.of_heads(part, heads), kernel)
             outputs.append(out)
             after.append(later)
         return torch.cat(outputs, 1), Past.joined(after)
@@ -316,14 +316,14 @@ class DiJiangAttention(nn.Module):
             held = [x for x in table if x is not None]
 
             def some(*tensors: Tensor) -> tuple[Tensor, ...]:
-                after = self._advance(_like(table, tensors), count, call, kernel)
+                after = self._advance(table.of(tensors), count, call, kernel)
                 kept = zip(tensors, (x for x in after if x is not None), strict=True)
                 return tuple(torch.where(due.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in kept)
 
             def none(*tensors: Tensor) -> tuple[Tensor, ...]:
                 return tuple(x.clone() for x in tensors)
 
-            return _like(table, torch.cond(due.any(), some, none, held))
+            return table.of(torch.cond(due.any(), some, none, held))
         rows = due.nonzero()[:, 0]
         if not len(rows):
             return table
@@ -398,9 +398,3 @@ class DiJiangAttention(nn.Module):
         x = accumulated(hidden_states)
         gate = F.silu(x @ self.gate.to(x.dtype).mT)
         return out * gate.unflatten(-1, (self.layers.heads, -1)).transpose(1, 2)
-
-
-def _like(table: Table, tensors: Any) -> Table:
-    """A table of these tensors, with None where ``table`` has it."""
-    given = iter(tensors)
-    return Table(*(None if x is None else next(given) for x in table))  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ a block, T = n·C, P blocks of the window before the query's own, L = (P + 1)·C
 that a hidden state is made into.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -145,6 +145,11 @@ class Table(NamedTuple):
             return parts[0]
         *own, gates = zip(*parts, strict=True)
         return cls._make([*(None if same[0] is None else torch.cat(same, 1) for same in own), gates[0]])
+
+    def of(self, tensors: Iterable[Tensor]) -> "Table":
+        """A table of these tensors, with None where this one has it."""
+        given = iter(tensors)
+        return Table(*(None if x is None else next(given) for x in self))  # type: ignore[arg-type]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Table":
         return Table(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
