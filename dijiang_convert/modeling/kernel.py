@@ -29,8 +29,8 @@ from torch import Tensor
 from .configuration_dijiang import Kernel
 from .layout import Layout
 from .memory import Memory, causal_memory, key_score, memory_of_text
-from .state import NEVER, State, Written, accumulated, block_states
-from .table import Keys, Logits, Queries, Table, piece_size
+from .state import NEVER, State, Written, block_states
+from .table import Keys, Logits, Queries, Table, piece_size, product
 
 # ------------------------------------------------------------------------------------------------- all blocks of a text
 
@@ -225,12 +225,9 @@ def softmax_over_rows(part: dict[str, Tensor], logits: Logits) -> tuple[Tensor, 
     if "sink" in part:
         rows.append(part["sink"])
     weights = torch.cat(rows, -1).softmax(-1).split([row.shape[-1] for row in rows], -1)
-    out = accumulated(torch.bmm(weights[0].to(values[0].dtype), values[0]))
+    out = product(weights[0], values[0])
     for weight, value in zip(weights[1:], values[1:], strict=False):
-        if value.dtype == out.dtype:
-            out = torch.baddbmm(out, weight, value)
-        else:
-            out = out.add_(weight.to(value.dtype) @ value)
+        out = torch.baddbmm(out, weight, value) if value.dtype == out.dtype else out.add_(product(weight, value))
     return out, weights[0]
 
 

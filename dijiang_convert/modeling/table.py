@@ -36,7 +36,7 @@ class Logits(NamedTuple):
 
     def of(self, q: Tensor, k: Tensor) -> Tensor:
         """q [..., N, D], k [..., K, D] → [..., N, K], in the accumulation dtype."""
-        logits = accumulated(q @ k.mT)
+        logits = product(q, k.mT)
         if self.scaling != 1:
             logits = logits * self.scaling
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -60,6 +60,18 @@ def in_pieces(count: int, numbers: int, like: Tensor) -> list[tuple[int, int]]:
     if not count > size:
         return [(0, count)]
     return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+# Up to so many numbers are converted from half precision on a CPU before a product. One of few rows takes 30 to 150 µs
+# in bfloat16 there whatever its size; 20,000 numbers take 14 µs converted, 130,000 44 µs, 860,000 twice as long.
+CONVERTED = 2**17
+
+
+def product(x: Tensor, rows: Tensor) -> Tensor:
+    """x [..., N, K] @ rows [..., K, D] in the accumulation dtype, of rows that may be half precision."""
+    if rows.device.type == "cpu" and rows.numel() <= CONVERTED:
+        return accumulated(x) @ accumulated(rows)
+    return accumulated(x.to(rows.dtype) @ rows)
 
 
 class Queries(NamedTuple):
