@@ -361,12 +361,13 @@ def inspect(
         if not r.supported:
             print(f"{r.source} ({r.architecture}) is not supported: {r.reason}")
             return
+        kept = f"{_size(r.state_bytes)} at any length; softmax's cache is larger from {r.smaller_from or 1:,} tokens on"
         caches = ", ".join(f"{_size(n)} at {length:,}" for length, n in (r.kv_cache_bytes_at or {}).items())
         _table("", "", [
             ["model", f"{r.source} ({r.architecture})"],
             ["layers", f"{r.layers_converted} of {r.layers}: {r.heads} heads of {r.head_dim}, {r.kv_heads} for keys"],
             ["new parameters", f"{r.new_parameters:,} beside {r.parameters:,}"],
-            *([["state", f"{_size(r.state_bytes)} at any length"], ["softmax's cache", caches]] if caches else []),
+            *([["table and state", kept], ["softmax's cache", caches]] if caches else []),
             ["memory to finetune", _size(r.finetune_bytes)],
         ])  # fmt: skip
 

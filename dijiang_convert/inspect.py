@@ -22,8 +22,8 @@ LENGTHS = (1024, 8192, 65536)
 class InspectResult:
     """``reason`` says why a model is not supported. Sizes are in bytes, for one sequence.
 
-    state_bytes: what converted layers keep at any length; kv_cache_bytes_at: what they kept as softmax, by length.
-        Encoders keep nothing.
+    state_bytes: what converted layers keep at any length; kv_cache_bytes_at: what they kept as softmax, by length;
+        smaller_from: the length in tokens from which the latter is more. Encoders keep nothing.
     finetune_bytes: memory that the recipe's largest stage takes, by the formula of `estimate`.
     """
 
@@ -40,6 +40,7 @@ class InspectResult:
     new_parameters: int = 0
     state_bytes: int = 0
     kv_cache_bytes_at: dict[int, int] | None = None
+    smaller_from: int | None = None
     finetune_bytes: int = 0
 
 
@@ -72,6 +73,7 @@ def inspect(
     dtype = torch.bfloat16 if half else torch.float32
     width = dtype.itemsize
     count = getattr(architecture.config.get_text_config(), "num_hidden_layers", 0)
+    kept = state_bytes(chosen.kernel, shape, dtype) if shape.causal else 0
     return InspectResult(
         source=str(found),
         architecture=kind,
@@ -83,8 +85,9 @@ def inspect(
         head_dim=shape.head_dim,
         parameters=architecture.parameters,
         new_parameters=new,
-        state_bytes=state_bytes(chosen.kernel, shape, dtype) if shape.causal else 0,
+        state_bytes=kept,
         kv_cache_bytes_at={n: _kv_cache_bytes(shape, n, width) for n in LENGTHS} if shape.causal else None,
+        smaller_from=kept // _kv_cache_bytes(shape, 1, width) + 1 if kept else None,
         finetune_bytes=_finetune_bytes(architecture, chosen, width),
     )
 

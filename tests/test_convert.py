@@ -513,6 +513,8 @@ def test_inspect_by_hand(sources: Path) -> None:
     state, memory, window = 16 * (8 + 1), (4 + 224) * (8 + 8 + 1), 192 * (8 + 8 + 8 + 1)
     assert result.state_bytes == 3 * 4 * (2 * (state + memory + window) + 192 * (2 * 2 + 16))
     assert result.kv_cache_bytes_at == {n: 3 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)}
+    first = result.smaller_from
+    assert first is not None and (first - 1) * 3 * 2 * 16 * 4 <= result.state_bytes < first * 3 * 2 * 16 * 4
     some = inspect(str(sources / "llama"), layers="0,1", settings=["window=0", "sinks=0", "memory=0"])
     assert (some.layers, some.layers_converted) == (3, 2)
     assert some.state_bytes == 2 * 2 * 16 * (8 * 4 + 8)  # its weights are float64
