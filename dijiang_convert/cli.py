@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__
+from . import __version__, show
 from .errors import DijiangError
 from .paths import ACCELERATE
 
@@ -56,9 +56,6 @@ Corpora = Annotated[
 SeqLen = Annotated[int | None, typer.Option(min=2, help="Tokens a row.")]
 Baseline = Annotated[str | None, typer.Option(metavar="SOURCE", help="The original model, to compare with.")]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens of all stages together.")]
-
-
-SHOWN = 12  # layers of a calibration: those that matter fit on a screen
 
 
 def command(name: str, epilog: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., None]]:
@@ -173,22 +170,7 @@ def convert(
             lay=lay,
         )  # fmt: skip
 
-    def show(r: Any) -> None:
-        verb = "would write" if r.dry_run else "wrote"
-        print(
-            f"{verb} {r.out}: {r.layers_converted} layers converted by recipe {r.recipe}, "
-            f"{r.new_parameters:,} new parameters of {r.total_parameters:,}, {r.seconds:.1f} s"
-        )
-        if r.linked:
-            note = ": change no weight file of either folder in place" if r.linked == "hard link" else ""
-            print(f"weights are {r.linked}s to the source's{note}")
-        if r.calibration is not None:
-            _show_calibration(r.calibration)
-        _show_pushed(r)
-        if not r.dry_run:
-            print(f"next: dijiang finetune {r.out}")
-
-    return result, show
+    return result, show.conversion
 
 
 @command(
@@ -233,22 +215,7 @@ def finetune(
         report=report, dry_run=dry_run, seed=seed,
     )  # fmt: skip
 
-    def show(r: Any) -> None:
-        if r.dry_run:
-            from .estimate import told
-
-            print(*told(r.plan, r.free_bytes), sep="\n")
-            return
-        for s in r.stages:
-            print(
-                f"{s.name}: {s.tokens:,} tokens, loss {s.first_loss:.4f} to {s.last_loss:.4f}, "
-                f"{s.tokens_per_second:,.0f} tokens/s, peak memory {s.peak_memory_bytes / 1e9:.1f} GB"
-            )
-        print(f"wrote {r.out} in {r.seconds:.0f} s" + (f"; how it went: {r.out}/report.html" if report else ""))
-        _show_pushed(r)
-        print(f"next: dijiang eval {r.out} --baseline ORIGINAL")
-
-    return result, show
+    return result, show.finetuning
 
 
 @command("eval")
@@ -275,7 +242,7 @@ def evaluate(
         checkpoint, baseline=baseline, data=data, seq_len=seq_len, max_tokens=max_tokens, recall=recall,
         tasks=names, save=save,
     )  # fmt: skip
-    return result, _show_eval
+    return result, show.evaluation
 
 
 @command("generate")
@@ -302,11 +269,7 @@ def generate(
         write=None if json_output else write,
     )  # fmt: skip
 
-    def show(r: Any) -> None:
-        print()
-        print(f"{r.tokens} tokens, {r.tokens_per_second:.1f} a second", file=sys.stderr)
-
-    return result, show
+    return result, show.generation
 
 
 @command("bench")
@@ -332,7 +295,7 @@ def bench(
         batch_sizes=_numbers("--batch-size", batch_size), decode_tokens=decode_tokens, repeats=repeats, via=via,
         device=device, dtype=dtype, plot=plot,
     )  # fmt: skip
-    return result, _show_bench
+    return result, show.benchmark
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -357,21 +320,7 @@ def inspect(
 
     result = inspect(source, recipe=recipe, revision=revision, layers=layers, settings=settings or ())
 
-    def show(r: Any) -> None:
-        if not r.supported:
-            print(f"{r.source} ({r.architecture}) is not supported: {r.reason}")
-            return
-        kept = f"{_size(r.state_bytes)} at any length; softmax's cache is larger from {r.smaller_from or 1:,} tokens on"
-        caches = ", ".join(f"{_size(n)} at {length:,}" for length, n in (r.kv_cache_bytes_at or {}).items())
-        _table("", "", [
-            ["model", f"{r.source} ({r.architecture})"],
-            ["layers", f"{r.layers_converted} of {r.layers}: {r.heads} heads of {r.head_dim}, {r.kv_heads} for keys"],
-            ["new parameters", f"{r.new_parameters:,} beside {r.parameters:,}"],
-            *([["table and state", kept], ["softmax's cache", caches]] if caches else []),
-            ["memory to finetune", _size(r.finetune_bytes)],
-        ])  # fmt: skip
-
-    return result, show
+    return result, show.inspection
 
 
 @command("push")
@@ -389,7 +338,7 @@ def push(
         from .push import push
 
     result = push(checkpoint, repo, private=private, revision=revision, tag=tag)
-    return result, lambda r: print(f"{r.url}: {_size(r.bytes_uploaded)} in commit {r.commit[:12]}")
+    return result, show.pushed
 
 
 @command("demo")
@@ -407,112 +356,4 @@ def demo(
 
     result = demo(out, recipe=recipe, tokens=tokens, force=force)
 
-    def show(r: Any) -> None:
-        for name, text in r.generate.items():
-            print(f"--- {name} ---\n{text.prompt}{text.text}\n")
-        _table("step", "figures", [
-            ["convert", f"{r.convert.layers_converted} layers, {r.convert.seconds:.1f} s"],
-            ["before finetune", f"perplexity {r.untrained.perplexity:.2f}, ratio {r.untrained.perplexity_ratio:.3f}"],
-            ["finetune", f"{sum(s.tokens for s in r.finetune.stages):,} tokens, {r.finetune.seconds:.0f} s"],
-            ["after finetune", f"perplexity {r.eval.perplexity:.2f}, ratio {r.eval.perplexity_ratio:.3f}, "
-             f"same choice as the original {r.eval.top1_agreement:.1%}"],
-            ["original", f"perplexity {r.eval.baseline_perplexity:.2f}"],
-        ])  # fmt: skip
-        _show_bench(r.bench)
-        print(f"loss and speed: {r.plot}")
-
-    return result, show
-
-
-def _show_calibration(c: Any) -> None:
-    """The layers to which exact keys are worth most, and what their heads got."""
-    memory = iter(c.memory)
-    got = {i: "stays softmax" if i in c.softmax else ", ".join(f"{n:,}" for n in next(memory, ())) for i in c.worth}
-    worth = {i: sum(heads) for i, heads in c.worth.items()}
-    best = sorted(worth, key=lambda i: worth[i], reverse=True)[:SHOWN]
-    print(
-        f"calibrated on {c.tokens:,} tokens, with small tables: KL {c.kl:.3f} nats a token, "
-        f"{c.repeated_kl:.3f} where they repeat a passage; the layers that lose most of it:"
-    )
-    _table("layer", "of what is lost", [[str(i), f"{worth[i]:.1%}", got[i]] for i in best], "rows of memory by head")
-
-
-def _show_eval(r: Any) -> None:
-    rows = [["tokens", f"{r.tokens:,} in rows of {r.seq_len}"]]
-    if r.likeness is not None:
-        like, same = r.likeness, r.likeness.top1_agreement
-        rows += [
-            ["hidden states", f"cosine {like.hidden_cosine:.4f}, error {like.hidden_error:.4f} of their squared norm"],
-            ["embeddings of texts", f"cosine {like.embedding_cosine:.4f}"],
-            *([] if same is None else [["same choice", f"{same:.1%}"]]),
-        ]
-        return _table("", "", rows)
-    rows.insert(0, ["perplexity", f"{r.perplexity:.3f}"])
-    if r.baseline_perplexity is not None:
-        rows += [
-            ["original's perplexity", f"{r.baseline_perplexity:.3f}"],
-            ["ratio", f"{r.perplexity_ratio:.4f}"],
-            ["KL divergence", f"{r.kl_divergence:.4f} nats a token"],
-            ["same choice", f"{r.top1_agreement:.1%}"],
-        ]
-    rows.append(["by position", "  ".join(f"{p:.2f}" for p in r.perplexity_by_position)])
-    if r.ratio_by_position is not None:
-        rows.append(["ratio by position", "  ".join(f"{p:.3f}" for p in r.ratio_by_position)])
-    for distance, found in (r.recall or {}).items():
-        told = f"{found.gain:.1f} nats a token, {found.accuracy:.0%} right"
-        if r.baseline_recall is not None:
-            theirs = r.baseline_recall[distance]
-            told += f" (the original {theirs.gain:.1f}, {theirs.accuracy:.0%})"
-        rows.append([f"recall, {distance:,} tokens ago", told])
-    rows += [[task, json.dumps(scores)] for task, scores in r.tasks.items()]
-    _table("", "", rows)
-
-
-def _show_bench(r: Any) -> None:
-    from .benchmark import ratios
-
-    times, rows = ratios(r.rows), []
-    several = len({x.batch_size for x in r.rows}) > 1
-
-    def tokens(x: Any) -> str:
-        return f"{x.batch_size} × {x.length:,}" if several else f"{x.length:,}"
-
-    for x in sorted(r.rows, key=lambda x: (x.batch_size, x.length, x.model)):
-        decode, first = x.decode_tokens_per_second, x.time_to_first_token_seconds
-        beside = times.get((x.batch_size, x.length), (None, None)) if x.model == "dijiang" else (None, None)
-        prefill_ratio, decode_ratio = ("" if t is None else f" {t:.2f}×" for t in beside)
-        rows.append([
-            x.model, tokens(x), f"{x.prefill_tokens_per_second:,.0f}{prefill_ratio}",
-            "" if decode is None else f"{decode:,.1f}{decode_ratio}", "" if first is None else _duration(first),
-            _size(x.cache_bytes), _size(x.peak_memory_bytes),
-        ])  # fmt: skip
-    _table("model", "tokens", rows, "prefill /s", "decode /s", "1st token", "cache", "memory")
-    print(f"tokens a second, and times softmax's; {r.device}, {r.dtype}")
-
-
-def _show_pushed(r: Any) -> None:
-    if r.pushed:
-        print(f"pushed to {r.pushed}")
-
-
-def _table(first: str, second: str, rows: list[list[str]], *more: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(first, second, *more, show_header=bool(first))
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
-
-
-def _size(count: int) -> str:
-    size, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    return result, show.demonstration

@@ -1,0 +1,183 @@
+"""What the commands show a person in the terminal, of the results that the package's functions return."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+SHOWN = 12  # layers of a calibration: those that matter fit on a screen
+
+
+def inspection(r: Any) -> None:
+    """What a conversion would do."""
+    if not r.supported:
+        print(f"{r.source} ({r.architecture}) is not supported: {r.reason}")
+        return
+    kept = f"{_size(r.state_bytes)} at any length; softmax's cache is larger from {r.smaller_from or 1:,} tokens on"
+    caches = ", ".join(f"{_size(n)} at {length:,}" for length, n in (r.kv_cache_bytes_at or {}).items())
+    _table("", "", [
+        ["model", f"{r.source} ({r.architecture})"],
+        ["layers", f"{r.layers_converted} of {r.layers}: {r.heads} heads of {r.head_dim}, {r.kv_heads} for keys"],
+        ["new parameters", f"{r.new_parameters:,} beside {r.parameters:,}"],
+        *([["table and state", kept], ["softmax's cache", caches]] if caches else []),
+        ["memory to finetune", _size(r.finetune_bytes)],
+    ])  # fmt: skip
+
+
+def conversion(r: Any) -> None:
+    """What was written, or would be."""
+    verb = "would write" if r.dry_run else "wrote"
+    print(
+        f"{verb} {r.out}: {r.layers_converted} layers converted by recipe {r.recipe}, "
+        f"{r.new_parameters:,} new parameters of {r.total_parameters:,}, {r.seconds:.1f} s"
+    )
+    if r.linked:
+        note = ": change no weight file of either folder in place" if r.linked == "hard link" else ""
+        print(f"weights are {r.linked}s to the source's{note}")
+    if r.calibration is not None:
+        _show_calibration(r.calibration)
+    _show_repo(r)
+    if not r.dry_run:
+        print(f"next: dijiang finetune {r.out}")
+
+
+def _show_calibration(c: Any) -> None:
+    """The layers to which exact keys are worth most, and what their heads got."""
+    memory = iter(c.memory)
+    got = {i: "stays softmax" if i in c.softmax else ", ".join(f"{n:,}" for n in next(memory, ())) for i in c.worth}
+    worth = {i: sum(heads) for i, heads in c.worth.items()}
+    best = sorted(worth, key=lambda i: worth[i], reverse=True)[:SHOWN]
+    print(
+        f"calibrated on {c.tokens:,} tokens, with small tables: KL {c.kl:.3f} nats a token, "
+        f"{c.repeated_kl:.3f} where they repeat a passage; the layers that lose most of it:"
+    )
+    _table("layer", "of what is lost", [[str(i), f"{worth[i]:.1%}", got[i]] for i in best], "rows of memory by head")
+
+
+def finetuning(r: Any) -> None:
+    """How each stage went; of a dry run what it would take."""
+    from .estimate import told
+    from .report import REPORT
+
+    if r.dry_run:
+        print(*told(r.plan, r.free_bytes), sep="\n")
+        return
+    for s in r.stages:
+        print(
+            f"{s.name}: {s.tokens:,} tokens, loss {s.first_loss:.4f} to {s.last_loss:.4f}, "
+            f"{s.tokens_per_second:,.0f} tokens/s, peak memory {s.peak_memory_bytes / 1e9:.1f} GB"
+        )
+    report = Path(r.out) / REPORT
+    print(f"wrote {r.out} in {r.seconds:.0f} s" + (f"; {report} shows how it went" if report.is_file() else ""))
+    _show_repo(r)
+    print(f"next: dijiang eval {r.out} --baseline ORIGINAL")
+
+
+def evaluation(r: Any) -> None:
+    """How good a model is, beside the original where there is one."""
+    rows = [["tokens", f"{r.tokens:,} in rows of {r.seq_len}"]]
+    if r.likeness is not None:
+        like, same = r.likeness, r.likeness.top1_agreement
+        rows += [
+            ["hidden states", f"cosine {like.hidden_cosine:.4f}, error {like.hidden_error:.4f} of their squared norm"],
+            ["embeddings of texts", f"cosine {like.embedding_cosine:.4f}"],
+            *([] if same is None else [["same choice", f"{same:.1%}"]]),
+        ]
+        return _table("", "", rows)
+    rows.insert(0, ["perplexity", f"{r.perplexity:.3f}"])
+    if r.baseline_perplexity is not None:
+        rows += [
+            ["original's perplexity", f"{r.baseline_perplexity:.3f}"],
+            ["ratio", f"{r.perplexity_ratio:.4f}"],
+            ["KL divergence", f"{r.kl_divergence:.4f} nats a token"],
+            ["same choice", f"{r.top1_agreement:.1%}"],
+        ]
+    rows.append(["by position", "  ".join(f"{p:.2f}" for p in r.perplexity_by_position)])
+    if r.ratio_by_position is not None:
+        rows.append(["ratio by position", "  ".join(f"{p:.3f}" for p in r.ratio_by_position)])
+    for distance, found in (r.recall or {}).items():
+        told = f"{found.gain:.1f} nats a token, {found.accuracy:.0%} right"
+        if r.baseline_recall is not None:
+            theirs = r.baseline_recall[distance]
+            told += f" (the original {theirs.gain:.1f}, {theirs.accuracy:.0%})"
+        rows.append([f"recall, {distance:,} tokens ago", told])
+    rows += [[task, json.dumps(scores)] for task, scores in r.tasks.items()]
+    _table("", "", rows)
+
+
+def generation(r: Any) -> None:
+    """How fast the text came; the text itself was streamed."""
+    print()
+    print(f"{r.tokens} tokens, {r.tokens_per_second:.1f} a second", file=sys.stderr)
+
+
+def benchmark(r: Any) -> None:
+    """Speed and memory by length."""
+    from .benchmark import ratios
+
+    times, rows = ratios(r.rows), []
+    several = len({x.batch_size for x in r.rows}) > 1
+
+    def tokens(x: Any) -> str:
+        return f"{x.batch_size} × {x.length:,}" if several else f"{x.length:,}"
+
+    for x in sorted(r.rows, key=lambda x: (x.batch_size, x.length, x.model)):
+        decode, first = x.decode_tokens_per_second, x.time_to_first_token_seconds
+        beside = times.get((x.batch_size, x.length), (None, None)) if x.model == "dijiang" else (None, None)
+        prefill_ratio, decode_ratio = ("" if t is None else f" {t:.2f}×" for t in beside)
+        rows.append([
+            x.model, tokens(x), f"{x.prefill_tokens_per_second:,.0f}{prefill_ratio}",
+            "" if decode is None else f"{decode:,.1f}{decode_ratio}", "" if first is None else _duration(first),
+            _size(x.cache_bytes), _size(x.peak_memory_bytes),
+        ])  # fmt: skip
+    _table("model", "tokens", rows, "prefill /s", "decode /s", "1st token", "cache", "memory")
+    print(f"tokens a second, and times softmax's; {r.device}, {r.dtype}")
+
+
+def pushed(r: Any) -> None:
+    """Where a checkpoint was uploaded."""
+    print(f"{r.url}: {_size(r.bytes_uploaded)} in commit {r.commit[:12]}")
+
+
+def demonstration(r: Any) -> None:
+    """All steps of the demo."""
+    for name, text in r.generate.items():
+        print(f"--- {name} ---\n{text.prompt}{text.text}\n")
+    _table("step", "figures", [
+        ["convert", f"{r.convert.layers_converted} layers, {r.convert.seconds:.1f} s"],
+        ["before finetune", f"perplexity {r.untrained.perplexity:.2f}, ratio {r.untrained.perplexity_ratio:.3f}"],
+        ["finetune", f"{sum(s.tokens for s in r.finetune.stages):,} tokens, {r.finetune.seconds:.0f} s"],
+        ["after finetune", f"perplexity {r.eval.perplexity:.2f}, ratio {r.eval.perplexity_ratio:.3f}, "
+         f"same choice as the original {r.eval.top1_agreement:.1%}"],
+        ["original", f"perplexity {r.eval.baseline_perplexity:.2f}"],
+    ])  # fmt: skip
+    benchmark(r.bench)
+    print(f"loss and speed: {r.plot}")
+
+
+def _show_repo(r: Any) -> None:
+    if r.pushed:
+        print(f"pushed to {r.pushed}")
+
+
+def _table(first: str, second: str, rows: list[list[str]], *more: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(first, second, *more, show_header=bool(first))
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+def _size(count: int) -> str:
+    size, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
