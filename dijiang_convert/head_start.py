@@ -47,8 +47,9 @@ def head_start(source: str, out: Path | None, force: bool) -> Iterator[Lay]:
         copying.result()  # or its error
         (folder / shard.name).rename(target)
 
-    copies = {shard: pool.submit(copy, shard) for shard in shards}
+    copies = {}
     try:
+        copies.update({shard: pool.submit(copy, shard) for shard in shards})
         yield take
     finally:
         stopped.set()
