@@ -94,8 +94,13 @@ def main() -> None:
 def pass_key(chosen: random.Random, tokenizer: Any, texts: list[str], length: int) -> tuple[list[int], str]:
     """The tokens of a prompt, and the number that answers it."""
     number = str(chosen.randrange(10_000, 100_000))
-    hidden = tokenizer.encode(f" The pass key is {number}. Remember it: {number} is the pass key. ")
-    question = tokenizer.encode(" What is the pass key? The pass key is")
+    hidden, question = (
+        tokenizer.encode(part, add_special_tokens=False)
+        for part in (
+            f" The pass key is {number}. Remember it: {number} is the pass key. ",
+            " What is the pass key? The pass key is",
+        )
+    )
     text = tokenizer.encode(chosen.choice(texts))[: length - len(hidden) - len(question)]
     place = chosen.randrange(len(text))
     return [*text[:place], *hidden, *text[place:], *question], number

@@ -12,7 +12,7 @@ earlier one: copying from far back is what a fixed table is worst at, and text a
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -40,9 +40,9 @@ SEEN = 16  # times as much text is looked through for the longest documents
 REPEATED = 1 / 8  # of a text repeat a passage of it
 # The share of softmax at which derivatives are taken, and their weights: the trapezoidal rule. (At 1 they are 0.)
 POINTS = ((0.0, 0.25), (0.5, 0.5))
-# A head gets at least half of the mean memory (with a quarter no less is lost, and there are more sizes), at most eight
-# times the mean.
-LEAST, MOST = 2, 8
+# Of the mean memory a head gets at least the first, and at most the second. (With a quarter at least hardly less is
+# lost, and there are a third more tables.)
+LEAST, MOST = 1 / 2, 8
 NAME = "dijiang_calibration"
 
 _SHARES: ContextVar[dict[nn.Module, Tensor]] = ContextVar("shares")
@@ -75,39 +75,38 @@ def calibrate(folder: Path, data: str | Sequence[str], softmax: int = 0, tokens:
         tokens: how much text.
 
     Raises:
-        DijiangError: too little text, or texts that the table holds whole, so that there is nothing to measure.
+        DijiangError: texts that are too short for anything to leave the table, or a model that loses nothing.
     """
     silence()
     model: Any = load_converted(folder).eval().requires_grad_(False)
     found = {layer_index(name, module): module for name, module in model.named_modules() if hasattr(module, "dijiang")}
     layers = dict(sorted(found.items()))
-    memory, heads = next(iter(layers.values())).dijiang.kernel.memory, model.config.dijiang["kv_heads"]
+    kernel, heads = next(iter(layers.values())).dijiang.kernel, model.config.dijiang["kv_heads"]
     worth, lost, repeated_lost, count = torch.zeros(len(layers), heads), 0.0, 0.0, 0
     with small_tables(layers.values()) as held:
         texts = _texts(data, folder, model, held, tokens)
-        with count_bar("calibrating (texts)", len(texts)) as advance:
+        with count_bar("calibrating (passes)", len(texts) * (1 + len(POINTS))) as advance:
             for text in texts:
-                passage = int(text["input_ids"].shape[1] * REPEATED)
-                on_text, on_passage, each = _worth(model, list(layers.values()), text, passage)
+                on_text, on_passage, each = _worth(model, list(layers.values()), text, advance)
                 part = int(counted(text).sum())
                 worth, count = worth + part * each, count + part
                 lost, repeated_lost = lost + part * on_text, repeated_lost + part * on_passage
-                advance(1)
     if not math.isfinite(lost + repeated_lost) or not worth.isfinite().all():
         raise DijiangError(f"the model's answers to {data if isinstance(data, str) else 'this text'} are not finite")
     of_heads = dict(zip(layers, map(tuple, (worth / count).tolist()), strict=True))
     best = sorted(of_heads, key=lambda index: sum(of_heads[index]), reverse=True)[:softmax]
     rest = [of_heads[index] for index in layers if index not in best]
-    shared = shared_memory(rest, memory) if memory else ()
+    is_shared = kernel.memory > 0 and kernel.decay != "retnet"  # whose heads are those of queries
+    shared = shared_memory(rest, kernel.memory) if is_shared else ()
     return Calibration(count, lost / count, repeated_lost / count, of_heads, tuple(sorted(best)), shared)
 
 
 def shared_memory(worth: Sequence[Sequence[float]], mean: int) -> tuple[tuple[int, ...], ...]:
     """Rows of memory of each head of each layer, no more in all than ``mean`` each: the least at first, and then as
     long as there are rows the head that is worth most a row gets as many again. So there are few sizes, and heads that
-    have one are computed together."""
+    have one are computed together. Equal shares where no head is worth anything."""
     flat = [max(each, 0.0) for heads in worth for each in heads]
-    rows = [max(mean // LEAST, 1)] * len(flat)
+    rows = [max(int(mean * LEAST), 1) if any(flat) else mean] * len(flat)
     left = mean * len(flat) - sum(rows)
     while growing := [i for i, each in enumerate(flat) if each and rows[i] <= min(left, mean * MOST // 2)]:
         best = max(growing, key=lambda i: flat[i] / rows[i])
@@ -118,8 +117,8 @@ def shared_memory(worth: Sequence[Sequence[float]], mean: int) -> tuple[tuple[in
 
 
 def _texts(data: str | Sequence[str], folder: Path, model: Any, held: int, tokens: int) -> list[Batch]:
-    """The longest of the first documents, or their first parts: ``tokens`` tokens, in batches of one, of which the last
-    repeat what came more than ``held`` tokens before. Texts too short for that tell nothing."""
+    """The longest of the first documents, or their first parts: ``tokens`` tokens, in batches of one. The last part of
+    each repeats a passage that lies more than ``held`` tokens before it; documents too short for that tell nothing."""
     length = min(source_context(model.config), ROW)
     rows = token_rows(data, load_tokenizer(folder), seq_len=length, tokens=SEEN * tokens, shuffle_seed=None)
     lengths = rows.lengths
@@ -138,34 +137,36 @@ def _texts(data: str | Sequence[str], folder: Path, model: Any, held: int, token
         taken += int(lengths[i])
     if not texts:
         raise DijiangError(
-            f"a table of {held} keys holds these texts of at most {int(lengths.max())} tokens, so that no head loses "
-            "by it: give longer ones, or leave --calibrate and auto:N out"
+            f"texts of at most {int(lengths.max())} tokens are too short to see what a table of {held} keys loses: "
+            "give longer ones, or leave --calibrate and auto:N out"
         )
     return texts
 
 
 @contextmanager
-def small_tables(modules: Any) -> Iterator[int]:
-    """Inside, a window and a memory are one block each: rows are short beside the contexts that the model is made for,
-    and so is the table. Gives how many keys that holds."""
+def small_tables(modules: Iterable[Any]) -> Iterator[int]:
+    """Inside, the converted attention modules have a window and a memory of one block each: texts are short beside the
+    contexts that the model is made for, and so is the table. Yields how many keys that holds at most."""
     kernels = [module.dijiang for module in modules]
     before = [(each.kernel, each.memory) for each in kernels]
     try:
         for each, (kernel, _) in zip(kernels, before, strict=True):
-            small = replace(
-                kernel, window=min(kernel.window, kernel.block), memory=min(kernel.memory, kernel.block)
-            )  # fmt: skip
+            block = kernel.block
+            small = replace(kernel, window=min(kernel.window, block), memory=min(kernel.memory, block))
             each.resize(small)
-        yield small.sinks + small.memory + small.window
+        yield small.sinks + small.memory + small.window + (small.block if small.window else 0)
     finally:
         for each, sizes in zip(kernels, before, strict=True):
             each.resize(*sizes)
 
 
-def _worth(model: Any, modules: list[nn.Module], text: Batch, passage: int) -> tuple[float, float, Tensor]:
+def _worth(
+    model: Any, modules: list[nn.Module], text: Batch, advance: Callable[[int], None]
+) -> tuple[float, float, Tensor]:
     """KL on a text, KL on the passage at its end, and the worth of each head, [layers, heads]: its part in the fall of
-    both, each by what it was, as all heads turn to softmax."""
+    both, each by what it was, as all heads turn to softmax. advance: is called after each pass."""
     heads, count = model.config.dijiang["kv_heads"], int(counted(text).sum())
+    passage = int(text["input_ids"].shape[1] * REPEATED)
     with torch.no_grad():
         teacher = live_teacher(model, text, lambda: original(model))
 
@@ -193,24 +194,26 @@ def _worth(model: Any, modules: list[nn.Module], text: Batch, passage: int) -> t
     worth = torch.zeros(len(modules), heads, device=model.device)
     with torch.no_grad():
         _, (on_text, on_passage) = lost(worth, (1.0, 1.0))
+    advance(1)
+    if on_text <= 0 or on_passage <= 0:  # but not where they are no numbers
+        raise DijiangError("no head loses anything on this text: leave --calibrate and auto:N out")
     for share, weight in POINTS:
         shares = torch.full_like(worth, share, requires_grad=True)
         with torch.enable_grad():
             total, _ = lost(shares, (0.5 / on_text, 0.5 / on_passage))
             worth -= weight * torch.autograd.grad(total, [shares])[0]
+        advance(1)
     return on_text / (count - passage), on_passage / passage, worth.cpu()
 
 
 def calibration_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """A mixture of the table's attention and softmax attention, by the shares of the latter; computed again for the
-    backward pass, which would else keep all that lies between. A layer that was not converted is softmax."""
+    """A mixture of the table's attention and softmax attention, where shares of the latter are to be differentiated;
+    computed again for the backward pass, which would else keep all that lies between. Elsewhere `dijiang_attention`."""
     share = _SHARES.get().get(module)
-    if share is None:
+    if share is None or not share.requires_grad:
         return dijiang_attention(module, query, key, value, attention_mask, **kwargs)
-    if not share.requires_grad:
-        return _mixed(share, module, query, key, value, attention_mask, **kwargs)
     return checkpoint(
         _mixed, share, module, query, key, value, attention_mask, use_reentrant=False, preserve_rng_state=False,
         **kwargs,
@@ -220,8 +223,6 @@ def calibration_attention(
 def _mixed(share: Tensor, module: nn.Module, *tensors: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """share: [G], of softmax in each key/value head."""
     out, _ = dijiang_attention(module, *tensors, **kwargs)
-    if not share.requires_grad:  # none
-        return out, None
     del kwargs["dijiang"]
     softmax, _ = softmax_attention(module, *tensors, **kwargs)
     of_queries = share.to(out.dtype).repeat_interleave(out.shape[2] // len(share))

@@ -260,8 +260,8 @@ def _made(record: dict[str, Any]) -> str:
 
 def _calibration(record: dict[str, Any]) -> list[str]:
     """What calibration measured, and what each layer got by it."""
-    found = record.get("calibration")
-    if not found:
+    found = record.get("calibration") or {}
+    if "worth" not in found:
         return []
     memory = dict(zip(record.get("layers") or [], record.get("memory") or [], strict=False))
     kept = {layer: ", ".join(_figure(rows) for rows in heads) for layer, heads in memory.items()}
@@ -297,7 +297,8 @@ def _limits(record: dict[str, Any], measured: list[dict[str, Any]]) -> str:
     if kernel.get("window"):
         parts = [f"the last {kernel['window']} tokens"]
         parts += [f"the first {kernel['sinks']}"] if kernel.get("sinks") else []
-        parts += [f"{kernel['memory']} others that mattered most"] if kernel.get("memory") else []
+        mean = " on average" if record.get("memory") else ""
+        parts += [f"{kernel['memory']} others{mean} that mattered most"] if kernel.get("memory") else []
         near = f" Attended to exactly are {', '.join(parts)}."
     unmeasured = "" if measured else "\n- It was not measured: `dijiang eval --save` compares it to its source."
     return f"""\

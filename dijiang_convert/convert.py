@@ -218,7 +218,7 @@ def _check_calibration(
         raise DijiangError("calibration needs a model that predicts the next token: leave --calibrate and auto:N out")
     if not softmax and not recipe.kernel.memory:
         raise DijiangError(f"recipe {recipe.name} has no memory to share: leave --calibrate out")
-    if recipe.kernel.memory and recipe.kernel.decay == "retnet":
+    if not softmax and recipe.kernel.decay == "retnet":
         raise DijiangError(
             "a decay fixed a query head (decay=retnet) gives all heads one memory: leave --calibrate out"
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,7 +24,8 @@ class InspectResult:
     """``reason`` says why a model is not supported. Sizes are in bytes, for one sequence.
 
     state_bytes: what converted layers keep at any length; kv_cache_bytes_at: what they kept as softmax, by length;
-        smaller_from: the length in tokens from which the latter is more. Encoders keep nothing.
+        smaller_from: the length in tokens from which the latter is more, None where sliding windows keep it small.
+        Encoders keep nothing.
     finetune_bytes: memory that the recipe's largest stage takes, by the formula of `estimate`.
     """
 
@@ -87,9 +89,18 @@ def inspect(
         new_parameters=new,
         state_bytes=kept,
         kv_cache_bytes_at={n: _kv_cache_bytes(shape, n, width) for n in LENGTHS} if shape.causal else None,
-        smaller_from=kept // _kv_cache_bytes(shape, 1, width) + 1 if kept else None,
+        smaller_from=kept // _kv_cache_bytes(shape, 1, width) + 1 if kept and not _slides(architecture) else None,
         finetune_bytes=_finetune_bytes(architecture, chosen, width),
     )
+
+
+def _slides(architecture: Architecture) -> bool:
+    """Whether converted layers had sliding windows, whose cache stops to grow."""
+    config: Any = architecture.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return getattr(config, "sliding_window", None) is not None
+    return any(types[layer] == "sliding_attention" for layer in architecture.layers.layers)
 
 
 def _kv_cache_bytes(layers: Layers, length: int, width: int) -> int:

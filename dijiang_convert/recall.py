@@ -33,10 +33,12 @@ def recall(model: Any, texts: Tensor) -> dict[int, Recall]:
     length, generator = texts.shape[1], torch.Generator().manual_seed(0)
     known = texts.unique()
     distances = [distance for distance in DISTANCES if distance + PASSAGE <= length]
+    if not distances:
+        return {}
     gains: dict[int, list[float]] = {distance: [] for distance in distances}
     right: dict[int, list[float]] = {distance: [] for distance in distances}
     with count_bar("recall (texts)", len(texts) * (1 + len(distances))) as advance:
-        for text in texts if distances else []:
+        for text in texts:
             passage = known[torch.randint(len(known), (PASSAGE,), generator=generator)]
             without = torch.cat([text[:-PASSAGE], passage])
             before = _predict_passage(model, without).gather(1, passage[:, None]).mean()

@@ -13,7 +13,8 @@ def inspection(r: Any) -> None:
     if not r.supported:
         print(f"{r.source} ({r.architecture}) is not supported: {r.reason}")
         return
-    kept = f"{_size(r.state_bytes)} at any length; softmax's cache is larger from {r.smaller_from or 1:,} tokens on"
+    kept = f"{_size(r.state_bytes)} at any length"
+    kept += f"; softmax's cache is larger from {r.smaller_from:,} tokens on" if r.smaller_from else ""
     caches = ", ".join(f"{_size(n)} at {length:,}" for length, n in (r.kv_cache_bytes_at or {}).items())
     _table("", "", [
         ["model", f"{r.source} ({r.architecture})"],

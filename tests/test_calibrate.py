@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from typer.testing import CliRunner
 
-from dijiang_convert.calibrate import _SHARES, NAME, POINTS, _texts, calibrate, shared_memory, small_tables
+from dijiang_convert.calibrate import _SHARES, NAME, POINTS, _mixed, _texts, calibrate, shared_memory, small_tables
 from dijiang_convert.cli import app
 from dijiang_convert.convert import convert
 from dijiang_convert.demo import MODEL
@@ -26,10 +26,10 @@ from dijiang_convert.errors import DijiangError
 from dijiang_convert.generate import generate
 from dijiang_convert.inspect import state_bytes
 from dijiang_convert.modeling.configuration_dijiang import read_section
-from dijiang_convert.modeling.interface import dijiang_mask, softmax_attention
+from dijiang_convert.modeling.interface import dijiang_attention, dijiang_mask, softmax_attention
 from dijiang_convert.models import load_converted
 from dijiang_convert.timing import cache_bytes
-from tests.models import checkpoint
+from tests.models import checkpoint, load
 from tests.sources_on_disk import VOCABULARY, edit_config, write_source
 from tests.test_encoders import write_bert
 
@@ -53,15 +53,15 @@ def test_memory_is_shared_by_what_it_is_worth() -> None:
 
 def test_a_head_worth_nothing_spoils_no_share() -> None:
     assert shared_memory([[0.4, 0.0], [-0.1, 0.0]], 64) == ((128, 32), (32, 32))
-    assert shared_memory([[-0.1], [0.0]], 64) == ((32,), (32,))
+    assert shared_memory([[-0.1], [0.0]], 63) == ((63,), (63,))
 
 
 def test_no_head_gets_too_little_or_too_much() -> None:
-    worth = [[1.0, 0.05, 0.02, -0.3, 0.0], [0.01, 0.01, 0.003, 0.0, 0.0], [0.0] * 5]
+    worth = [[1.0, 0.05, 0.02, -0.3, 0.0], [0.01, 0.01, 0.003, 0.0, 0.0], *([0.0] * 5 for _ in range(4))]
     memory = shared_memory(worth, 64)
     flat = [rows for heads in memory for rows in heads]
-    assert memory[0][0] == 8 * 64 and min(flat) == 32 and sum(flat) <= 15 * 64
-    assert memory[0][1] >= memory[0][2] >= memory[1][0] and memory[0][3] == 32
+    assert memory[0] == (8 * 64, 256, 128, 32, 32) and memory[1] == (128, 64, 64, 32, 32)
+    assert min(flat) == 32 and sum(flat) <= 30 * 64
 
 
 def test_worth_is_what_giving_heads_back_gains(tmp_path: Path, text: list[str]) -> None:
@@ -241,9 +241,45 @@ def test_what_means_nothing_is_refused(tmp_path: Path, options: tuple[str, ...],
 def test_rows_that_the_table_holds_measure_nothing(tmp_path: Path, text: list[str]) -> None:
     short = shutil.copytree(MODEL, tmp_path / "short")
     edit_config(short, max_position_embeddings=64)
-    with pytest.raises(DijiangError, match="holds these texts of at most 64 tokens"):
+    with pytest.raises(DijiangError, match="texts of at most 64 tokens are too short"):
         convert(str(short), tmp_path / "out", calibrate=True, data=text)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part,said", [(0.0, "no head loses anything"), (float("nan"), "not finite")], ids=str)
+def test_a_model_that_loses_nothing_or_is_broken(tmp_path: Path, text: list[str], part: float, said: str) -> None:
+    """Where attention adds nothing to the residual stream, and where it adds no number."""
+    source = shutil.copytree(MODEL, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    changed = {name: x * part if ".attention.dense." in name else x for name, x in tensors.items()}
+    save_file(changed, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DijiangError, match=said):
+        convert(str(source), tmp_path / "out", calibrate=True, settings=SMALL, data=text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_share_of_a_key_value_head_is_of_its_query_heads() -> None:
+    """Of four query heads two belong to each."""
+    model: Any = load("llama")
+    (module, *_) = [m for m in model.modules() if hasattr(m, "dijiang")]
+    found: dict[str, torch.Tensor] = {}
+
+    def compare(own: Any, *tensors: Any, **kwargs: Any) -> Any:
+        if own is module:
+            for name, share in (("none", (0.0, 0.0)), ("first", (1.0, 0.0)), ("all", (1.0, 1.0))):
+                found[name], _ = _mixed(torch.tensor(share), own, *tensors, **kwargs)
+            rest = {name: value for name, value in kwargs.items() if name != "dijiang"}
+            found["softmax"], _ = softmax_attention(own, *tensors, **rest)
+        return dijiang_attention(own, *tensors, **kwargs)
+
+    AttentionInterface.register("dijiang_compare_shares", compare)
+    AttentionMaskInterface.register("dijiang_compare_shares", dijiang_mask)
+    with torch.no_grad(), attention(model, "dijiang_compare_shares"):
+        model(torch.randint(1, 200, (1, 150)), use_cache=False)
+    torch.testing.assert_close(found["all"], found["softmax"])
+    torch.testing.assert_close(found["first"][:, :, :2], found["softmax"][:, :, :2])
+    torch.testing.assert_close(found["first"][:, :, 2:], found["none"][:, :, 2:])
+    assert (found["none"] - found["softmax"]).abs().max() > 1e-2
 
 
 def test_an_encoder_is_refused(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ class DiJiangAttention(nn.Module):
     def _extend_table(
         self, past: Past | None, new: Tokens, layout: Layout, call: Call, kernel: Kernel
     ) -> tuple[Tensor, Past]:
-        """Of heads that are alike, whose one table the past is of."""
+        """`_extend` of heads that are alike, which have one table."""
         table, block = None if past is None else past.tables[0], kernel.block
         keys = new.keys.map(layout.keys, None if table is None else table.window)
         written = []
@@ -280,7 +280,7 @@ class DiJiangAttention(nn.Module):
     def _decode_tables(
         self, past: Past, new: Tokens, features: Tensor | None, count: int | Tensor, call: Call
     ) -> tuple[Tensor, Past]:
-        """The same with tables. features: [B, H, 1, F], of the query, or None without a state."""
+        """One token through the tables of all heads. features: [B, H, 1, F], of the query, or None without a state."""
         if len(self.groups) == 1:
             return self._decode_group(past, new, features, count, call, self.groups[0].kernel)
         sizes, heads = [group.heads for group in self.groups], self.layers.kv_heads
@@ -299,7 +299,7 @@ class DiJiangAttention(nn.Module):
     def _decode_group(
         self, past: Past, new: Tokens, features: Tensor | None, count: int | Tensor, call: Call, kernel: Kernel
     ) -> tuple[Tensor, Past]:
-        """The same of heads that are alike, whose one table the past is of."""
+        """One token through the one table of heads that are alike."""
         valid = None if new.valid is None else new.valid[:, 0]
         table = self._advanced(past.tables[0], count, valid, call, kernel)
         out = attend_token(Queries(new.q, features), new.keys, table, count, valid, kernel, call.logits)

@@ -164,13 +164,15 @@ def read_section(config: transformers.PreTrainedConfig) -> tuple[Kernel, Layers]
         )
     values = {field.name: section[field.name] for field in fields(Layers) if field.name in section}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list | tuple)}
-    lists["memory"] = tuple(tuple(heads) if isinstance(heads, list | tuple) else () for heads in lists["memory"])
+    lists["memory"] = tuple(
+        tuple(heads) if isinstance(heads, list | tuple) else () for heads in lists.get("memory", ())
+    )
     kernel, layers = Kernel(**section["kernel"]), Layers(**{**values, **lists})
     shared = layers.memory
     if shared and (len(shared), {len(heads) for heads in shared}) != (len(layers.layers), {layers.kv_heads}):
         raise ValueError(
             f"dijiang.memory is not {len(layers.layers)} lists, one a layer, of {layers.kv_heads} numbers, one a "
-            "key/value head"
+            "key/value head: convert the source again"
         )
     if shared and (kernel.decay == "retnet" or not layers.causal):
         raise ValueError("dijiang.memory needs a causal model and a kernel whose decay is not retnet")

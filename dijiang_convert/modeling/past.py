@@ -19,8 +19,8 @@ from .table import KeyTokens, Table, in_pieces
 
 
 class Group(NamedTuple):
-    """Key/value heads whose tables have the size that ``kernel`` says: from the first to before the second of ``part``,
-    of all that a layer has."""
+    """Key/value heads side by side that have tables of one size. part: which of a layer's heads. kernel: the layer's,
+    with the memory that these heads have."""
 
     part: slice
     kernel: Kernel

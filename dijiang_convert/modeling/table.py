@@ -62,8 +62,9 @@ def in_pieces(count: int, numbers: int, like: Tensor) -> list[tuple[int, int]]:
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-# Up to so many numbers are converted from half precision on a CPU before a product. One of few rows takes 30 to 150 µs
-# in bfloat16 there whatever its size; 20,000 numbers take 14 µs converted, 130,000 44 µs, 860,000 twice as long.
+# Up to so many numbers are converted from half precision on a CPU before a product. A product of few rows takes 30 to
+# 150 µs in bfloat16 there, whatever its size; 20,000 numbers take 14 µs converted, 130,000 take 44 µs, and of 860,000
+# the conversion takes longer than it saves.
 CONVERTED = 2**17
 
 
@@ -116,7 +117,7 @@ class KeyTokens(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What a cache keeps of a text.
+    """What a cache keeps of a text for key/value heads that are alike.
 
     k, v: [B, G, M + L, D or V], exact rows, those of the window last. received: [B, G, L], the attention that keys of
     the window have received. score: [B, G, M], of sinks and memory, the best last; −inf in empty rows, which come

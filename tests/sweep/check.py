@@ -110,7 +110,7 @@ def with_kernel(model: Any, **changes: Any) -> Any:
     """A copy whose kernels are set otherwise."""
     changed = copy.deepcopy(model)
     for kernel in kernels(changed):
-        kernel.kernel = dataclasses.replace(kernel.kernel, **changes)
+        kernel.resize(dataclasses.replace(kernel.kernel, **changes))
     return changed
 
 
