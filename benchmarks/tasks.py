@@ -8,7 +8,7 @@
 - instructions: `INSTRUCTIONS`, through the chat template where there is one, answered greedily. How many answers begin
   with the same `SAME` tokens as the original's, and how many tokens they have in common on average.
 
-Rows that OUT has are not measured again.
+Rows that OUT has are not measured again. No figures of a real model are recorded yet.
 """
 
 import argparse

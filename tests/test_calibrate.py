@@ -150,6 +150,14 @@ def test_short_documents_count_too(tmp_path: Path, text: list[str]) -> None:
     assert longer.tokens > 600  # of the long one
 
 
+def test_layers_are_chosen_where_heads_can_share_no_memory(tmp_path: Path, text: list[str]) -> None:
+    """With a decay fixed a query head."""
+    settings = (*SMALL[:3], "decay=retnet", "selective=false", "decay_rank=0")
+    found = convert(str(MODEL), tmp_path / "out", layers="auto:1", settings=settings, data=text).calibration
+    assert found is not None and len(found.softmax) == 1 and found.memory == ()
+    assert generate(tmp_path / "out", "def f", max_new_tokens=4).text
+
+
 def test_a_dry_run_counts_as_the_run_does(tmp_path: Path, text: list[str]) -> None:
     told = convert(str(MODEL), tmp_path / "out", layers="auto:1", settings=SMALL, data=text, dry_run=True)
     done = convert(str(MODEL), tmp_path / "out", layers="auto:1", settings=SMALL, data=text)
