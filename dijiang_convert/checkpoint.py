@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .errors import DijiangError
-from .files import Lay, copy_file, link_file, weight_files
+from .files import copy_file, link_file, weight_files
 from .sources import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -148,14 +148,13 @@ def write_shards(
     dtype: torch.dtype | None,
     progress: Callable[[int], None],
     link: bool = False,
-    lay: Lay = copy_file,
 ) -> str | None:
     """Lays out a checkpoint: the source's shards, byte for byte unless ``dtype`` or their format asks for a rewrite,
     one small shard of ``new`` tensors, and the index. With ``link`` the source's shards are linked, none is copied or
     rewritten, and it returns how, as `link_file` does.
 
     The files are always named as shards: transformers ignores an index beside a file named model.safetensors.
-    ``progress`` is called with every number of bytes written. ``lay`` is what copies a file.
+    ``progress`` is called with every number of bytes written.
 
     Raises DijiangError where a shard can't be linked.
     """
@@ -170,7 +169,7 @@ def write_shards(
             linked.add(link_file(shard, folder / name))
             progress(shard.stat().st_size)
         elif shard.suffix == ".safetensors" and dtype is None:
-            lay(shard, folder / name, progress)
+            copy_file(shard, folder / name, progress)
         else:
             write_safetensors(folder / name, tensors, dtype)
             progress(shard.stat().st_size)

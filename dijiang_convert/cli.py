@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,20 +156,13 @@ def convert(
     debug: Debug = False,
 ) -> Any:
     """Swap softmax attention for a DiJiang kernel."""
-    from .files import copy_file
-    from .head_start import head_start
+    with loading():
+        from .convert import convert
 
-    copies = not (dry_run or link or dtype)
-    with head_start(source, out, force) if copies else nullcontext(copy_file) as lay:
-        with loading():
-            from .convert import convert
-
-        result = convert(
-            source, out, recipe=recipe, revision=revision, dtype=dtype, layers=layers, settings=settings or (),
-            calibrate=calibrate, data=data, push=push, private=private, force=force, dry_run=dry_run, link=link,
-            lay=lay,
-        )  # fmt: skip
-
+    result = convert(
+        source, out, recipe=recipe, revision=revision, dtype=dtype, layers=layers, settings=settings or (),
+        calibrate=calibrate, data=data, push=push, private=private, force=force, dry_run=dry_run, link=link,
+    )  # fmt: skip
     return result, show.conversion
 
 

@@ -25,7 +25,7 @@ from .architecture import Architecture, check_kernel, examine
 from .card import write_card
 from .checkpoint import drop_tensors, read_shard, write_json, write_shards
 from .errors import DijiangError, Unsupported
-from .files import Lay, check_out, copy_file, default_out, new_folder, weight_files
+from .files import check_out, default_out, new_folder, weight_files
 from .layers import staying_softmax
 from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS, Kernel
 from .modeling.modeling_dijiang import attach
@@ -105,7 +105,6 @@ def convert(
     force: bool = False,
     dry_run: bool = False,
     link: bool = False,
-    lay: Lay = copy_file,
 ) -> ConvertResult:
     """Swaps the attention of a pretrained decoder or encoder for a DiJiang kernel.
 
@@ -127,7 +126,6 @@ def convert(
         dry_run: check everything that can be without downloading weights, and write nothing.
         link: take no space for the source's weights: their files become reflinks where the file system has them, else
             hard links, which are the source's own files: nothing here ever writes into one.
-        lay: what copies the source's weights; see `head_start`, which has looked for space, too.
 
     Raises:
         DijiangError: with one line that says what is wrong and what to do. Nothing half-written is left behind.
@@ -180,10 +178,10 @@ def convert(
         if link and shards[0].suffix != ".safetensors":
             raise DijiangError(f"--link keeps the source's files, and {shards[0].name} must be rewritten: leave it out")
         size = sum(shard.stat().st_size for shard in shards)
-        check_space({target: 0 if link or lay is not copy_file else size})
+        check_space({target: 0 if link else size})
         with new_folder(target, force) as folder:
             with bytes_bar("converting", size) as advance:
-                linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link, lay)
+                linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link)
             copy_companions(found.folder, folder)
             content = converted_config(config, architecture, chosen, found, dtype)
             write_json(folder / "config.json", content)

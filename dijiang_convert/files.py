@@ -1,7 +1,4 @@
-"""Files of checkpoints, whatever is in them: found, copied and linked, in folders that appear whole.
-
-Imports nothing large: the command line copies while it still imports torch (see `head_start`).
-"""
+"""Files of checkpoints, whatever is in them: found, copied and linked, in folders that appear whole."""
 
 import errno
 import os
@@ -19,9 +16,6 @@ if sys.platform == "linux":
     import fcntl
 
 FICLONE = 0x40049409  # ioctl_ficlone(2)
-
-Lay = Callable[[Path, Path, Callable[[int], None]], None]
-"""Makes a file's copy: source, target, and what is called with every number of bytes written."""
 
 
 @contextmanager
