@@ -30,9 +30,9 @@ from dijiang_convert import convert, evaluate, finetune
 from dijiang_convert.distill.images import open_images
 from dijiang_convert.models import load_any, silence
 
-RECIPES = {"text": ("encoder", "default", "pure", "window-only"), "vit": ("encoder",)}
+RECIPES = {"text": ("encoder", "frequency", "pure", "window-only"), "vit": ("encoder",)}
 WINDOW = ["window=16", "block=16"]
-SETTINGS = {"encoder": [*WINDOW, "memory=16"], "default": [*WINDOW, "memory=16"], "window-only": WINDOW, "pure": []}
+SETTINGS = {"encoder": [*WINDOW, "memory=16"], "frequency": [*WINDOW, "memory=16"], "window-only": WINDOW, "pure": []}
 ROW, MASKED = 512, 0.2
 SIDE, PATCH = 64, 4
 

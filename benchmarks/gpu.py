@@ -44,13 +44,13 @@ from dijiang_convert.models import load_converted, silence
 from dijiang_convert.timing import Pass, now, peak_memory, seconds, time_forward, time_generate
 
 TOTAL_SECONDS = 450
-RECIPES = ("default:window=64,memory=64", "default:window=128,memory=256")
+RECIPES = ("frequency:window=64,memory=64", "frequency:window=128,memory=256")
 SHAPES: dict[str, dict[str, int]] = {
     "410m": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
     "2.8b": {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240},
 }
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
-TINY_RECIPES = ("default:window=8,block=8,sinks=2,memory=8",)
+TINY_RECIPES = ("frequency:window=8,block=8,sinks=2,memory=8",)
 
 
 @dataclass

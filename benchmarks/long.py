@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=131072)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument(
-        "--recipes", nargs="*", default=["default", "default:memory=0", "pure"], metavar="RECIPE[:key=value,…]"
+        "--recipes", nargs="*", default=["frequency", "frequency:memory=0", "pure"], metavar="RECIPE[:key=value,…]"
     )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--into", type=Path, help="a file whose part marked `long` becomes the table")

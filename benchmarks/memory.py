@@ -64,7 +64,7 @@ def converted(config: Any, folder: Path, settings: Sequence[str] = ()) -> Path:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "source")
     for path in MODEL.glob("tokenizer*"):
         shutil.copy(path, folder / "source")
-    convert(str(folder / "source"), folder / "converted", settings=settings)
+    convert(str(folder / "source"), folder / "converted", recipe="frequency", settings=settings)
     return folder / "converted"
 
 

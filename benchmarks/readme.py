@@ -24,6 +24,7 @@ GIVEN = {
     "auto:3": "`--layers auto:3`",
     "auto:5": "`--layers auto:5`",
     "small": "`--set window=64 --set memory=64`",
+    "frequency": "`--recipe frequency --calibrate`",
     "pure": "`--recipe pure`",
 }
 Rows = list[dict[str, Any]]
@@ -192,7 +193,7 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 
 def label(name: str) -> str:
-    """A recipe, and its settings: default:window=64,memory=64 is `default`, window 64, memory 64."""
+    """A recipe, and its settings: frequency:window=64,memory=64 is `frequency`, window 64, memory 64."""
     recipe, *settings = re.split("[:,]", name)
     return recipe if recipe == "softmax" else ", ".join([f"`{recipe}`", *(s.replace("=", " ") for s in settings)])
 

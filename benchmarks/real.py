@@ -28,6 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "auto:3": {"layers": "auto:3"},
     "auto:5": {"layers": "auto:5"},
     "small": {"settings": ["window=64", "memory=64"]},
+    "frequency": {"recipe": "frequency", "calibrate": True},
     "pure": {"recipe": "pure"},
 }
 FIGURES = (

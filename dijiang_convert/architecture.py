@@ -45,6 +45,11 @@ class Architecture:
     rotary_removable: bool
     has_sinks: bool
 
+    @property
+    def recipe(self) -> str:
+        """The recipe that it gets where none is asked for."""
+        return "default" if self.layers.causal else "encoder"
+
     def new_tensors(self, kernel: Kernel) -> dict[str, torch.Tensor]:
         """Every tensor that a conversion adds, initialised, under the name the checkpoint gives it. What starts at
         random follows the kernel's seed: converting twice gives the same bytes."""

@@ -135,13 +135,11 @@ def convert(
         raise DijiangError(f"no dtype {dtype!r}: give one of {', '.join(DTYPES)}")
     if link and dtype is not None:
         raise DijiangError("--link keeps the source's files and --dtype rewrites them: leave one of them out")
-    chosen = load_recipe(recipe or "default", settings)
     found = resolve(source, revision)
     config = read_config(found)
     softmax = staying_softmax(layers)
     architecture = examine(config, "all" if softmax else layers)
-    if recipe is None and not architecture.layers.causal:
-        chosen = load_recipe("encoder", settings)
+    chosen = load_recipe(recipe or architecture.recipe, settings)
     check_kernel(chosen.kernel, architecture)
     if calibrate or softmax:
         _check_calibration(chosen, architecture, softmax, data)

@@ -58,14 +58,12 @@ def inspect(
 
     Raises DijiangError where there is no such model or recipe; an unsupported one is a result, not an error.
     """
-    chosen = load_recipe(recipe or "default", settings)
     found = resolve(source, revision)
     config = read_config(found)
     kind = str((config.get("architectures") or [config.get("model_type")])[0])
     try:
         architecture = examine(config, layers)
-        if recipe is None and not architecture.layers.causal:
-            chosen = load_recipe("encoder", settings)
+        chosen = load_recipe(recipe or architecture.recipe, settings)
         check_kernel(chosen.kernel, architecture)
     except Unsupported as error:
         return InspectResult(str(found), kind, False, str(error))

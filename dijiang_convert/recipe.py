@@ -18,6 +18,10 @@ from .paths import RECIPES
 
 OBJECTIVES = ("attention_transfer", "distillation", "cross_entropy")
 TRAIN = ("kernel", "lora", "full")
+# Keys of the kernel that change nothing without a state.
+OF_THE_STATE = (
+    "signed", "frequency", "projection", "learned_features", "rotary", "decay", "selective", "decay_rank", "shift",
+)  # fmt: skip
 Data = str | list  # of str: one corpus, or several
 
 
@@ -124,9 +128,15 @@ def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
     if not isinstance(content, Mapping):
         raise DijiangError(f"recipe {path} is not a mapping: start it with 'kernel:' and 'stages:'")
     content = {"name": path.stem, **content}
-    kernel = content.get("kernel", {})
+    kernel, changes = content.get("kernel", {}), parse_settings(settings)
     if isinstance(kernel, Mapping):
-        content["kernel"] = {**kernel, **parse_settings(settings)}
+        content["kernel"] = {**kernel, **changes}
+        unused = [key for key in changes if key in OF_THE_STATE]
+        if unused and content["kernel"].get("far") is False:
+            raise DijiangError(
+                f"kernel.{unused[0]} is of the state, which recipe {path.stem} has not: take --recipe frequency, "
+                "or add --set far=true"
+            )
     return parse_recipe(content)
 
 

@@ -31,24 +31,25 @@ _BLOCKS = (f"window={WINDOW}", f"block={BLOCK}")
 _SMALL = (*_BLOCKS, f"memory={MEMORY}")
 # name: recipe, settings, layers
 VARIANTS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "frequency": ("frequency", _SMALL, "all"),
+    "keep": ("frequency", (*_SMALL, "rotary=keep", "shift=true"), "all"),
+    "wide": ("frequency", ("window=32", f"block={BLOCK}", f"memory={MEMORY}"), "all"),
+    "retnet": ("frequency", (*_SMALL, "decay=retnet", "selective=false", "decay_rank=0"), "all"),
     "default": ("default", _SMALL, "all"),
-    "keep": ("default", (*_SMALL, "rotary=keep", "shift=true"), "all"),
-    "wide": ("default", ("window=32", f"block={BLOCK}", f"memory={MEMORY}"), "all"),
-    "retnet": ("default", (*_SMALL, "decay=retnet", "selective=false", "decay_rank=0"), "all"),
-    "no-state": ("default", (*_SMALL, "far=false"), "all"),
-    "no-memory": ("default", (*_BLOCKS, "memory=0"), "all"),
+    "no-memory": ("frequency", (*_BLOCKS, "memory=0"), "all"),
     "pure": ("pure", (), "all"),
     "paper": ("paper", (), "all"),
     "window-only": ("window-only", _BLOCKS, "all"),
-    "partial": ("default", _SMALL, "1"),
-    "partial-first": ("default", _SMALL, "0"),
-    "shared": ("default", _SMALL, "all"),
+    "partial": ("frequency", _SMALL, "1"),
+    "partial-first": ("frequency", _SMALL, "0"),
+    "shared": ("frequency", _SMALL, "all"),
+    "shared-default": ("default", _SMALL, "all"),
 }
-# Rows of memory of each head of the layers of "shared", as a calibration gives them.
+# Rows of memory of each head of the layers of "shared" and "shared-default", as a calibration gives them.
 SHARED = {"llama": [[3, 13], [5, 5]], "neox": [[3, 13, 13, 6], [5, 5, 5, 5]]}
 # Those that remember in a state what is in no exact row.
-WITH_STATE = tuple(name for name in VARIANTS if name not in ("no-state", "window-only"))
-MODELS = (*(f"llama-{variant}" for variant in VARIANTS), "neox-default", "neox-pure", "neox-partial", "neox-shared")
+WITH_STATE = tuple(name for name in VARIANTS if name not in ("default", "shared-default", "window-only"))
+MODELS = (*(f"llama-{variant}" for variant in VARIANTS), "neox-frequency", "neox-pure", "neox-partial", "neox-shared")
 _FOLDER = tempfile.TemporaryDirectory(prefix="converted-")
 
 
@@ -62,7 +63,7 @@ def source(kind: str) -> Path:
     return write_source(Path(_FOLDER.name) / kind, make(**changes))
 
 
-def checkpoint(kind: str, variant: str = "default") -> Path:
+def checkpoint(kind: str, variant: str = "frequency") -> Path:
     """That model converted, its kernel parameters as `convert` starts them."""
     return _checkpoint(kind, variant)
 
@@ -72,13 +73,13 @@ def _checkpoint(kind: str, variant: str) -> Path:
     recipe, settings, layers = VARIANTS[variant]
     out = Path(_FOLDER.name) / f"{kind}-{variant}"
     convert(str(source(kind)), out, recipe=recipe, settings=settings, layers=layers)
-    if variant == "shared":
+    if variant.startswith("shared"):
         section = json.loads((out / "config.json").read_text())["dijiang"]
         edit_config(out, dijiang={**section, "memory": SHARED[kind]})
     return out
 
 
-def load(kind: str, variant: str = "default", attention: str = "dijiang") -> PreTrainedModel:
+def load(kind: str, variant: str = "frequency", attention: str = "dijiang") -> PreTrainedModel:
     """A fresh copy in evaluation mode, its kernel parameters moved."""
     return randomise(load_converted(checkpoint(kind, variant), attention)).eval()
 

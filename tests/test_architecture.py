@@ -255,7 +255,8 @@ def test_converted_models_run(kind: str, tmp_path: Path) -> None:
     nothing."""
     random_model(config_of(kind)).save_pretrained(tmp_path / "source")
     write_tokenizer(tmp_path / "source")
-    convert(str(tmp_path / "source"), tmp_path / "out", settings=["window=8", "block=8", "memory=8"])
+    settings = ["window=8", "block=8", "memory=8"]
+    convert(str(tmp_path / "source"), tmp_path / "out", recipe="frequency", settings=settings)
     model = load_converted(tmp_path / "out", device=torch.device("cpu")).eval()
     torch.manual_seed(1)
     with torch.no_grad():
@@ -285,6 +286,7 @@ def test_a_kept_rotation_depends_on_position(tmp_path: Path) -> None:
     convert(
         str(tmp_path / "source"),
         tmp_path / "out",
+        recipe="frequency",
         settings=["window=8", "block=8", "memory=8", "rotary=keep", "frequency=4.0"],
     )
     model = load_converted(tmp_path / "out", device=torch.device("cpu")).eval()
@@ -316,7 +318,8 @@ def test_rope_scaling_carries_over(rope: str, tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "source")
     ids, positions = torch.randint(VOCABULARY - 2, (1, 200)), torch.arange(200)[None]
     convert(str(tmp_path / "source"), tmp_path / "whole", recipe="window-only", settings=["window=200", "block=200"])
-    convert(str(tmp_path / "source"), tmp_path / "out", settings=["window=8", "block=8", "memory=8", "frequency=4.0"])
+    settings = ["window=8", "block=8", "memory=8", "frequency=4.0"]
+    convert(str(tmp_path / "source"), tmp_path / "out", recipe="frequency", settings=settings)
     whole, far = (load_converted(tmp_path / name, device=torch.device("cpu")).eval() for name in ("whole", "out"))
     with torch.no_grad():
         expected = source(input_ids=ids).logits

@@ -72,7 +72,7 @@ ALL = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", ["default", "paper"])
+@pytest.mark.parametrize("recipe", ["default", "frequency", "paper"])
 def test_converting_twice_gives_the_same_bytes(sources: Path, tmp_path: Path, recipe: str) -> None:
     for name in ("one", "two"):
         torch.rand(1)  # whatever happened before
@@ -83,7 +83,7 @@ def test_converting_twice_gives_the_same_bytes(sources: Path, tmp_path: Path, re
 @pytest.mark.parametrize("name", ALL)
 def test_only_kernel_tensors_are_new(name: str, sources: Path, tmp_path: Path) -> None:
     source, out = sources / name, tmp_path / "out"
-    result = convert(str(source), out)
+    result = convert(str(source), out, recipe="frequency")
     tensors = written(out)
     new = {key for key in tensors if ".dijiang." in key}
     layers = range(4 if "neox" in name else 3)
@@ -233,7 +233,7 @@ def test_a_dtype_rewrites_the_weights(name: str, sources: Path, tmp_path: Path) 
     [("all", [0, 1, 2, 3]), ("1,3", [1, 3]), ("0-2", [0, 1, 2]), ("every:2", [0, 2]), ("not-last:1", [0, 1, 2])],
 )
 def test_layers(spec: str, expected: list[int], sources: Path, tmp_path: Path) -> None:
-    result = convert(str(sources / "neox-sharded"), tmp_path / "out", layers=spec)
+    result = convert(str(sources / "neox-sharded"), tmp_path / "out", recipe="frequency", layers=spec)
     assert read_json(tmp_path / "out" / "config.json")["dijiang"]["layers"] == expected
     new = {int(key.split(".")[2]) for key in written(tmp_path / "out") if ".dijiang." in key}
     assert sorted(new) == expected and result.layers_converted == len(expected)
@@ -256,13 +256,13 @@ def test_a_recipe_of_ones_own(sources: Path, tmp_path: Path) -> None:
     assert not any(key.endswith(".decay") for key in written(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("recipe", ["default", "pure", "paper", "window-only"])
+@pytest.mark.parametrize("recipe", ["default", "frequency", "pure", "paper", "window-only"])
 def test_every_recipe_converts(recipe: str, sources: Path, tmp_path: Path) -> None:
     result = convert(str(sources / "llama"), tmp_path / "out", recipe=recipe)
     model = load_converted(tmp_path / "out", device=CPU).eval()
     with torch.no_grad():
         assert model(torch.arange(100)[None]).logits.isfinite().all()
-    assert (result.new_parameters == 0) == (recipe == "window-only")
+    assert (result.new_parameters == 0) == (recipe in ("default", "window-only"))
 
 
 def test_force(sources: Path, tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_no_space(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_linked_weights(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     plain = sources / "llama-sharded"
-    result = convert(str(plain), tmp_path / "out", link=True)
+    result = convert(str(plain), tmp_path / "out", recipe="frequency", link=True)
     assert result.linked in ("reflink", "hard link") and digests(tmp_path / "out")[:-1] == digests(plain)
     if result.linked == "hard link":
         linked = sorted((tmp_path / "out").glob("*.safetensors"))[:-1]
@@ -331,7 +331,7 @@ def test_what_follows_leaves_a_linked_source_alone(sources: Path, tmp_path: Path
     source = tmp_path / "source"
     shutil.copytree(sources / "llama-sharded", source)
     before, out = digests(source), tmp_path / "out"
-    assert convert(str(source), out, link=True).linked
+    assert convert(str(source), out, recipe="frequency", link=True).linked
     options: dict[str, Any] = {"data": documents("train")[:4], "seq_len": 32, "tokens": 640, "report": False}
     finetune(out, tmp_path / "tuned", stages=["distill"], train="full", **options)
     assert digests(tmp_path / "tuned") != digests(out)
@@ -362,7 +362,7 @@ def test_links_into_the_hubs_cache(hub: Hub, sources: Path, tmp_path: Path, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
     with pytest.raises(DijiangError, match="no space left for"):
         convert("link/llama", tmp_path / "out")
-    result = convert("link/llama", tmp_path / "out", link=True)
+    result = convert("link/llama", tmp_path / "out", recipe="frequency", link=True)
     assert result.linked and not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert digests(tmp_path / "out")[:-1] == digests(sources / "llama")
 
@@ -424,7 +424,7 @@ def test_a_hub_source_is_pinned(hub: Hub, sources: Path, tmp_path: Path) -> None
     assert old != new
     for revision, sha, kind in ((old, old, "llama"), ("main", new, "gpt_neox"), (None, new, "gpt_neox")):
         out = tmp_path / str(revision)
-        result = convert("pin/llama", out, revision=revision)
+        result = convert("pin/llama", out, recipe="frequency", revision=revision)
         config = read_json(out / "config.json")
         assert result.source_revision == sha and result.source == "pin/llama"
         assert config["dijiang"]["source_revision"] == sha and config["dijiang"]["source"] == "pin/llama"
@@ -495,7 +495,7 @@ def test_memory_does_not_grow_with_the_model(sources: Path, tmp_path: Path) -> N
 
 
 def test_inspect_by_hand(sources: Path) -> None:
-    result = inspect(str(sources / "llama"))
+    result = inspect(str(sources / "llama"), recipe="frequency")
     assert result.supported and result.reason is None and result.architecture == "LlamaForCausalLM"
     assert (result.layers, result.layers_converted, result.heads, result.kv_heads, result.head_dim) == (3, 3, 4, 2, 8)
     hidden, mlp, vocabulary = 32, 64, 258
@@ -511,14 +511,18 @@ def test_inspect_by_hand(sources: Path) -> None:
     # besides the keys before rotation and the attention received, and of a token two gates a head and 16 numbers for
     # features.
     state, memory, window = 16 * (8 + 1), (4 + 224) * (8 + 8 + 1), 192 * (8 + 8 + 8 + 1)
+    window_alone = 192 * (8 + 8 + 1)  # without a state no key is needed before its rotation
     assert result.state_bytes == 3 * 4 * (2 * (state + memory + window) + 192 * (2 * 2 + 16))
     assert result.kv_cache_bytes_at == {n: 3 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)}
     first = result.smaller_from
     assert first is not None and (first - 1) * 3 * 2 * 16 * 4 <= result.state_bytes < first * 3 * 2 * 16 * 4
-    some = inspect(str(sources / "llama"), layers="0,1", settings=["window=0", "sinks=0", "memory=0"])
+    default = inspect(str(sources / "llama"))
+    assert default.new_parameters == 0
+    assert default.state_bytes == 3 * 4 * 2 * ((4 + 464) * (8 + 8 + 1) + window_alone)
+    some = inspect(str(sources / "llama"), layers="0,1", recipe="pure", settings=["shift=false"])
     assert (some.layers, some.layers_converted) == (3, 2)
     assert some.state_bytes == 2 * 2 * 16 * (8 * 4 + 8)  # its weights are float64
-    shifted = inspect(str(sources / "llama"), layers="0,1", settings=["window=0", "sinks=0", "memory=0", "shift=true"])
+    shifted = inspect(str(sources / "llama"), layers="0,1", recipe="pure")
     assert shifted.state_bytes == some.state_bytes + 2 * (4 + 2) * 8 * 4  # the last token's query and key
     assert some.kv_cache_bytes_at == {n: 2 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)}
 
@@ -540,7 +544,7 @@ def test_inspect_reads_only_the_config(hub: Hub, sources: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-bfloat16", "opt"])
-@pytest.mark.parametrize("recipe", ["default", "pure", "paper", "window-only"])
+@pytest.mark.parametrize("recipe", ["default", "frequency", "pure", "paper", "window-only"])
 def test_state_bytes_are_what_a_cache_holds(recipe: str, kind: str, sources: Path, tmp_path: Path) -> None:
     source = sources / kind
     if kind == "opt":  # without rotary embedding, the window's keys are kept once

@@ -198,7 +198,7 @@ def test_a_teacher_of_other_tokens_is_refused_before_anything_runs(folder: Path,
 
 
 def test_inspect_uses_the_same_formula(folder: Path) -> None:
-    found = inspect(str(folder.parent / "source"))
-    plan = load_recipe("default").stages
+    found = inspect(str(folder.parent / "source"), recipe="frequency")
+    plan = load_recipe("frequency").stages
     costs = plan_costs(plan, converted_config(folder), teacher_copies(plan))
     assert found.finetune_bytes == max(cost.memory_bytes for cost in costs)

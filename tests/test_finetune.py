@@ -45,7 +45,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "demo"
-    convert(str(MODEL), out, settings=["window=8", "block=8", "memory=8"])
+    convert(str(MODEL), out, recipe="frequency", settings=["window=8", "block=8", "memory=8"])
     return out
 
 
@@ -258,7 +258,7 @@ def test_without_a_checkpoint_it_takes_the_only_one_here(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DijiangError, match="no converted checkpoints"):
         finetune(data=text, **SHORT)
-    convert(str(MODEL), "one", settings=["window=8", "block=8", "memory=8"])
+    convert(str(MODEL), "one", recipe="frequency", settings=["window=8", "block=8", "memory=8"])
     finetune(data=text, stages=["transfer"], **SHORT)
     assert "finetuning one" in capsys.readouterr().err
     assert (tmp_path / "one-finetuned" / "config.json").is_file()
@@ -298,7 +298,13 @@ def test_paper_and_window_only_train(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_half_precision_weights_stay_so_and_kernels_float32(text: str, tmp_path: Path, train: str) -> None:
-    convert(str(MODEL), tmp_path / "half", dtype="bfloat16", settings=["window=8", "block=8", "memory=8"])
+    convert(
+        str(MODEL),
+        tmp_path / "half",
+        recipe="frequency",
+        dtype="bfloat16",
+        settings=["window=8", "block=8", "memory=8"],
+    )
     finetune(tmp_path / "half", tmp_path / "out", data=text, seq_len=SEQ_LEN, tokens=2000, train=train)
     before, after = tensors(tmp_path / "half"), tensors(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}

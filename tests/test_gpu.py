@@ -17,7 +17,7 @@ from tests.models import randomise
 from tests.test_losses import memory_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-RECIPES = ["default", "pure", "paper", "window-only"]
+RECIPES = ["default", "frequency", "pure", "paper", "window-only"]
 
 
 def loaded(tmp_path: Path, recipe: str, device: str = "cuda") -> Any:

@@ -380,7 +380,7 @@ def test_a_disk_too_small_is_told_before_the_work(tmp_path: Path, monkeypatch: p
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("converted") / "demo"
-    convert(str(MODEL), out, settings=["window=8", "block=8", "memory=8"])
+    convert(str(MODEL), out, recipe="frequency", settings=["window=8", "block=8", "memory=8"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "LEAST_STEPS", 4)
         yield out

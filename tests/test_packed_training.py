@@ -76,7 +76,7 @@ def squared_error(output: Tensor, target: Tensor, real: Tensor) -> Tensor:
     return ((output - target).float().square() * real[..., None, None]).mean((2, 3)).sum() / real.sum()
 
 
-@pytest.mark.parametrize("variant", ["default", "pure", "paper", "partial-first"])
+@pytest.mark.parametrize("variant", ["frequency", "pure", "paper", "partial-first"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_transfer_of_a_packed_row_is_that_of_its_documents(
     kind: str, variant: str, monkeypatch: pytest.MonkeyPatch
@@ -109,7 +109,7 @@ def test_distillation_of_a_packed_row_is_that_of_its_documents() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("variant", ["default", "partial"])
+@pytest.mark.parametrize("variant", ["frequency", "partial"])
 def test_lora_with_gradient_checkpointing_learns_the_same(variant: str, reentrant: bool) -> None:
     student = adapters(load("llama", variant))
     expected = gradients(student, distillation(student, packed()))

@@ -125,9 +125,9 @@ def test_a_plan_without_sense_is_one_line(options: dict[str, Any], expected: str
 def test_the_long_recipe_ends_on_rows_four_times_as_long() -> None:
     default, long = load_recipe("default"), load_recipe("long")
     assert long.kernel == default.kernel
-    assert long.stages[:2] == default.stages
-    assert long.stages[2].objective == "cross_entropy"
-    assert long.stages[2].seq_len == 4 * default.stages[1].seq_len
+    assert long.stages[:1] == default.stages
+    assert long.stages[1].objective == "cross_entropy"
+    assert long.stages[1].seq_len == 4 * default.stages[0].seq_len
 
 
 # ------------------------------------------------------------------------------------------------- longer contexts
@@ -150,8 +150,8 @@ def test_a_recipes_rows_are_shortened_to_the_teachers_context(tmp_path: Path) ->
     """Of the stages that have one; a row length that was asked for is an error."""
     folder = converted("llama", tmp_path, "long")
     plan = finetune(folder, data=["a text"], dry_run=True).plan
-    assert plan is not None and [cost.seq_len for cost in plan] == [CONTEXT, CONTEXT, 8192]
-    for asked in ({"seq_len": 128}, {"settings": ["transfer.seq_len=128"]}):
+    assert plan is not None and [cost.seq_len for cost in plan] == [CONTEXT, 8192]
+    for asked in ({"seq_len": 128}, {"settings": ["distill.seq_len=128"]}):
         with pytest.raises(DijiangError, match="beyond the original's context of 64"):
             finetune(folder, data=["a text"], dry_run=True, **asked)
 

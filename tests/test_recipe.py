@@ -41,7 +41,7 @@ def refusal(tmp_path: Path) -> Callable[..., str]:
 
 
 def test_the_recipes_of_the_design_are_shipped() -> None:
-    assert {"default", "pure", "paper", "window-only"} <= set(recipe_names())
+    assert {"default", "frequency", "pure", "paper", "window-only"} <= set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -53,7 +53,8 @@ def test_every_shipped_recipe_is_valid(name: str) -> None:
 
 
 def test_what_the_shipped_recipes_are() -> None:
-    assert load_recipe("default").kernel == Kernel()
+    assert load_recipe("frequency").kernel == Kernel()
+    assert load_recipe("default").kernel == Kernel(memory=464, far=False)
     pure, paper, window = (load_recipe(name).kernel for name in ("pure", "paper", "window-only"))
     assert pure == Kernel(window=0, sinks=0, memory=0, rotary="keep", shift=True)
     assert not window.far and window.window == Kernel().window
@@ -155,7 +156,7 @@ def test_wrong_values_in_a_stage(key: str, value: Any, refusal: Callable[..., st
 )  # fmt: skip
 def test_wrong_values_in_the_kernel(setting: str) -> None:
     with pytest.raises(DijiangError) as call:
-        load_recipe("default", [setting])
+        load_recipe("frequency", [setting])
     assert f"kernel.{setting.partition('=')[0]}" in str(call.value) and "\n" not in str(call.value)
 
 
@@ -171,7 +172,15 @@ def test_wrong_values_in_the_kernel(setting: str) -> None:
 )
 def test_impossible_kernels(settings: list[str], expected: str) -> None:
     with pytest.raises(DijiangError, match=expected):
-        load_recipe("default", settings)
+        load_recipe("frequency", settings)
+
+
+@pytest.mark.parametrize("setting", ["signed=false", "rotary=keep", "decay=none", "shift=true", "decay_rank=8"])
+def test_a_key_of_the_state_where_there_is_none(setting: str) -> None:
+    message = f"kernel.{setting.partition('=')[0]} is of the state, which recipe default has not"
+    with pytest.raises(DijiangError, match=message):
+        load_recipe("default", [setting])
+    assert load_recipe("default", [setting, "far=true", *(["selective=false", "decay_rank=0"] * ("none" in setting))])
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

@@ -45,7 +45,7 @@ def few_steps() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "<demo>"
-    convert(str(MODEL), out, settings=["window=8", "block=8", "memory=8"])
+    convert(str(MODEL), out, recipe="frequency", settings=["window=8", "block=8", "memory=8"])
     return out
 
 

@@ -118,7 +118,7 @@ def test_rows_come_in_rounds_of_all() -> None:
     assert order == trainer.row_order(5, 13, seed=1) != trainer.row_order(5, 13, seed=2)
 
 
-@pytest.mark.parametrize("variant", ["default", "pure", "paper", "window-only"])
+@pytest.mark.parametrize("variant", ["frequency", "pure", "paper", "window-only"])
 @pytest.mark.parametrize("length", [WINDOW // 2, WINDOW + 8])
 def test_everything_trained_gets_a_gradient(variant: str, length: int) -> None:
     """DDP waits for all of them, also where no key is far."""

@@ -108,8 +108,8 @@ def test_parts_are_written_where_they_belong(tmp_path: Path, monkeypatch: pytest
 
 
 def test_settings_are_named_beside_their_recipe() -> None:
-    assert readme.label("default:window=64,memory=64") == "`default`, window 64, memory 64"
-    assert readme.in_plot("default:window=64,memory=64") == "default window 64 memory 64"
+    assert readme.label("frequency:window=64,memory=64") == "`frequency`, window 64, memory 64"
+    assert readme.in_plot("frequency:window=64,memory=64") == "frequency window 64 memory 64"
     assert [readme.label(name) for name in ("pure", "softmax")] == ["`pure`", "softmax"]
 
 

@@ -141,9 +141,9 @@ def main() -> None:
         nargs="+",
         default=[
             f"window-only:{SIZES}",
-            f"default:{SIZES}+extend",
-            f"default:{SIZES},rotary=keep",
-            "default:window=16,block=16,memory=16+extend",
+            f"frequency:{SIZES}+extend",
+            f"frequency:{SIZES},rotary=keep",
+            "frequency:window=16,block=16,memory=16+extend",
             "pure+extend",
         ],
     )

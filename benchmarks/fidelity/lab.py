@@ -2,7 +2,7 @@
 
     python -m benchmarks.fidelity.lab MODEL --data FOLDER --seq-len 256 --tokens 300000 --seeds 3 --out RUNS.jsonl \
         {default,window-only,bare-window,sinks,lolcats}:window=16,block=16,memory=0 \
-        default:window=16,block=16,memory=16 pure hedgehog retnet delta paper
+        frequency:window=16,block=16,memory=16 pure hedgehog retnet delta paper
 
 A row is a recipe or one of `baselines.BASELINES`, with settings of the kernel after a colon, and of the stages too
 where they have a dot (``pure:distill.learning_rate=3e-4``). Baselines train by the stages of `pure`, or of `default`
@@ -77,7 +77,7 @@ def build(args: argparse.Namespace, row: str, folder: Path, seed: int) -> tuple[
         return load_any(args.model), adjust_stages([stage], of_stages)
     recipe, own = RECIPES.get(name, (name, []))
     if name in BASELINES:
-        recipe = "default" if any(s.startswith("window=") for s in of_kernel) else "pure"
+        recipe = "frequency" if any(s.startswith("window=") for s in of_kernel) else "pure"
     convert(args.model, folder, recipe=recipe, settings=[*of_kernel, *own])
     model: Any = load_converted(folder)
     if name in BASELINES:

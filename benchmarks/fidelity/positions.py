@@ -1,7 +1,7 @@
 """Whether positions matter to a converted model: shifted by a constant, and past the length it was trained at.
 
     python -m benchmarks.fidelity.positions MODEL --data FOLDER --seq-len 256 --tokens 300000 --out POSITIONS.json \
-        default:window=16,block=16,memory=0 pure
+        frequency:window=16,block=16,memory=0 pure
 
 Converts and finetunes each row by its recipe. Then: the largest change of a logit and the change of perplexity when all
 position_ids are shifted, and perplexity by position on rows of 2, 4 and 8 times the training length, beside the

@@ -104,7 +104,7 @@ def window_only(groups: dict[tuple[str, int], Runs], row: str, budget: int) -> R
 
 def ours(row: str) -> str:
     """The row of this project that another is compared with."""
-    return f"default:{sizes(row)}" if sizes(row) else "pure"
+    return f"frequency:{sizes(row)}" if sizes(row) else "pure"
 
 
 def behind(runs: Runs, other: Runs, key: str) -> str:

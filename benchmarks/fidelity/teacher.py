@@ -146,7 +146,7 @@ def main() -> None:
         result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         result["teacher"] = train_teacher(size, tokenizer, corpus, teacher)
         settings = [f"window={size.window}", f"block={min(size.window, 64)}", f"memory={size.window}"]
-        convert(str(teacher), converted, settings=settings)
+        convert(str(teacher), converted, recipe="frequency", settings=settings)
         budget = max(size.tokens // 100, 20 * size.context) if not args.dry_run else 20 * size.context
         finetune(converted, trained, data=str(corpus), tokens=budget, seq_len=size.context)
         result["distillation_tokens"] = budget

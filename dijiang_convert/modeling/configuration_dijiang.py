@@ -47,7 +47,7 @@ class Kernel:
     sinks: how many of the first tokens keep their exact weight for ever.
     memory: how many of all other keys that left the window keep it, those with the best scores.
     block: tokens that leave the window together.
-    far: False deletes the state: what is in no exact row is forgotten (a baseline, not a model to use).
+    far: a state of all keys that left the window. False has none: what is in no exact row is forgotten.
     signed: features of y and −y (2·head_dim of them) instead of y alone.
     frequency: start of the learned diagonal T, or "quasi-random" for the paper's fixed one.
     projection: adds the learned W to T C.

@@ -21,7 +21,18 @@ PROMPT = 150  # far more than the window and what the memory holds; 6 tokens in 
 
 @pytest.fixture(
     scope="module",
-    params=["default", "keep", "retnet", "no-state", "pure", "paper", "window-only", "partial", "shared"],
+    params=[
+        "frequency",
+        "keep",
+        "retnet",
+        "default",
+        "pure",
+        "paper",
+        "window-only",
+        "partial",
+        "shared",
+        "shared-default",
+    ],
 )
 def model(request: pytest.FixtureRequest) -> Any:
     return load("llama", request.param)
@@ -55,8 +66,11 @@ def assert_goes_on(model: Any, cache: Cache, ids: Tensor, tail: Tensor, sizes: t
 @pytest.mark.parametrize(
     "variant,sizes",
     [
-        ("default", (100, 1)),
-        *((name, (33, 1, 20)) for name in ("keep", "retnet", "no-state", "pure", "paper", "window-only", "shared")),
+        ("frequency", (100, 1)),
+        *(
+            (name, (33, 1, 20))
+            for name in ("keep", "retnet", "default", "pure", "paper", "window-only", "shared", "shared-default")
+        ),
     ],
 )
 def test_bytes_are_constant(variant: str, sizes: tuple[int, ...]) -> None:
@@ -109,7 +123,7 @@ def test_answers() -> None:
     layer.prefetch()
 
 
-@pytest.mark.parametrize("variant", ["default", "pure", "window-only"])
+@pytest.mark.parametrize("variant", ["frequency", "pure", "window-only"])
 def test_a_cache_made_in_inference_mode_goes_on_outside(variant: str) -> None:
     model, ids = load("llama", variant), tokens(2, 120)
     with torch.inference_mode():

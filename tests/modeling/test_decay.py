@@ -89,7 +89,7 @@ def test_fixed_decays() -> None:
     assert none(torch.randn(2, KV_HEADS, 7, 8), None) == ((None, None), None)
 
 
-@pytest.mark.parametrize("variant", ["default", "pure"])
+@pytest.mark.parametrize("variant", ["frequency", "pure"])
 @torch.no_grad()
 def test_hidden_states_move_what_is_remembered(variant: str) -> None:
     model: Any = load("llama", variant)

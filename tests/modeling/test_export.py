@@ -77,7 +77,7 @@ def nodes(program: Any) -> list[Any]:
     return [node for graph in program.modules() if isinstance(graph, GraphModule) for node in graph.graph.nodes]
 
 
-@pytest.mark.parametrize("variant", ["default", "keep", "no-state", "pure", "partial", "shared"])
+@pytest.mark.parametrize("variant", ["frequency", "keep", "default", "pure", "partial", "shared", "shared-default"])
 @torch.no_grad()
 def test_decode_step(variant: str) -> None:
     """Its tensors stay where they are, it looks at no number in them, and no shape depends on one: what a graph on any

@@ -30,7 +30,7 @@ PROMPT, NEW = 150, 20
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 
 
-@pytest.fixture(params=["llama-default", "llama-pure", "llama-partial", "neox-partial-first"])
+@pytest.fixture(params=["llama-frequency", "llama-pure", "llama-partial", "neox-partial-first"])
 def model(request: pytest.FixtureRequest) -> Any:
     return load(*request.param.split("-", 1))
 

@@ -99,12 +99,12 @@ def test_forward_equals_the_definition(model: Any, monkeypatch: pytest.MonkeyPat
     assert len(calls) == sum(len(each.groups) for each in kernels(model))
 
 
-PARTS = [("default", part) for part in ("state", "memory", "sinks")] + [
-    *(("no-state", part) for part in ("memory", "sinks")),
+PARTS = [("frequency", part) for part in ("state", "memory", "sinks")] + [
+    *(("default", part) for part in ("memory", "sinks")),
     ("window-only", "sinks"),
     *(("shared", part) for part in ("memory", "sinks")),
     ("no-memory", "sinks"),
-    *((variant, "state") for variant in WITH_STATE if variant != "default"),
+    *((variant, "state") for variant in WITH_STATE if variant != "frequency"),
 ]
 
 
@@ -161,7 +161,7 @@ def test_pieces_change_nothing(model: Any, numbers: int, monkeypatch: pytest.Mon
     assert difference(feed(model, ids, (1, 70, 130, 1, 1, 107))[0], whole[0]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("variant", ["default", "keep", "no-state"])
+@pytest.mark.parametrize("variant", ["frequency", "keep", "default"])
 @torch.no_grad()
 def test_pieces_of_heads_with_a_cap_and_a_sink(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which some sources have for every query head."""
@@ -253,7 +253,7 @@ def assistants(model: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("variant", ["default", "pure", "window-only", "partial"])
+@pytest.mark.parametrize("variant", ["frequency", "pure", "window-only", "partial"])
 @pytest.mark.parametrize("guesses", ["good", "bad", "softmax"])
 def test_assisted_decoding(variant: str, guesses: str) -> None:
     """Converted model as the main one, and (but for ``softmax``) as the assistant too."""
@@ -279,7 +279,7 @@ def test_prompt_lookup_decoding(default: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", ["default", "paper", "partial"])
+@pytest.mark.parametrize("variant", ["frequency", "paper", "partial"])
 def test_sdpa_is_the_source(kind: str, variant: str) -> None:
     """The teacher: base weights are untouched, and softmax attention is the source's own."""
     ids = tokens(2, LENGTH)

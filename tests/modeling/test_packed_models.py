@@ -38,7 +38,7 @@ def default(request: pytest.FixtureRequest) -> Any:
     return load(request.param)
 
 
-@pytest.mark.parametrize("name", [*(f"llama-{variant}" for variant in VARIANTS), "neox-default", "neox-pure"])
+@pytest.mark.parametrize("name", [*(f"llama-{variant}" for variant in VARIANTS), "neox-frequency", "neox-pure"])
 def test_a_packed_row_is_its_documents(name: str) -> None:
     model, ids = load(*name.split("-", 1)), tokens(2, LENGTH)
     expected = one_by_one(model, ids)
@@ -72,7 +72,7 @@ def test_the_softmax_model_is_the_source(kind: str) -> None:
 
 
 @pytest.mark.parametrize("positions_given", [True, False])
-@pytest.mark.parametrize("variant", ["default", "keep", "partial"])
+@pytest.mark.parametrize("variant", ["frequency", "keep", "partial"])
 @pytest.mark.parametrize("name", ["dijiang", "sdpa"])
 def test_bounds_of_flash_attention(name: str, variant: str, positions_given: bool) -> None:
     model, ids, rows = load("llama", variant), tokens(1, LENGTH), ROWS[:1]
@@ -116,7 +116,7 @@ def gradients(model: Any, ids: Tensor, **options: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("variant", ["default", "pure", "paper", "partial", "shared"])
+@pytest.mark.parametrize("variant", ["frequency", "pure", "paper", "partial", "shared"])
 def test_gradient_checkpointing_keeps_documents_apart(variant: str, reentrant: bool) -> None:
     model, ids = load("llama", variant).train(), tokens(2, LENGTH)
     plain = gradients(model, ids)

@@ -79,7 +79,10 @@ def test_device_map(kind: str, places: str, folders: dict[str, Path], tmp_path: 
 
 @pytest.mark.parametrize(
     "kind, variant",
-    [*(("llama", variant) for variant in ("default", "no-memory", "pure", "paper", "partial")), ("neox", "default")],
+    [
+        *(("llama", variant) for variant in ("frequency", "no-memory", "pure", "paper", "partial")),
+        ("neox", "frequency"),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(kind: str, variant: str, dtype: torch.dtype) -> None:

@@ -14,10 +14,10 @@ LENGTH = 400
 SMALL = ["window=16", "block=16", "memory=8"]
 
 
-@pytest.mark.parametrize("recipe", ["default", "pure", "paper", "window-only"])
+@pytest.mark.parametrize("recipe", ["default", "frequency", "pure", "paper", "window-only"])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 def test_segments_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, padding: str) -> None:
-    settings = {"default": SMALL, "window-only": SMALL[:2]}.get(recipe, [])
+    settings = {"default": SMALL, "frequency": SMALL, "window-only": SMALL[:2]}.get(recipe, [])
     convert(str(MODEL), tmp_path / "out", recipe=recipe, settings=settings)
     model = load_converted(tmp_path / "out").eval()
     torch.manual_seed(0)

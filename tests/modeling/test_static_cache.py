@@ -18,7 +18,7 @@ from tests.models import VARIANTS, difference, feed, forget, kernels, load, logi
 
 TOLERANCE = 1e-4
 LENGTH, PLACES = 230, 240
-NAMES = [*(f"llama-{variant}" for variant in VARIANTS), "neox-default", "neox-partial", "neox-shared"]
+NAMES = [*(f"llama-{variant}" for variant in VARIANTS), "neox-frequency", "neox-partial", "neox-shared"]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -26,7 +26,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     return load(*request.param.split("-", 1))
 
 
-@pytest.fixture(scope="module", params=["llama-default", "llama-partial-first", "llama-pure", "neox-shared"])
+@pytest.fixture(scope="module", params=["llama-frequency", "llama-partial-first", "llama-pure", "neox-shared"])
 def some(request: pytest.FixtureRequest) -> Any:
     return load(*request.param.split("-", 1))
 
@@ -72,7 +72,9 @@ def test_tensors_stay_where_they_are(model: Any) -> None:
     assert places and [(x.shape, x.dtype) for x in tensors(longer)] == [place[1:] for place in places]
 
 
-@pytest.mark.parametrize("variant", ["default", "keep", "retnet", "no-state", "pure", "paper", "window-only", "shared"])
+@pytest.mark.parametrize(
+    "variant", ["frequency", "keep", "retnet", "default", "pure", "paper", "window-only", "shared", "shared-default"]
+)
 def test_made_beforehand(variant: str) -> None:
     """`early_initialization` makes what the first call would have made."""
     model, ids = load("llama", variant), tokens(2, LENGTH)
@@ -266,7 +268,7 @@ def graphs(counters: Any) -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("name", ["llama-default", "llama-keep", "llama-pure", "llama-paper", "neox-partial"])
+@pytest.mark.parametrize("name", ["llama-frequency", "llama-keep", "llama-pure", "llama-paper", "neox-partial"])
 def test_decode_step_compiles_once(name: str, compiler: Any) -> None:
     model, ids = load(*name.split("-", 1)), tokens(2, LENGTH)
     cache = static(model)
@@ -279,7 +281,7 @@ def test_decode_step_compiles_once(name: str, compiler: Any) -> None:
     assert graphs(compiler) == 1
 
 
-@pytest.mark.parametrize("variant", ["default", "partial", "shared"])
+@pytest.mark.parametrize("variant", ["frequency", "partial", "shared"])
 @pytest.mark.parametrize("padded", [0, 60])
 def test_generate_compiles_once(variant: str, padded: int, compiler: Any) -> None:
     """As transformers compiles the forward of generate(): on its own on a GPU, on request elsewhere."""
@@ -297,7 +299,7 @@ def test_generate_compiles_once(variant: str, padded: int, compiler: Any) -> Non
     assert graphs(compiler) == 1
 
 
-@pytest.mark.parametrize("variant", ["default", "pure", "paper", "partial", "shared"])
+@pytest.mark.parametrize("variant", ["frequency", "pure", "paper", "partial", "shared"])
 @pytest.mark.parametrize("given", ["nothing", "mask", "padding", "positions", "documents"])
 def test_whole_sequences_compile(variant: str, given: str, compiler: Any) -> None:
     model, ids = load("llama", variant), tokens(2, 150)
@@ -317,7 +319,7 @@ def test_whole_sequences_compile(variant: str, given: str, compiler: Any) -> Non
     assert graphs(compiler) == 1
 
 
-@pytest.mark.parametrize("variant", ["default", "partial"])
+@pytest.mark.parametrize("variant", ["frequency", "partial"])
 def test_training_compiles(variant: str, compiler: Any) -> None:
     model, ids = load("llama", variant).train(), tokens(2, 150)
     model(ids, labels=ids, use_cache=False).loss.backward()

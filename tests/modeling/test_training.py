@@ -72,7 +72,7 @@ def test_what_cancels_without_a_window_is_absent() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", ["default", "pure", "paper", "partial"])
+@pytest.mark.parametrize("variant", ["frequency", "pure", "paper", "partial"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(kind: str, variant: str, reentrant: bool) -> None:
     model, ids = load(kind, variant).train(), tokens(2, 200)
@@ -106,7 +106,7 @@ def test_gradients_flow_while_caching(default: Any) -> None:
 # ---------------------------------------------------------------------------------------------------- half precision
 
 
-@pytest.mark.parametrize("variant", ["default", "no-memory", "pure", "paper", "partial"])
+@pytest.mark.parametrize("variant", ["frequency", "no-memory", "pure", "paper", "partial"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_keeps_the_kernel_in_float32(kind: str, variant: str) -> None:
     model, ids = load(kind, variant), tokens(1, LENGTH)
@@ -120,7 +120,7 @@ def test_autocast_keeps_the_kernel_in_float32(kind: str, variant: str) -> None:
     assert error(full.float() - exact) <= 0.1 * exact.std()
 
 
-@pytest.mark.parametrize("variant", ["default", "pure", "paper"])
+@pytest.mark.parametrize("variant", ["frequency", "pure", "paper"])
 def test_autocast_leaves_the_kernels_products_alone(variant: str) -> None:
     child = kernels(load("llama", variant))[0]
     q, k, v, hidden = (torch.randn(1, heads, 200, size) for heads, size in ((4, 8), (2, 8), (2, 8), (1, 32)))
