@@ -14,6 +14,7 @@ import yaml
 from .card_parts import Card, merge, parse, written
 from .errors import DijiangError
 from .quality import FIGURES, read_quality
+from .recipe import OF_THE_STATE
 from .sources import is_hub_id, read_json
 
 PAPER = "https://arxiv.org/abs/2403.19928"
@@ -217,7 +218,10 @@ def _source(record: dict[str, Any]) -> str:
 
 
 def _title(record: dict[str, Any]) -> str:
-    cost = "A converted layer keeps a state of fixed size: a new token costs the same however long the context is."
+    cost = "A converted layer keeps a table of fixed size: a new token costs the same however long the context is."
+    replaced = "DiJiang linear attention"
+    if _exact_alone(record):
+        replaced = "DiJiang attention over a table of fixed size, of exact keys alone"
     if softmax := (record.get("calibration") or {}).get("softmax"):
         cost += f"\n{len(softmax)} of its layers stayed softmax: their cache grows with the context."
     if not record.get("causal", True):
@@ -225,9 +229,14 @@ def _title(record: dict[str, Any]) -> str:
     return f"""\
 # {_name(record) or "A model"} with DiJiang linear attention
 
-This is {_source(record)} with its softmax attention replaced by DiJiang linear attention
+This is {_source(record)} with its softmax attention replaced by {replaced}
 ([paper]({PAPER})); all other weights start from the source's.
 {cost}"""
+
+
+def _exact_alone(record: dict[str, Any]) -> bool:
+    """Whether converted layers have no state."""
+    return (record.get("kernel") or {}).get("far", True) is False
 
 
 def _name(record: dict[str, Any]) -> str:
@@ -251,7 +260,9 @@ def _made(record: dict[str, Any]) -> str:
     rows = [("source", _source(record)), ("recipe", _code(record.get("recipe")))]
     rows += [("layers converted", _layers(record.get("layers")))]
     rows += [(name.replace("_", " "), _code(record.get(name))) for name in SHAPE]
-    rows += [(f"kernel: {name}", _code(value)) for name, value in (record.get("kernel") or {}).items()]
+    unused = OF_THE_STATE if _exact_alone(record) else ()
+    kernel = record.get("kernel") or {}
+    rows += [(f"kernel: {name}", _code(value)) for name, value in kernel.items() if name not in unused]
     rows += [("dijiang_convert", _code(record.get("version")))]
     rows += [(name, _code(version)) for name, version in (record.get("made_with") or {}).items()]
     parts = ["## How it was made", _table(("setting", "value"), rows), *_calibration(record), _training(record)]
@@ -300,11 +311,14 @@ def _limits(record: dict[str, Any], measured: list[dict[str, Any]]) -> str:
         mean = " on average" if record.get("memory") else ""
         parts += [f"{kernel['memory']} others{mean} that mattered most"] if kernel.get("memory") else []
         near = f" Attended to exactly are {', '.join(parts)}."
+    what = "All other tokens are forgotten." if _exact_alone(record) else "All others are added up in a state."
+    if near:
+        near += f" {what}"
     unmeasured = "" if measured else "\n- It was not measured: `dijiang eval --save` compares it to its source."
     return f"""\
 ## Limits
 
-- Linear attention approximates softmax attention.{near} Recalling details from far back is its weak point.
+- This attention approximates softmax attention.{near} Recalling details from far back is its weak point.
 - It has the source's knowledge, biases and licence terms, and no safety training beyond the source's.
 - Attention weights (`output_attentions`) do not exist in this form and are not returned.{unmeasured}"""
 

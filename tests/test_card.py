@@ -83,6 +83,15 @@ def test_body_tells_what_was_done(tmp_path: Path) -> None:
     assert "Not trained" not in text
 
 
+def test_body_tells_whether_there_is_a_state(tmp_path: Path) -> None:
+    kernel = {"window": 64, "sinks": 4, "memory": 464, "decay": "learned"}
+    with_state = card(tmp_path, RECORD | {"kernel": {**kernel, "far": True}}).text
+    assert "All others are added up in a state." in with_state and "| kernel: decay | `learned` |" in with_state
+    without = card(tmp_path, RECORD | {"kernel": {**kernel, "far": False}}).text
+    assert "of exact keys alone" in without and "All other tokens are forgotten." in without
+    assert "kernel: decay" not in without and "| kernel: memory | `464` |" in without
+
+
 def test_body_tells_how_to_load_and_cite(tmp_path: Path) -> None:
     text = card(tmp_path).text
     assert "AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)" in text
