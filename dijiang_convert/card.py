@@ -13,8 +13,8 @@ import yaml
 
 from .card_parts import Card, merge, parse, written
 from .errors import DijiangError
+from .kernel_keys import OF_THE_STATE
 from .quality import FIGURES, read_quality
-from .recipe import OF_THE_STATE
 from .sources import is_hub_id, read_json
 
 PAPER = "https://arxiv.org/abs/2403.19928"

@@ -13,15 +13,12 @@ from typing import Any
 import yaml
 
 from .errors import DijiangError
+from .kernel_keys import OF_THE_STATE
 from .modeling.configuration_dijiang import Kernel
 from .paths import RECIPES
 
 OBJECTIVES = ("attention_transfer", "distillation", "cross_entropy")
 TRAIN = ("kernel", "lora", "full")
-# Keys of the kernel that change nothing without a state.
-OF_THE_STATE = (
-    "signed", "frequency", "projection", "learned_features", "rotary", "decay", "selective", "decay_rank", "shift",
-)  # fmt: skip
 Data = str | list  # of str: one corpus, or several
 
 

@@ -45,8 +45,9 @@ and loaded by `AutoModelForCausalLM` in a process that can't import this package
 **{works} of {all} types work.** The others are refused, by `dijiang inspect` and `dijiang convert`, in one line and
 before weights are downloaded. A type's default layers are those with attention to every token before; layers with a
 sliding window, recurrent ones and those of images or sound stay as they are. "Options" is what a tiny model of the type
-needed: `--set rotary=keep` where the kernel can't undo its rotary embedding (latent attention, rotation of the last
-part of a head), `--layers sliding-only` where every layer has a sliding window.
+needed with recipe `frequency`: `--set rotary=keep` where the state can't undo its rotary embedding (latent attention,
+rotation of the last part of a head; `default`, without a state, needs no option there), `--layers sliding-only` where
+every layer has a sliding window.
 
 Models with images, sound or film whose type is not in this list convert too, where their language model's attention
 is of this kind: LLaVA, Qwen2-VL, Qwen3-VL, InternVL, SmolVLM, Idefics3, Mistral 3 and others, text alone tested.

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("bench") / "demo"
-    convert(str(MODEL), out, settings=["window=16", "block=16"])
+    convert(str(MODEL), out, recipe="frequency", settings=["window=16", "block=16"])
     return str(out)
 
 

@@ -33,8 +33,9 @@ from tests.models import checkpoint, load
 from tests.sources_on_disk import VOCABULARY, edit_config, write_source
 from tests.test_encoders import write_bert
 
-SMALL = ("window=32", "block=16", "memory=32", "decay_rank=0")  # which makes all kernels start alike, not at random
-RETNET = ("--set", "decay=retnet", "--set", "selective=false", "--set", "decay_rank=0")
+SMALL = ("window=32", "block=16", "memory=32")
+STATE = (*SMALL, "decay_rank=0")  # which makes all kernels start alike, not at random
+RETNET = ("--recipe", "frequency", "--set", "decay=retnet", "--set", "selective=false", "--set", "decay_rank=0")
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"
 
@@ -64,10 +65,17 @@ def test_no_head_gets_too_little_or_too_much() -> None:
     assert min(flat) == 32 and sum(flat) <= 30 * 64
 
 
-def test_worth_is_what_giving_heads_back_gains(tmp_path: Path, text: list[str]) -> None:
+# Without a state all that jumps as a head gets a little more softmax, the choice of keys, shows more: so no memory.
+CASES = [("default", ("window=32", "block=16", "memory=0")), ("frequency", STATE)]
+
+
+@pytest.mark.parametrize(("recipe", "settings"), CASES, ids=["no-memory", "state"])
+def test_worth_is_what_giving_heads_back_gains(
+    recipe: str, settings: tuple[str, ...], tmp_path: Path, text: list[str]
+) -> None:
     """The derivative, against the divergence of models that have a little more softmax in one head; and heads together
     make up for about all that is lost."""
-    convert(str(MODEL), tmp_path / "all", settings=SMALL)
+    convert(str(MODEL), tmp_path / "all", recipe=recipe, settings=settings)
     found = calibrate(tmp_path / "all", text, tokens=2048)
     assert sum(sum(heads) for heads in found.worth.values()) == pytest.approx(1, abs=0.25)
     model: Any = load_converted(tmp_path / "all", device=CPU).eval()
@@ -113,14 +121,15 @@ def _lost(model: Any, layers: list[Any], batch: Any, passage: int, share: float,
 
 def test_what_is_measured_decides(tmp_path: Path, text: list[str]) -> None:
     """The kernels of the others alone are written, and all else is as with the layers named by hand."""
-    result = convert(str(MODEL), tmp_path / "auto", layers="auto:1", settings=SMALL, data=text)
+    chosen: dict[str, Any] = {"recipe": "frequency", "settings": STATE}
+    result = convert(str(MODEL), tmp_path / "auto", layers="auto:1", data=text, **chosen)
     found = result.calibration
     assert found is not None and result.layers_converted == 3
     best = max(found.worth, key=lambda i: sum(found.worth[i]))
     rest = [i for i in range(4) if i != best]
     assert found.softmax == (best,)
     assert found.memory == shared_memory([found.worth[i] for i in rest], 32)
-    by_hand = convert(str(MODEL), tmp_path / "by hand", layers=",".join(map(str, rest)), settings=SMALL)
+    by_hand = convert(str(MODEL), tmp_path / "by hand", layers=",".join(map(str, rest)), **chosen)
     assert result.new_parameters == by_hand.new_parameters
     for out in ("auto", "by hand"):
         index = json.loads((tmp_path / out / INDEX).read_text())
@@ -152,15 +161,17 @@ def test_short_documents_count_too(tmp_path: Path, text: list[str]) -> None:
 
 def test_layers_are_chosen_where_heads_can_share_no_memory(tmp_path: Path, text: list[str]) -> None:
     """With a decay fixed a query head."""
-    settings = (*SMALL[:3], "decay=retnet", "selective=false", "decay_rank=0")
-    found = convert(str(MODEL), tmp_path / "out", layers="auto:1", settings=settings, data=text).calibration
+    options: dict[str, Any] = {"layers": "auto:1", "recipe": "frequency", "data": text}
+    settings = (*STATE, "decay=retnet", "selective=false")
+    found = convert(str(MODEL), tmp_path / "out", settings=settings, **options).calibration
     assert found is not None and len(found.softmax) == 1 and found.memory == ()
     assert generate(tmp_path / "out", "def f", max_new_tokens=4).text
 
 
 def test_a_dry_run_counts_as_the_run_does(tmp_path: Path, text: list[str]) -> None:
-    told = convert(str(MODEL), tmp_path / "out", layers="auto:1", settings=SMALL, data=text, dry_run=True)
-    done = convert(str(MODEL), tmp_path / "out", layers="auto:1", settings=SMALL, data=text)
+    options: dict[str, Any] = {"layers": "auto:1", "recipe": "frequency", "settings": STATE, "data": text}
+    told = convert(str(MODEL), tmp_path / "out", dry_run=True, **options)
+    done = convert(str(MODEL), tmp_path / "out", **options)
     assert (told.new_parameters, told.total_parameters) == (done.new_parameters, done.total_parameters)
     assert told.layers_converted == done.layers_converted == 3
 

@@ -36,7 +36,7 @@ def test_dry_run(dry_run: dict[str, Any]) -> None:
 
 def test_the_table_has_every_row(dry_run: dict[str, Any]) -> None:
     _, _, header, _, *lines = readme.gpu_table(dry_run).splitlines()
-    assert header.count("|") == 8 and "`default`, window 8, block 8, sinks 2, memory 8" in header
+    assert header.count("|") == 8 and "`frequency`, window 8, block 8, sinks 2, memory 8" in header
     assert len(lines) == 2 + 4 + 1 + 2 and all("  |" not in line for line in lines)
     dry_run["rows"][1]["right"] = False
     assert readme.gpu_table(dry_run).splitlines()[4].endswith(" |  |  |")

@@ -85,7 +85,7 @@ def test_bytes_are_constant(variant: str, sizes: tuple[int, ...]) -> None:
     heads = layers.heads if kernel.decay == "retnet" else layers.kv_heads
     features, values = layers.head_dim * (2 if kernel.signed else 1), layers.value_dim
     held, numbers = kernel.window + kernel.block, 0
-    for memory in SHARED["llama"] if variant == "shared" else 2 * [heads * [kernel.memory]]:
+    for memory in SHARED["llama"] if variant.startswith("shared") else 2 * [heads * [kernel.memory]]:
         if kernel.window:
             for rows in (kernel.sinks + of_head for of_head in memory):  # and received, and score
                 numbers += (rows + held) * (layers.head_dim + values) + held + rows

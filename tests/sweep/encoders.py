@@ -113,6 +113,7 @@ def make(kind: str, folder: str) -> Answer:
         convert(
             str(target / layout),
             out,
+            recipe="frequency" if architecture.layers.causal else None,
             settings=[f"window={WINDOW}", f"block={WINDOW}", f"memory={WINDOW}", *settings],
             layers=layers,
         )

@@ -71,7 +71,7 @@ def make(kind: str, folder: str) -> Answer:
     for layout in layouts:
         out = target / f"{layout}-converted"
         options = {"settings": [f"window={WINDOW}", f"block={WINDOW}", f"memory={WINDOW}", *settings], "layers": layers}
-        convert(str(target / layout), out, **options)  # type: ignore[arg-type]
+        convert(str(target / layout), out, recipe="frequency", **options)  # type: ignore[arg-type]
         move_kernels(out)
     if layers != "all":
         answer["window"] = local_window(architecture.config)
