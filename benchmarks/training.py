@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[50_304, 512])
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--recipe", default="default")
+    parser.add_argument("--recipe", default="frequency")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's kernel")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--memory", nargs="*", choices=WAYS, default=WAYS)
