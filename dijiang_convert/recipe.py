@@ -128,7 +128,8 @@ def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
     kernel, changes = content.get("kernel", {}), parse_settings(settings)
     if isinstance(kernel, Mapping):
         content["kernel"] = {**kernel, **changes}
-        unused = [key for key in changes if key in OF_THE_STATE]
+        named = [*changes, *(kernel if kernel.get("far") is False else ())]  # a recipe that has one may lose it
+        unused = [key for key in named if key in OF_THE_STATE]
         if unused and content["kernel"].get("far") is False:
             raise DijiangError(
                 f"kernel.{unused[0]} is of the state, which recipe {path.stem} has not: take --recipe frequency, "

@@ -20,7 +20,7 @@ def inspection(r: Any) -> None:
         ["model", f"{r.source} ({r.architecture})"],
         ["layers", f"{r.layers_converted} of {r.layers}: {r.heads} heads of {r.head_dim}, {r.kv_heads} for keys"],
         ["new parameters", f"{r.new_parameters:,} beside {r.parameters:,}"],
-        *([["table and state", kept], ["softmax's cache", caches]] if caches else []),
+        *([["cache", kept], ["softmax's cache", caches]] if caches else []),
         ["memory to finetune", _size(r.finetune_bytes)],
     ])  # fmt: skip
 

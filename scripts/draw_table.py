@@ -17,7 +17,7 @@ SINKS, MEMORY, WINDOW, STATE, GREY = "#3b6fb0", "#c9711a", "#2f8a4c", "#7656ad",
 EMPTY = "#dddddd"
 WIDTH, HEIGHT = 124, 50  # of the figure, in tenths of an inch
 CELL = 1.35  # edge of a token
-BLOCK = 8  # tokens of a block, and rows of memory, as they are drawn; 64 and 224 in the layer
+BLOCK = 8  # tokens of a block, and rows of memory, as they are drawn; 64 and 432 in the layer
 LEAVING = (2, 5)  # tokens of the oldest block that become rows of memory
 PLACES = (4, 6)  # where memory has them afterwards, by their scores
 
@@ -43,7 +43,7 @@ def draw_rows(axes: Axes) -> None:
     exact = (r"$k_j$", r"$v_j$", r"$s\,q\cdot k_j$")
     groups = (
         ("sinks", "the first 4 tokens", SINKS, 5.4, exact),
-        ("memory", "the 224 best tokens of all\nthat have left the window", MEMORY, 7.6, exact),
+        ("memory", "the best tokens of all that\nhave left the window, in 8 bits", MEMORY, 7.6, exact),
         ("window", "the query's own block and\nthose before it:\n129 to 192 tokens", WINDOW, 9.6, exact),
         ("state", "one row for each of\n2·head_dim features $f$", STATE, 10.4, (
             "learned\nfrequency", "weighted\nmean of all\npast values",

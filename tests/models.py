@@ -122,9 +122,11 @@ def forget(layer: Any, part: str) -> None:
         if part == "state":
             table.value.zero_()
             continue
-        most, sinks = table.score.shape[2], 4
-        rows = {"memory": slice(most - sinks), "sinks": slice(most - sinks, most), "window": slice(most, None)}[part]
-        table.v[:, :, rows] = 0
+        if part == "window":
+            table.v.zero_()
+        else:
+            sinks = table.score.shape[2] - 4
+            table.memory_v[:, :, slice(sinks) if part == "memory" else slice(sinks, None)] = 0
 
 
 def assert_state_is_float32(cache: Any) -> None:

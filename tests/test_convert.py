@@ -506,19 +506,19 @@ def test_inspect_by_hand(sources: Path) -> None:
     selection = 2 * 2 * hidden  # of a key's log-scale and decay, for two key/value heads
     of_features = 16 * hidden + 2 * 16 * 16 + 2 * 16  # down to 16 numbers, from them to each feature's decay, its start
     assert result.new_parameters == 3 * (4 * (features + 1) + 2 * (features + 2) + selection + of_features)
-    # A key/value head's state has 16 features by 8 values and a weight. Keys and values are kept of 4 sinks, of 224
-    # keys of the memory, each with its score, and of three blocks of 64 in the window. Of these there are
-    # besides the keys before rotation and the attention received, and of a token two gates a head and 16 numbers for
-    # features.
-    state, memory, window = 16 * (8 + 1), (4 + 224) * (8 + 8 + 1), 192 * (8 + 8 + 8 + 1)
-    window_alone = 192 * (8 + 8 + 1)  # without a state no key is needed before its rotation
-    assert result.state_bytes == 3 * 4 * (2 * (state + memory + window) + 192 * (2 * 2 + 16))
+    # A key/value head's state has 16 features by 8 values and a weight. Keys and values are kept of 4 sinks and of
+    # 432 keys of the memory, a byte a number, an exponent each, and a score; and of three blocks of 64 in the window.
+    # Of these there are besides the keys before rotation and the attention received, and of a token two gates a head
+    # and 16 numbers for features.
+    state, memory, window = 4 * 16 * (8 + 1), (4 + 432) * (8 + 1 + 8 + 1 + 4), 4 * 192 * (8 + 8 + 8 + 1)
+    window_alone = 4 * 192 * (8 + 8 + 1)  # without a state no key is needed before its rotation
+    assert result.state_bytes == 3 * (2 * (state + memory + window) + 4 * 192 * (2 * 2 + 16))
     assert result.kv_cache_bytes_at == {n: 3 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)}
     first = result.smaller_from
     assert first is not None and (first - 1) * 3 * 2 * 16 * 4 <= result.state_bytes < first * 3 * 2 * 16 * 4
     default = inspect(str(sources / "llama"))
     assert default.new_parameters == 0
-    assert default.state_bytes == 3 * 4 * 2 * ((4 + 464) * (8 + 8 + 1) + window_alone)
+    assert default.state_bytes == 3 * 2 * ((4 + 896) * (8 + 1 + 8 + 1 + 4) + window_alone)
     some = inspect(str(sources / "llama"), layers="0,1", recipe="pure", settings=["shift=false"])
     assert (some.layers, some.layers_converted) == (3, 2)
     assert some.state_bytes == 2 * 2 * 16 * (8 * 4 + 8)  # its weights are float64

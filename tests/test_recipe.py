@@ -54,7 +54,7 @@ def test_every_shipped_recipe_is_valid(name: str) -> None:
 
 def test_what_the_shipped_recipes_are() -> None:
     assert load_recipe("frequency").kernel == Kernel()
-    assert load_recipe("default").kernel == Kernel(memory=464, far=False)
+    assert load_recipe("default").kernel == Kernel(memory=896, far=False)
     pure, paper, window = (load_recipe(name).kernel for name in ("pure", "paper", "window-only"))
     assert pure == Kernel(window=0, sinks=0, memory=0, rotary="keep", shift=True)
     assert not window.far and window.window == Kernel().window
@@ -181,6 +181,15 @@ def test_a_key_of_the_state_where_there_is_none(setting: str) -> None:
     with pytest.raises(DijiangError, match=message):
         load_recipe("default", [setting])
     assert load_recipe("default", [setting, "far=true", *(["selective=false", "decay_rank=0"] * ("none" in setting))])
+
+
+def test_a_file_with_a_key_of_the_state_where_there_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("kernel: {far: false, shift: true}\nstages: []\n")
+    with pytest.raises(DijiangError, match="kernel.shift is of the state, which recipe mine has not"):
+        load_recipe(str(file))
+    assert load_recipe(str(file), ["far=true"]).kernel.shift
+    assert not load_recipe("encoder", ["far=false"]).kernel.far
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

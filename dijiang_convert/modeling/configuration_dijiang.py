@@ -65,7 +65,7 @@ class Kernel:
 
     window: int = 128
     sinks: int = 4
-    memory: int = 224
+    memory: int = 432
     block: int = 64
     far: bool = True
     signed: bool = True

@@ -30,7 +30,7 @@ from .configuration_dijiang import Kernel
 from .layout import Layout
 from .memory import Memory, causal_memory, key_score, memory_of_text
 from .state import NEVER, State, Written, block_states
-from .table import Keys, Logits, Queries, Table, piece_size, product
+from .table import Keys, Logits, Queries, Table, packed, piece_size, product
 
 # ------------------------------------------------------------------------------------------------- all blocks of a text
 
@@ -213,11 +213,12 @@ def softmax_over_rows(part: dict[str, Tensor], logits: Logits) -> tuple[Tensor, 
     of ``near``, [A, N, L]. A: any things apart.
 
     near [A, N, L] and window [A, L, V]: of the window. own, k, v, hidden: queries, rows of the memory, and what is
-    added to their logits. features [A, N, F], weight, value: of the state. sink: [A, N, 1]. All but the first two may
-    be missing."""
+    added to their logits, if anything. features [A, N, F], weight, value: of the state. sink: [A, N, 1]. All but the
+    first two may be missing."""
     rows, values = [part["near"]], [part["window"]]
     if "k" in part:
-        rows.append(logits.of(part["own"], part["k"]).add_(part["hidden"]))
+        memory = logits.of(part["own"], part["k"])
+        rows.append(memory.add_(part["hidden"]) if "hidden" in part else memory)
         values.append(part["v"])
     if "features" in part:
         rows.append(part["features"] + part["weight"])
@@ -239,17 +240,20 @@ def _table_after(
     k, v = layout.last_window(keys.k), layout.last_window(keys.v)
     score = received.new_full((*k.shape[:2], most), -torch.inf)
     if memory is None:
-        kept = [F.pad(x[:, :, :0], (0, 0, 0, most)) for x in (k, v)]
+        kept = [x.new_zeros(*x.shape[:2], most, x.shape[3] + 1, dtype=torch.int8) for x in (k, v)]
     else:
         last = memory._replace(chosen=layout.last_block(memory.chosen)[:, :, None])
-        kept = [next(last.rows(x, lambda rows: [rows])).view(*k.shape[:2], most, -1) for x in (memory.k, memory.v)]
+        rows = [next(last.rows(x, lambda rows: [rows])) for x in (memory.k, memory.v)]
+        kept = [packed(x).view(*k.shape[:2], most, -1) for x in rows]
         there = layout.last_block(memory.seen.expand_as(memory.chosen))
         score = torch.where(there, memory.score.gather(2, last.chosen[:, :, 0]), score)
     log_weight, value = (None, None) if states is None else (layout.last_block(x).clone() for x in states)
     return Table(
-        k=torch.cat([kept[0], k], 2),
-        v=torch.cat([kept[1], v], 2),
+        k=k.clone(),
+        v=v.clone(),
         received=layout.last_window(received[..., None])[..., 0].clone(),
+        memory_k=kept[0],
+        memory_v=kept[1],
         score=score,
         log_weight=log_weight,
         value=value,

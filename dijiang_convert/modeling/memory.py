@@ -16,7 +16,7 @@ from torch import Tensor
 from .configuration_dijiang import Kernel
 from .layout import Layout
 from .state import State, Written, recall
-from .table import Keys, Table
+from .table import Keys, Table, rounded, unpacked
 
 
 def key_score(received: Tensor, written: list[Written], state: State | None, kernel: Kernel) -> Tensor:
@@ -66,13 +66,14 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 def causal_memory(score: Tensor, keys: Keys, layout: Layout, table: Table | None, kernel: Kernel) -> Memory | None:
     """The best keys of all that left the window before each block, and of the table's memory."""
     most, leaving = kernel.sinks + kernel.memory, score.shape[2]
-    k, v = keys.k[:, :, :leaving], keys.v[:, :, :leaving]
+    if not most or not (leaving or table):
+        return None
+    k, v = (rounded(x[:, :, :leaving]) for x in (keys.k, keys.v))
     block = torch.arange(layout.blocks - 1, device=k.device).repeat_interleave(layout.block)
     if table is not None:  # its rows come first, the best of them before the others
-        k, v = (torch.cat([x[:, :, :most].flip(2), y], 2) for x, y in ((table.k, k), (table.v, v)))
+        before = ((table.memory_k, k), (table.memory_v, v))
+        k, v = (torch.cat([unpacked(x, y.dtype).flip(2), y], 2) for x, y in before)
         score, block = torch.cat([table.score.flip(2), score], 2), torch.cat([block.new_full((most,), -1), block])
-    if not most or not k.shape[2]:
-        return None
     reads = torch.arange(layout.blocks, device=k.device)
     first = (reads - layout.age + layout.before // layout.block)[:, None, :, None]  # that a block's document has
 

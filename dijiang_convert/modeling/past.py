@@ -78,7 +78,7 @@ class Past(NamedTuple):
             return cls((), State(*(torch.cat(same, 1) for same in states)), None)
         alike: list[list[Table]] = []
         for (table,), *_ in parts:
-            if alike and alike[-1][0].k.shape[2] == table.k.shape[2]:
+            if alike and alike[-1][0].score.shape == table.score.shape:
                 alike[-1].append(table)
             else:
                 alike.append([table])
@@ -157,9 +157,11 @@ class Sizes(NamedTuple):
         state = State.empty(batch, heads, self.features, self.value_dim, like) if kernel.far else None
         log_weight, value = (None, None) if state is None else state
         return Table(
-            k=like.new_zeros(batch, heads, most + held, dim),
-            v=like.new_zeros(batch, heads, most + held, self.value_dim),
+            k=like.new_zeros(batch, heads, held, dim),
+            v=like.new_zeros(batch, heads, held, self.value_dim),
             received=received,
+            memory_k=like.new_zeros(batch, heads, most, dim + 1, dtype=torch.int8),
+            memory_v=like.new_zeros(batch, heads, most, self.value_dim + 1, dtype=torch.int8),
             score=received.new_full((batch, heads, most), -torch.inf),
             log_weight=log_weight,
             value=value,

@@ -13,8 +13,8 @@ from torch import Tensor
 from .configuration_dijiang import Kernel
 from .kernel import softmax_over_rows
 from .memory import key_score
-from .state import NEVER, State, Written
-from .table import KeyTokens, Logits, Queries, Table
+from .state import NEVER, State, Written, accumulation_dtype
+from .table import KeyTokens, Logits, Queries, Table, packed, unpacked
 
 
 def attend_token(
@@ -31,35 +31,43 @@ def attend_token(
     queries, token: of one slot. count: tokens before, one number or [B]. valid: [B], False for padding, or None.
     A table whose last block is full must have been through `advance`.
     """
-    most, slot, kv_heads = kernel.sinks + kernel.memory, kernel.window + count % kernel.block, table.k.shape[1]
+    slot: Any = kernel.window + count % kernel.block
     for kept, new in zip(table.window, token, strict=True):
         if kept is not None and new is not None:
             _write(kept, new, slot, valid)
     batch, heads, _, head_dim = queries.q.shape
+    kv_heads = table.k.shape[1]
     apart = batch * kv_heads  # X
     q = queries.q.reshape(apart, -1, head_dim)  # [X, R, D]
-    first, after = visible_rows(count, kernel)
+    best, first = visible_rows(count, kernel)
+    memory, window = slice(best, None), slice(first, slot + 1)
     if isinstance(count, Tensor):
-        row = torch.arange(table.k.shape[2], device=q.device)
-        hidden = ((row < first[:, None]) | (row >= after[:, None])).repeat_interleave(kv_heads, 0)
-        near, values = logits.of(q, table.k.flatten(0, 1)).masked_fill(hidden[:, None], NEVER), table.v
-        start, end = most, table.k.shape[2]  # of the window
-    else:
-        near, values = logits.of(q, table.k[:, :, first:after].flatten(0, 1)), table.v[:, :, first:after]
-        start, end = max(first, most), after
-    part = {"near": near, "window": values.flatten(0, 1)}
+        memory, window = slice(None), slice(None)
+    kind = accumulation_dtype(q) if q.device.type == "cpu" else q.dtype  # products in half precision are slow there
+    part = {
+        "near": logits.of(q, table.k[:, :, window].flatten(0, 1)),
+        "window": table.v[:, :, window].flatten(0, 1),
+        "own": q,
+        "k": unpacked(table.memory_k[:, :, memory].flatten(0, 1), kind),
+        "v": unpacked(table.memory_v[:, :, memory].flatten(0, 1), kind),
+    }
+    if isinstance(count, Tensor):
+        row = torch.arange(max(table.k.shape[2], table.score.shape[2]), device=q.device)
+        unseen = ((row < first[:, None]) | (row > slot[:, None]))[:, : table.k.shape[2]]
+        part["near"] = part["near"].masked_fill(unseen.repeat_interleave(kv_heads, 0)[:, None], NEVER)
+        empty = (row < best[:, None])[:, : table.score.shape[2]]
+        part["hidden"] = torch.where(empty, NEVER, 0.0).repeat_interleave(kv_heads, 0)[:, None]
     if queries.features is not None and table.log_weight is not None and table.value is not None:
         part["features"] = queries.features.reshape(apart, -1, table.value.shape[2])
         part["weight"], part["value"] = table.log_weight.view(apart, 1, -1), table.value.flatten(0, 1)
     if logits.sink is not None:
-        part["sink"] = logits.sink.to(near.dtype).expand(batch, -1).reshape(apart, -1, 1)
+        part["sink"] = logits.sink.to(part["near"].dtype).expand(batch, -1).reshape(apart, -1, 1)
     out, weights = softmax_over_rows(part, logits)
     if kernel.memory:  # the attention that keys receive is a softmax over the window alone
-        given = weights[..., weights.shape[-1] - (end - start) :]
-        given = (given / given.sum(-1, keepdim=True).clamp_min(torch.finfo(given.dtype).tiny)).sum(1)
+        given = (weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)).sum(1)
         given = given.view(batch, kv_heads, -1)
         given = given if valid is None else given * valid[:, None, None]
-        table.received[:, :, start - most : end - most].add_(given)
+        table.received[:, :, window].add_(given)
     return out.view(batch, heads, 1, -1)
 
 
@@ -75,14 +83,13 @@ def _write(kept: Tensor, new: Tensor, place: int | Tensor, valid: Tensor | None)
 
 
 def visible_rows(count: Any, kernel: Kernel) -> tuple[Any, Any]:
-    """The rows of k and v that the token after ``count`` others sees, from the first to before the second: numbers, or
+    """The first row of the memory, and the first of the window, that the token after ``count`` others sees: numbers, or
     [B] for a count [B]."""
     most = kernel.sinks + kernel.memory
     left = count // kernel.block * kernel.block - kernel.window  # keys that have left the window, or are missing in it
-    after = most + kernel.window + count % kernel.block + 1
     if isinstance(count, Tensor):
-        return most - left.clamp(max=most), after
-    return most - min(left, most), after
+        return most - left.clamp(0, most), (-left).clamp_min(0)
+    return most - min(max(left, 0), most), max(-left, 0)
 
 
 def advance(table: Table, written: Written | None, count: int | Tensor, kernel: Kernel) -> Table:
@@ -104,14 +111,16 @@ def advance(table: Table, written: Written | None, count: int | Tensor, kernel: 
     best = order[..., :most].flip(2)[..., None]
 
     def kept(rows: Tensor, window: Tensor) -> Tensor:
-        candidates = torch.cat([rows[:, :, :most].flip(2), window[:, :, :size]], 2)
-        return torch.cat([candidates.gather(2, best.expand(-1, -1, -1, rows.shape[3])), _shifted(window, size)], 2)
+        candidates = torch.cat([packed(rows).flip(2), packed(window[:, :, :size])], 2)
+        return candidates.gather(2, best.expand(-1, -1, -1, rows.shape[3]))
 
     log_weight, value = (None, None) if state is None else state
     return Table(
-        k=kept(table.k, table.window.k),
-        v=kept(table.v, table.window.v),
+        k=_shifted(table.k, size),
+        v=_shifted(table.v, size),
         received=_shifted(table.received[..., None], size)[..., 0],
+        memory_k=kept(table.memory_k, table.k),
+        memory_v=kept(table.memory_v, table.v),
         score=score[..., :most].flip(2),
         log_weight=log_weight,
         value=value,

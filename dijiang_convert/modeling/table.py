@@ -75,6 +75,42 @@ def product(x: Tensor, rows: Tensor) -> Tensor:
     return accumulated(x.to(rows.dtype) @ rows)
 
 
+def packed(rows: Tensor) -> Tensor:
+    """Rows [..., D] in 8 bits a number, [..., D + 1]: D whole numbers up to 127, and last the exponent of the power of
+    two that all are to be multiplied by. That is exact in every dtype, so that a row is rounded only once. Rows that
+    need a gradient are only `rounded`, since no gradient goes through whole numbers."""
+    if rows.dtype == torch.int8:
+        return rows
+    if rows.requires_grad and torch.is_grad_enabled():
+        return rounded(rows)
+    return _in_eight_bits(rows.detach())
+
+
+def _in_eight_bits(rows: Tensor) -> Tensor:
+    largest = rows.abs().amax(-1, keepdim=True).float()
+    exponent = ((largest.view(torch.int32) >> 23) - 126).clamp(-119, 127)  # the largest is less than 2^exponent
+    whole = (rows / _power_of_two(exponent - 7).to(rows.dtype)).round().clamp(-127, 127)
+    return torch.cat([whole.to(torch.int8), exponent.to(torch.int8)], -1)
+
+
+def unpacked(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `packed`, [..., D + 1] → [..., D]."""
+    if rows.is_floating_point():
+        return rows.to(dtype)
+    return rows[..., :-1].to(dtype) * _power_of_two(rows[..., -1:].int() - 7).to(dtype)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """exponent: whole numbers from −126 to 127. A float is made of its bits, since powers may be rounded."""
+    return (exponent + 127 << 23).view(torch.float32)
+
+
+def rounded(rows: Tensor) -> Tensor:
+    """Rows as they are once they have been packed; the gradient goes through as if they had not."""
+    made = unpacked(_in_eight_bits(rows.detach()), rows.dtype)
+    return made + (rows - rows.detach()) if rows.requires_grad else made
+
+
 class Queries(NamedTuple):
     """Queries in slots (see `Layout`). q: [B, H, T, D]. features: [B, H, T, F], log e^{g(q)} φ(q), None without a
     state."""
@@ -119,15 +155,18 @@ class KeyTokens(NamedTuple):
 class Table(NamedTuple):
     """What a cache keeps of a text for key/value heads that are alike.
 
-    k, v: [B, G, M + L, D or V], exact rows, those of the window last. received: [B, G, L], the attention that keys of
-    the window have received. score: [B, G, M], of sinks and memory, the best last; −inf in empty rows, which come
-    first. log_weight, value: the `State`, or None without one. far_k: [B, G, L, D], the window's keys as features see
-    them, if they are others. gates: [B, 1, L, X], what tokens of the window do to the state as they leave, or None.
+    k, v: [B, G, L, D or V], the window. received: [B, G, L], the attention that its keys have received. memory_k,
+    memory_v: [B, G, M, D + 1 or V + 1], sinks and memory, `packed`. score: [B, G, M], theirs, the best last; −inf in
+    empty rows, which come first. log_weight, value: the `State`, or None without one. far_k: [B, G, L, D], the window's
+    keys as features see them, if they are others. gates: [B, 1, L, X], what tokens of the window do to the state as
+    they leave, or None.
     """
 
     k: Tensor
     v: Tensor
     received: Tensor
+    memory_k: Tensor
+    memory_v: Tensor
     score: Tensor
     log_weight: Tensor | None = None
     value: Tensor | None = None
@@ -140,9 +179,7 @@ class Table(NamedTuple):
 
     @property
     def window(self) -> KeyTokens:
-        """The last L rows."""
-        rows = self.received.shape[2]
-        return KeyTokens(self.k[:, :, -rows:], self.v[:, :, -rows:], self.far_k, self.gates)
+        return KeyTokens(self.k, self.v, self.far_k, self.gates)
 
     def split(self, sizes: list[int]) -> list["Table"]:
         """By heads, so many in each part; they share the gates."""

@@ -127,14 +127,23 @@ def _table(text: Text, kernel: Kernel, logits: Logits, causal: bool) -> Tensor:
         error = _recall_error(text, j, entered[j // size]).detach()
         score.append(float("inf") if j < kernel.sinks else (received[j] * error).item())
 
+    kept = text._replace(k=_eight_bits(text.k), v=_eight_bits(text.v)) if causal else text
     outputs = []
     for n, window in enumerate(windows):
         block = n // size
         outside = range(first[block]) if causal else [*range(first[block]), *range(after[block], length)]
         candidates = [j for j in outside if kernel.memory or j < kernel.sinks]
         best = sorted(candidates, key=lambda j: (-score[j], j))[: kernel.sinks + kernel.memory]
-        outputs.append(_read(text, n, [*best, *window], read[block], logits))
+        rows = [_exact(kept, n, best, logits), _exact(text, n, window, logits)]
+        values = [kept.v[best], text.v[list(window)]]
+        outputs.append(_read(text, n, rows, values, read[block]))
     return torch.stack(outputs, 1)
+
+
+def _eight_bits(x: Tensor) -> Tensor:
+    """Each row as whole numbers from −127 to 127 times a power of two; gradients as if it were not."""
+    unit = 2 ** (x.detach().abs().amax(-1, keepdim=True).log2().floor() - 6)
+    return x + ((x / unit).round().clamp(-127, 127) * unit - x).detach()
 
 
 def _exact(text: Text, n: int, keys: Iterable[int], logits: Logits) -> Tensor:
@@ -143,15 +152,15 @@ def _exact(text: Text, n: int, keys: Iterable[int], logits: Logits) -> Tensor:
     return found if logits.softcap is None else logits.softcap * torch.tanh(found / logits.softcap)
 
 
-def _read(text: Text, n: int, keys: list[int], state: "Sums | None", logits: Logits) -> Tensor:
-    """What the queries of token n read from exact rows and from the state: [R, V]."""
-    rows, values = [_exact(text, n, keys, logits)], [text.v[keys]]
+def _read(text: Text, n: int, rows: list[Tensor], values: list[Tensor], state: "Sums | None") -> Tensor:
+    """What the queries of token n read from rows of keys, with logits [R, K] and values [K, V], and from the state:
+    [R, V]."""
     if state is not None and text.features is not None and state.weight.any():
         rows.append(text.features[:, n] + state.weight.log())
         values.append(state.value / state.weight[:, None])
     if text.sink is not None:
         rows.append(text.sink[:, None])
-        values.append(torch.zeros_like(values[0][:1]))
+        values.append(torch.zeros_like(text.v[:1]))
     return torch.cat(rows, 1).softmax(1) @ torch.cat(values)
 
 

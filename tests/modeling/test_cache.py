@@ -84,18 +84,19 @@ def test_bytes_are_constant(variant: str, sizes: tuple[int, ...]) -> None:
     kernel, layers = kernels(model)[0].kernel, kernels(model)[0].layers
     heads = layers.heads if kernel.decay == "retnet" else layers.kv_heads
     features, values = layers.head_dim * (2 if kernel.signed else 1), layers.value_dim
-    held, numbers = kernel.window + kernel.block, 0
+    held, numbers, packed = kernel.window + kernel.block, 0, 0
     for memory in SHARED["llama"] if variant.startswith("shared") else 2 * [heads * [kernel.memory]]:
         if kernel.window:
             for rows in (kernel.sinks + of_head for of_head in memory):  # and received, and score
-                numbers += (rows + held) * (layers.head_dim + values) + held + rows
+                numbers += held * (layers.head_dim + values) + held + rows
+                packed += rows * (layers.head_dim + 1 + values + 1)
             if kernel.far:  # and keys without rotary embedding, or with their shift, and gates
                 numbers += held * layers.kv_heads * layers.head_dim
                 numbers += held * (2 * layers.kv_heads * kernel.selective + kernel.decay_rank)
         if kernel.far:
             numbers += heads * features * (values + (1 if kernel.window else 2))  # log_weight has 8 bytes then
             numbers += (layers.heads + layers.kv_heads) * layers.head_dim if kernel.shift else 0  # of the last token
-    assert found == {2 * 4 * numbers}  # two rows; four bytes a number
+    assert found == {2 * (4 * numbers + packed)}  # two rows; four bytes a number
     made = [each.sizes.empty(2, torch.empty(0)) for each in kernels(model)]
     assert found == {sum(x.nbytes for past in made for x in past.tensors())}
 

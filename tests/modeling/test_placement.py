@@ -96,7 +96,7 @@ def test_half_precision(kind: str, variant: str, dtype: torch.dtype) -> None:
     full, expected = logits_of(model, ids), logits_of(exact, ids)
     assert full.dtype == dtype
     error = typical if kernels(exact)[0].kernel.memory else root_mean_square
-    assert error(full - expected) <= 6 * rounding * expected.std()
+    assert error(full - expected) <= 8 * rounding * expected.std()  # 255 steps a row add to it
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=LENGTH)):
         found, _ = feed(model, ids, [250, 1], cache)
         assert error(found.float() - full.float()) <= rounding * expected.std()

@@ -45,15 +45,15 @@ def in_pieces(x: Inputs, sizes: list[int], kernel: Kernel, real: Tensor | None =
 
 def used(past: Past, kernel: Kernel) -> list[Tensor]:
     """The numbers of a table that mean something: of slots that hold a token, and of features that were written to."""
-    table, (batch, heads) = past.table, past.table.k.shape[:2]
+    table, batch = past.table, len(past.table.k)
     count = torch.as_tensor(past.count).expand(batch)
     first = (count - 1) // kernel.block * kernel.block - kernel.window  # place of the window's first slot
     place = first[:, None] + torch.arange(table.received.shape[2])
     held = (place >= 0) & (place < count[:, None])
-    rows = torch.cat([table.score > -torch.inf, held[:, None].expand(-1, heads, -1)], 2)
     assert torch.equal((table.score > -torch.inf).sum(2)[:, 0], first.clamp(0, table.score.shape[2]))
-    found = [table.k * rows[..., None], table.v * rows[..., None], table.received * held[:, None]]
-    found += [t * held[:, None, :, None] for t in (table.far_k, table.gates) if t is not None]
+    rows = (table.score > -torch.inf)[..., None]
+    found = [table.memory_k * rows, table.memory_v * rows, table.received * held[:, None]]
+    found += [t * held[:, None, :, None] for t in (table.k, table.v, table.far_k, table.gates) if t is not None]
     finite = table.score.isfinite()
     found += [finite.double(), torch.where(finite, table.score, 0)]
     if table.state is not None:
