@@ -34,14 +34,14 @@ from typing import Any
 
 import torch
 import transformers
+from dijiang_convert.checkpoint.shards.loading import load_converted, silence
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from dijiang_convert import convert
 from dijiang_convert.demo import MODEL
-from dijiang_convert.models import load_converted, silence
-from dijiang_convert.timing import Pass, now, peak_memory, seconds, time_forward, time_generate
+from dijiang_convert.measure.timing import Pass, now, peak_memory, seconds, time_forward, time_generate
 
 TOTAL_SECONDS = 450
 RECIPES = ("frequency:window=64,memory=64", "frequency:window=128,memory=256")

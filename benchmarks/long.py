@@ -23,12 +23,12 @@ from typing import Any
 
 import psutil
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_converted, silence
 from torch import Tensor
 from transformers import DynamicCache
 
 from dijiang_convert import convert
-from dijiang_convert.models import load_converted, silence
-from dijiang_convert.timing import cache_bytes
+from dijiang_convert.measure.timing import cache_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.fidelity.report import write_between

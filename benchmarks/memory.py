@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 import transformers
+from dijiang_convert.checkpoint.shards.loading import converted_config, load_converted, silence
+from dijiang_convert.checkpoint.shards.shards import write_json
 
 from dijiang_convert import convert
-from dijiang_convert.checkpoint import write_json
 from dijiang_convert.demo import MODEL
-from dijiang_convert.distill import trainer
-from dijiang_convert.estimate import plan_costs, teacher_copies
-from dijiang_convert.models import converted_config, load_converted, silence
+from dijiang_convert.measure.timing import peak_memory
 from dijiang_convert.recipe import Stage
-from dijiang_convert.timing import peak_memory
-from dijiang_convert.trial import Stopwatch, random_rows
+from dijiang_convert.training import trainer
+from dijiang_convert.training.estimate import plan_costs, teacher_copies
+from dijiang_convert.training.trial import Stopwatch, random_rows
 
 MODELS: dict[str, Any] = {
     "tiny": transformers.GPTNeoXConfig(

@@ -25,8 +25,8 @@ import torch  # noqa: E402  (after the environment that the client reads)
 import transformers  # noqa: E402
 
 from dijiang_convert import convert, finetune  # noqa: E402
+from dijiang_convert.data.demo_text import documents  # noqa: E402
 from dijiang_convert.demo import MODEL  # noqa: E402
-from dijiang_convert.demo_text import documents  # noqa: E402
 from dijiang_convert.push import push  # noqa: E402
 
 GEAR = [random.Random(i).getrandbits(64) for i in range(256)]

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dijiang_convert.checkpoint.shards.loading import converted_config
+from dijiang_convert.checkpoint.shards.shards import read_checkpoint
 
 import dijiang_convert
 from dijiang_convert import convert, evaluate, finetune
-from dijiang_convert.checkpoint import read_checkpoint
 from dijiang_convert.inspect import state_bytes
 from dijiang_convert.modeling.configuration_dijiang import read_section
-from dijiang_convert.models import converted_config
 
 WAYS: dict[str, dict[str, Any]] = {
     "calibrated": {"calibrate": True},

@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 import transformers
+from dijiang_convert.checkpoint.shards.loading import load_any, silence
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from dijiang_convert import convert
+from dijiang_convert.measure.timing import cache_bytes, random_ids, time_decoding, time_forward, with_cache
 from dijiang_convert.modeling.configuration_dijiang import Kernel
-from dijiang_convert.models import load_any, silence
-from dijiang_convert.timing import cache_bytes, random_ids, time_decoding, time_forward, with_cache
 
 CPU = torch.device("cpu")
 PREFILL = (2048, 8192, 16384, 32768)

@@ -19,9 +19,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_any, load_tokenizer, silence
 
-from dijiang_convert.distill.data import token_rows
-from dijiang_convert.models import load_any, load_tokenizer, silence
+from dijiang_convert.data.rows import token_rows
 
 LENGTHS = (512, 1024, 2000)
 SAMPLES = 16

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from .checkpoint.loading import chosen_device, load_any, silence
 from .convert import DTYPES
 from .errors import DijiangError
-from .models import chosen_device, load_any, silence
+from .measure.timing import Pass, peak_memory, random_ids, time_forward, time_generate, weight_bytes
 from .progress import count_bar
-from .timing import Pass, peak_memory, random_ids, time_forward, time_generate, weight_bytes
 
 WARMUP_LENGTH = 128
 WAYS = {"generate": time_generate, "forward": time_forward}

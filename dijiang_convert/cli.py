@@ -16,7 +16,7 @@ import typer
 
 from . import __version__, show
 from .errors import DijiangError
-from .paths import ACCELERATE
+from .files import ACCELERATE
 
 app = typer.Typer(
     help="Convert any pretrained Transformer to DiJiang attention: O(1) per generated token.",
@@ -89,7 +89,7 @@ def command(name: str, epilog: str | None = None) -> Callable[[Callable[..., Any
 
 
 def _fail(message: str, debug: bool) -> None:
-    from .hub import redact
+    from .source.hub import redact
 
     if debug:  # of the one being handled
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
@@ -198,7 +198,7 @@ def finetune(
 ) -> Any:
     """Distil the original's behaviour into a converted checkpoint."""
     with loading():
-        from .distill.corpus import Sources
+        from .data.readers import Sources
         from .finetune import finetune
 
     result = finetune(

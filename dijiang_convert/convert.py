@@ -5,11 +5,8 @@ added, and the code that runs them. It takes about as long as copying the folder
 """
 
 import dataclasses
-import importlib.metadata
-import json
-import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,50 +18,25 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from . import __version__
-from .architecture import Architecture, check_kernel, examine
-from .card import write_card
-from .checkpoint import drop_tensors, read_shard, write_json, write_shards
+from .architecture.examine import Architecture, check_kernel, examine
+from .architecture.layers import staying_softmax
+from .architecture.trace import skeleton
+from .checkpoint.card import write_card
+from .checkpoint.companions import copy_companions, made_with, module_folders, without_code, write_code
+from .checkpoint.shards import drop_tensors, read_shard, write_json, write_shards
 from .errors import DijiangError, Unsupported
 from .files import check_out, default_out, new_folder, weight_files
-from .layers import staying_softmax
 from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS, Kernel
 from .modeling.modeling_dijiang import attach
-from .progress import bytes_bar, console
+from .progress import bytes_bar
 from .push import check_push, push_result
 from .recipe import Recipe, load_recipe
-from .sources import Source, check_space, download, read_config, resolve
-from .trace import skeleton
+from .source.resolve import Source, check_space, download, read_config, resolve
 
 if TYPE_CHECKING:
-    from .calibrate import Calibration
+    from .measure.calibrate import Calibration
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-MODELING_FILES = (
-    "configuration_dijiang.py",
-    "modeling_dijiang.py",
-    "attention.py",
-    "feature_map.py",
-    "decay.py",
-    "interface.py",
-    "kernel.py",
-    "layout.py",
-    "linear.py",
-    "memory.py",
-    "packing.py",
-    "past.py",
-    "rotary.py",
-    "state.py",
-    "step.py",
-    "table.py",
-    "cache.py",
-)
-# Of a source's files these don't come along: weights are laid out anew, and the card tells of the new model.
-LEFT_BEHIND = (
-    ".safetensors", ".bin", ".index.json", ".py", ".md", ".h5", ".msgpack", ".pt", ".pth", ".ot", ".onnx", ".gguf",
-)  # fmt: skip
-
-CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")
-LARGE_JSON = ("tokenizer.json", "vocab.json")  # which name no code
 
 
 @dataclass(frozen=True)
@@ -185,8 +157,8 @@ def convert(
             write_json(folder / "config.json", content)
             write_code(folder)
             if calibrate or softmax:
-                from .calibrate import calibrate as measure  # these need more libraries than the rest
-                from .distill.gather import corpus_of
+                from .measure.calibrate import calibrate as measure  # these need more libraries than the rest
+                from .training.gather import corpus_of
 
                 calibration = measure(folder, corpus_of(None, data, chosen), softmax)
                 architecture = _refined(folder, config, architecture, chosen.kernel, calibration)
@@ -204,8 +176,8 @@ def _check_calibration(
     recipe: Recipe, architecture: Architecture, softmax: int, data: str | Sequence[str] | None
 ) -> None:
     """Whether there is something that a calibration can choose, and text to do it by."""
-    from .distill.data import check_data
-    from .distill.gather import corpus_of
+    from .data.rows import check_data
+    from .training.gather import corpus_of
 
     layers = architecture.layers
     if not layers.layers:
@@ -275,11 +247,6 @@ def converted_config(
     return result
 
 
-def made_with() -> dict[str, str]:
-    """The libraries that a checkpoint was made with, and their versions."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-
-
 def class_name(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
     """What `modeling_dijiang` calls a converted model class: with its config's name, where that is not its own."""
     config_class, own = type(config), model_class.config_class
@@ -318,59 +285,7 @@ def _has_the_layers(model_class: type[PreTrainedModel], architecture: Architectu
     return True
 
 
-def write_code(folder: Path) -> None:
-    """Puts the modeling files beside the weights, as transformers' trust_remote_code wants them."""
-    for name in MODELING_FILES:
-        shutil.copyfile(Path(__file__).parent / "modeling" / name, folder / name)
-
-
 def _check_tokenizer(folder: Path) -> None:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if not any((folder / name).is_file() for name in names):
         raise DijiangError(f"no tokenizer in {folder}: it needs tokenizer.json or the files of a slow tokenizer")
-
-
-def copy_companions(source: Path, target: Path, without: Collection[str] = ("config.json",)) -> None:
-    """Tokenizer, generation config, chat template, license: whatever lies beside the weights; and the further modules
-    of a sentence-transformers model."""
-    for path in sorted(source.iterdir()):
-        wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND)
-        if not wanted or path.name in without:
-            continue
-        shutil.copyfile(path, target / path.name)
-        if path.suffix == ".json" and path.name not in LARGE_JSON:
-            try:
-                content = json.loads(path.read_bytes())
-            except ValueError:  # it names nothing to anybody
-                continue
-            if (harmless := without_code(content)) != content:
-                write_json(target / path.name, harmless)
-                console.print(f"left out: code of the source's own that {path.name} names", soft_wrap=True)
-    for name in module_folders(source):
-        shutil.copytree(source / name, target / name)
-
-
-def without_code(value: Any) -> Any:
-    """A config without what tells transformers to run a repository's code: a converted model runs this package's
-    alone, and who trusts that need not trust another's."""
-    if isinstance(value, dict):
-        return {key: without_code(each) for key, each in value.items() if key not in CODE_KEYS}
-    return [without_code(each) for each in value] if isinstance(value, list) else value
-
-
-def module_folders(folder: Path) -> list[str]:
-    """What follows the Transformer in a sentence-transformers model (pooling, dense layers, normalisation) lies in
-    folders that its modules.json names.
-
-    Raises DijiangError where one is missing or outside, and Unsupported for modules with code of their own."""
-    if not (folder / "modules.json").is_file():
-        return []
-    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    own = [each["type"] for each in modules if not each["type"].startswith("sentence_transformers.")]
-    if own:
-        raise Unsupported(f"modules.json names {own[0]}, code of the model's own: only sentence-transformers' modules")
-    names = [each["path"] for each in modules if each["path"]]
-    for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).is_dir():
-            raise DijiangError(f"modules.json names {name}, no folder of {folder}: get the model again")
-    return names

@@ -6,13 +6,13 @@ from typing import Any
 
 from .benchmark import BenchResult, BenchRow, benchmark
 from .convert import ConvertResult, convert
-from .demo_text import documents
+from .data.demo_text import documents
 from .errors import DijiangError
 from .evaluate import EvalResult, evaluate
 from .finetune import FinetuneResult, finetune
 from .generate import GenerateResult, generate
+from .measure.report import running_mean
 from .progress import console
-from .report import running_mean
 
 MODEL = Path(__file__).parent / "demo_model"
 PROMPT = '    def __repr__(self):\n        """Return'

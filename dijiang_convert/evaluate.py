@@ -8,27 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .card import write_card
-from .checkpoint import read_checkpoint
-from .distill.corpus import Sources, hub_names
-from .distill.data import Rows, token_rows
-from .distill.images import open_images
+from .checkpoint.card import write_card
+from .checkpoint.loading import generates, load_any, load_tokenizer, silence
+from .checkpoint.quality import add_quality
+from .checkpoint.shards import read_checkpoint
+from .data.images import open_images
+from .data.readers import Sources, hub_names
+from .data.rows import token_rows
 from .errors import DijiangError
-from .likeness import Likeness, likeness
-from .models import generates, load_any, load_tokenizer, silence
-from .plan import source_context
-from .progress import console, count_bar
-from .quality import add_quality
-from .recall import DISTANCES, PASSAGE, TEXTS, Recall
-from .recall import recall as measure_recall
-from .sources import download, resolve
+from .measure.fidelity import measure
+from .measure.likeness import Likeness, likeness
+from .measure.recall import DISTANCES, PASSAGE, TEXTS, Recall
+from .measure.recall import recall as measure_recall
+from .progress import console
+from .source.resolve import download, resolve
+from .training.plan import source_context
 
 DEFAULT_DATA = "emozilla/pg19-test"  # books; no part of any recipe's corpus
-BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -173,29 +172,6 @@ def _evaluate_images(
     images = open_images(data, folder, model.config, held_out=True)
     images.items = images.items[: max(max_tokens // images.tokens_each, 1)]
     return EvalResult(None, images.tokens, images.tokens_each, [], likeness=likeness(model, other, images))
-
-
-@torch.no_grad()
-def measure(model: PreTrainedModel, rows: Rows, other: PreTrainedModel | None) -> dict[str, Tensor]:
-    """Sums over rows, by position: each value is [seq_len − 1]. Padding, on the right, does not count."""
-    length = rows.ids.shape[1]
-    names = ("loss", "count", "baseline_loss", "kl", "agreement")
-    totals = {name: torch.zeros(length - 1, dtype=torch.float64) for name in names}
-    size = max(BATCH_TOKENS // length, 1)
-    with count_bar("evaluating (rows)", len(rows)) as advance:
-        for ids, mask in zip(rows.ids.split(size), rows.mask.split(size), strict=True):
-            ids, real = ids.to(model.device, torch.long), mask[:, 1:].to(model.device)
-            log_p = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-            found = {"loss": -log_p.gather(-1, ids[:, 1:, None])[..., 0], "count": torch.ones_like(log_p[..., 0])}
-            if other is not None:
-                log_q = other(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-                found["baseline_loss"] = -log_q.gather(-1, ids[:, 1:, None])[..., 0]
-                found["kl"] = (log_q.exp() * (log_q - log_p)).sum(-1)
-                found["agreement"] = (log_p.argmax(-1) == log_q.argmax(-1)).float()
-            for name, value in found.items():
-                totals[name] += (value * real).double().sum(0).cpu()
-            advance(len(ids))
-    return totals
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

@@ -1,20 +1,25 @@
 """Files of checkpoints, whatever is in them: found, copied and linked, in folders that appear whole."""
 
 import errno
+import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import DijiangError
-from .sources import read_index
 
 if sys.platform == "linux":
     import fcntl
 
+_RECIPES = Path(__file__).parent / "recipes"  # inside the package once installed; in a source checkout beside it
+RECIPES = _RECIPES if _RECIPES.is_dir() else Path(__file__).parents[1] / "recipes"
+ACCELERATE = RECIPES / "accelerate"  # configurations for `accelerate launch`
 FICLONE = 0x40049409  # ioctl_ficlone(2)
 
 
@@ -139,3 +144,34 @@ def _reflink(source: Path, target: Path) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     with source.open("rb") as reading, target.open("xb") as writing:
         fcntl.ioctl(writing.fileno(), FICLONE, reading.fileno())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        DijiangError: the file can't be read or holds anything but a JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DijiangError(f"{path} is no readable JSON ({' '.join(str(error).split())}): get it again") from error
+    if not isinstance(content, dict):
+        raise DijiangError(f"{path} holds no JSON object: get it again")
+    return content
+
+
+def read_index(path: Path) -> set[str]:
+    """The weight files that a `*.index.json` names.
+
+    Raises:
+        DijiangError: it can't be read, or names none.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DijiangError(f"{path} names no weights: get it again")
+    names = {str(name) for name in weight_map.values()}
+    for name in sorted(names):
+        if Path(name).is_absolute() or ".." in re.split(r"[/\\]", name):
+            raise DijiangError(f"{path} names {name}, outside its folder: download the model again")
+    return names

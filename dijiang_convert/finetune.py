@@ -17,24 +17,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .card import write_card
-from .checkpoint import read_checkpoint, write_json, write_trained
-from .convert import copy_companions, made_with, write_code
-from .distill import processes
-from .distill.corpus import Sources, hub_names
-from .distill.data import Rows, check_data
-from .distill.gather import corpus_of, fingerprint, gather
-from .distill.images import Images, image_files, image_tokens, open_images
-from .distill.log import TrainingLog
-from .distill.run_folder import RunFolder
-from .distill.teacher_cache import CachedRows
-from .distill.teacher_cache import cache_teacher as write_cache
-from .distill.trainer import StageResult, run_stage
-from .errors import DijiangError
-from .estimate import StageCost, free_memory, plan_costs, told, warning
-from .files import check_out
-from .likeness import Likeness
-from .models import (
+from .checkpoint.card import write_card
+from .checkpoint.companions import copy_companions, made_with, write_code
+from .checkpoint.loading import (
     converted_config,
     default_device,
     generates,
@@ -45,8 +30,15 @@ from .models import (
     silence,
     takes_images,
 )
-from .plan import check_context, check_objectives, extended_config, fit_rows, make_plan, source_context
-from .probe import (
+from .checkpoint.quality import EVALUATION, add_quality
+from .checkpoint.shards import read_checkpoint, write_json, write_trained
+from .data.images import Images, image_files, image_tokens, open_images
+from .data.readers import Sources, hub_names
+from .data.rows import Rows, check_data
+from .errors import DijiangError
+from .files import check_out
+from .measure.likeness import Likeness
+from .measure.probe import (
     PROBES,
     HeldOut,
     Probe,
@@ -58,13 +50,21 @@ from .probe import (
     read_probes,
     write_probes,
 )
+from .measure.report import LOG, REPORT, write_report
 from .progress import console
 from .push import check_push, push_result
-from .quality import EVALUATION, add_quality
 from .recipe import Recipe, Stage, parse_recipe
-from .report import LOG, REPORT, write_report
-from .sources import is_hub_id, read_config, resolve
-from .trial import timed
+from .source.resolve import is_hub_id, read_config, resolve
+from .training import processes
+from .training.estimate import StageCost, free_memory, plan_costs, told, warning
+from .training.gather import corpus_of, fingerprint, gather
+from .training.log import TrainingLog
+from .training.plan import check_context, check_objectives, extended_config, fit_rows, make_plan, source_context
+from .training.run_folder import RunFolder
+from .training.teacher_cache import CachedRows
+from .training.teacher_cache import cache_teacher as write_cache
+from .training.trainer import StageResult, run_stage
+from .training.trial import timed
 
 
 @dataclass(frozen=True)

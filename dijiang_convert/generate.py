@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from .checkpoint.loading import generates, load_any, load_tokenizer, silence
 from .errors import DijiangError
-from .models import generates, load_any, load_tokenizer, silence
 
 
 @dataclass(frozen=True)

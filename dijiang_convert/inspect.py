@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from .architecture import Architecture, check_kernel, examine
+from .architecture.examine import Architecture, check_kernel, examine
+from .architecture.trace import skeleton
 from .errors import Unsupported
-from .estimate import stage_cost, teacher_copies
 from .modeling.configuration_dijiang import Kernel, Layers
 from .modeling.modeling_dijiang import attach
 from .modeling.past import Sizes
 from .recipe import Recipe, load_recipe
-from .sources import read_config, resolve
-from .trace import skeleton
+from .source.resolve import read_config, resolve
+from .training.estimate import stage_cost, teacher_copies
 
 LENGTHS = (1024, 8192, 65536)
 

@@ -20,10 +20,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from .download import is_plain
 from .errors import DijiangError
-from .hub import TIMEOUT, hub_errors, patiently, wait_if_passing
-from .sources import is_hub_id, read_index, read_json
+from .files import read_index, read_json
+from .source.download import is_plain
+from .source.hub import TIMEOUT, hub_errors, patiently, wait_if_passing
+from .source.resolve import is_hub_id
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -170,7 +171,7 @@ def _files_at(api: HfApi, repo: str, commit: str) -> dict[str, RepoFile]:
 
 def _card(api: HfApi, repo: str, commit: str, path: Path, there: dict[str, RepoFile], scratch: Path) -> Path:
     """The card at `path` with what a person edited in the repository's own."""
-    from .card import card_for
+    from .checkpoint.card import card_for
 
     text = None
     if "README.md" in there:
@@ -226,7 +227,7 @@ def _checkpoint_files(folder: Path) -> dict[str, Path]:
         raise DijiangError(f"config.json of {folder} tells of {path} on this machine: take it out, then push")
 
     weights = _weights(folder)
-    from .card import read_card, write_card
+    from .checkpoint.card import read_card, write_card
 
     if not (folder / "README.md").is_file():
         write_card(folder)

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from .errors import DijiangError
+from .files import RECIPES
 from .kernel_keys import OF_THE_STATE
 from .modeling.configuration_dijiang import Kernel
-from .paths import RECIPES
 
 OBJECTIVES = ("attention_transfer", "distillation", "cross_entropy")
 TRAIN = ("kernel", "lora", "full")

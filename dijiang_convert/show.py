@@ -57,8 +57,8 @@ def _show_calibration(c: Any) -> None:
 
 def finetuning(r: Any) -> None:
     """How each stage went; of a dry run what it would take."""
-    from .estimate import told
-    from .report import REPORT
+    from .measure.report import REPORT
+    from .training.estimate import told
 
     if r.dry_run:
         print(*told(r.plan, r.free_bytes), sep="\n")

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from dijiang_convert import demo_text
+from dijiang_convert.data import demo_text
 
 DEMO_MODEL = Path(demo_text.__file__).with_name("demo_model")
 END_OF_TEXT = "<|endoftext|>"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_converted
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
@@ -20,7 +21,6 @@ from transformers import Cache, PreTrainedModel
 from dijiang_convert.convert import convert
 from dijiang_convert.modeling.attention import DiJiangAttention
 from dijiang_convert.modeling.cache import DiJiangCacheLayer
-from dijiang_convert.models import load_converted
 from tests.sources_on_disk import edit_config, llama_config, neox_config, write_source
 
 # Sizes of the table: a text of 100 tokens has keys in the window, in the memory and in the state alone.

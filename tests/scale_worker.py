@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
+from dijiang_convert.checkpoint.shards.loading import load_converted, silence
 
 from dijiang_convert.cli import app
-from dijiang_convert.distill import processes, schedule, trainer
-from dijiang_convert.distill.contexts import REAL, START, TARGET
-from dijiang_convert.distill.data import Rows
-from dijiang_convert.models import load_converted, silence
+from dijiang_convert.data.mixture import REAL, START, TARGET
+from dijiang_convert.data.rows import Rows
 from dijiang_convert.recipe import Stage
+from dijiang_convert.training import processes, schedule, trainer
 
 SEQ_LEN, BATCH, STEPS = 96, 8, 6  # far more than the window and the block
 SIZES: dict[str, Any] = {"tokens": STEPS * BATCH * SEQ_LEN, "seq_len": SEQ_LEN, "batch_tokens": BATCH * SEQ_LEN}

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dijiang_convert.checkpoint.shards.loading import load_any
 from torch import Tensor
 
 from dijiang_convert import DijiangError, benchmark, convert
 from dijiang_convert.benchmark import WAYS, BenchRow, ratios
 from dijiang_convert.demo import MODEL
-from dijiang_convert.models import load_any
-from dijiang_convert.timing import peak_memory, random_ids, time_forward, time_generate, weight_bytes
+from dijiang_convert.measure.timing import peak_memory, random_ids, time_forward, time_generate, weight_bytes
 
 CPU = torch.device("cpu")
 

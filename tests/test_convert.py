@@ -15,16 +15,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from dijiang_convert.checkpoint.shards.companions import LEFT_BEHIND, MODELING_FILES
+from dijiang_convert.checkpoint.shards.loading import load_converted, load_tokenizer
 from safetensors.torch import load_file, save_file
 
-from dijiang_convert.convert import LEFT_BEHIND, MODELING_FILES, ConvertResult, convert
-from dijiang_convert.demo_text import documents
+from dijiang_convert.convert import ConvertResult, convert
+from dijiang_convert.data.demo_text import documents
 from dijiang_convert.errors import DijiangError, Unsupported
 from dijiang_convert.finetune import finetune
 from dijiang_convert.inspect import inspect
-from dijiang_convert.models import load_converted, load_tokenizer
+from dijiang_convert.measure.timing import cache_bytes
 from dijiang_convert.recipe import load_recipe
-from dijiang_convert.timing import cache_bytes
 from tests.hub import Hub
 from tests.sources_on_disk import edit_config, llama_config, neox_config, random_model, write_pickles, write_source
 

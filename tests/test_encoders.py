@@ -13,20 +13,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from dijiang_convert.checkpoint.shards.loading import load_any, load_converted, load_tokenizer
+from dijiang_convert.checkpoint.shards.shards import read_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache
 
 from dijiang_convert import DijiangError, benchmark, convert, evaluate, finetune, generate, inspect
-from dijiang_convert.checkpoint import read_checkpoint
-from dijiang_convert.demo_text import documents
-from dijiang_convert.distill import schedule
-from dijiang_convert.distill.attention import original
-from dijiang_convert.distill.attention_transfer import attention_transfer_loss, transferring
-from dijiang_convert.distill.data import token_rows
-from dijiang_convert.distill.outputs import output_loss
-from dijiang_convert.models import load_any, load_converted, load_tokenizer
+from dijiang_convert.data.demo_text import documents
+from dijiang_convert.data.rows import token_rows
+from dijiang_convert.training import schedule
+from dijiang_convert.training.attention import original
+from dijiang_convert.training.attention_transfer import attention_transfer_loss, transferring
+from dijiang_convert.training.outputs import output_loss
 from tests.models import randomise
 from tests.sources_on_disk import VOCABULARY, write_tokenizer
 

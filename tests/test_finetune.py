@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_any, load_converted, load_tokenizer
+from dijiang_convert.checkpoint.shards.shards import INDEX, read_shard
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from dijiang_convert import DijiangError, convert, evaluate, finetune
-from dijiang_convert.checkpoint import INDEX, read_shard
+from dijiang_convert.data.demo_text import documents
 from dijiang_convert.demo import MODEL
-from dijiang_convert.demo_text import documents
-from dijiang_convert.distill import schedule, trainer
 from dijiang_convert.files import weight_files
-from dijiang_convert.models import load_any, load_converted, load_tokenizer
 from dijiang_convert.push import push
+from dijiang_convert.training import schedule, trainer
 from tests.hub import Hub
 from tests.sources_on_disk import TOKENS, VOCABULARY, write_source
 

@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_converted
 from transformers import StaticCache
 
 from dijiang_convert import convert, finetune
+from dijiang_convert.data.demo_text import documents
 from dijiang_convert.demo import MODEL
-from dijiang_convert.demo_text import documents
-from dijiang_convert.models import load_converted
 from tests.modeling import naive
 from tests.modeling.forms import LOGITS, SMALL, both_sides, by_blocks, by_token, inputs, relative
 from tests.models import randomise
-from tests.test_losses import memory_of
+from tests.training.test_losses import memory_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 RECIPES = ["default", "frequency", "pure", "paper", "window-only"]

@@ -15,14 +15,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from dijiang_convert.checkpoint.shards.shards import read_shard
 
 from dijiang_convert import DijiangError
-from dijiang_convert.checkpoint import read_shard
-from dijiang_convert.distill import processes, schedule, trainer
-from dijiang_convert.distill.attention_transfer import normalized_error
-from dijiang_convert.files import weight_files
-from dijiang_convert.paths import ACCELERATE
+from dijiang_convert.files import ACCELERATE, weight_files
 from dijiang_convert.recipe import Stage
+from dijiang_convert.training import processes, schedule, trainer
+from dijiang_convert.training.attention_transfer import normalized_error
 from tests import scale_worker
 from tests.models import WINDOW, checkpoint, load, tokens
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from dijiang_convert import convert
-from dijiang_convert.demo_text import documents
+from dijiang_convert.data.demo_text import documents
 from tests.sources_on_disk import VOCABULARY, write_tokenizer
 
 sentence_transformers = pytest.importorskip("sentence_transformers")

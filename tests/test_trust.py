@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from dijiang_convert.checkpoint.shards.companions import MODELING_FILES
+from dijiang_convert.checkpoint.shards.loading import load_any, load_tokenizer
 from typer.testing import CliRunner
 
 from dijiang_convert import DijiangError, convert
 from dijiang_convert.cli import app
-from dijiang_convert.convert import MODELING_FILES
-from dijiang_convert.download import cache_folder
-from dijiang_convert.hub import redact
-from dijiang_convert.models import load_any, load_tokenizer
+from dijiang_convert.source.download import cache_folder
+from dijiang_convert.source.hub import redact
 from tests.hub import Hub
 from tests.sources_on_disk import edit_config, llama_config, write_source
 

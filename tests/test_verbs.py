@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_any
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from dijiang_convert import benchmark, convert, demo, generate
 from dijiang_convert.cli import app
+from dijiang_convert.data.demo_text import documents
 from dijiang_convert.demo import MODEL
-from dijiang_convert.demo_text import documents
-from dijiang_convert.distill import schedule
-from dijiang_convert.models import load_any
-from dijiang_convert.timing import cache_bytes
+from dijiang_convert.measure.timing import cache_bytes
+from dijiang_convert.training import schedule
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_any, load_converted, load_tokenizer, silence
+from dijiang_convert.checkpoint.shards.shards import read_checkpoint
 from transformers import AutoModelForCausalLM
 
 from dijiang_convert import convert
-from dijiang_convert.checkpoint import read_checkpoint
-from dijiang_convert.distill.data import Rows, token_rows
-from dijiang_convert.distill.trainer import run_stage
-from dijiang_convert.models import load_any, load_converted, load_tokenizer, silence
+from dijiang_convert.data.rows import Rows, token_rows
 from dijiang_convert.recipe import Stage, adjust_stages, parse_recipe, scale_tokens
+from dijiang_convert.training.trainer import run_stage
 
 from .baselines import BASELINES
 from .measures import fidelity, recall, transfer_errors

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from dijiang_convert.distill.attention_transfer import attention, normalized_error
-from dijiang_convert.distill.data import Rows
-from dijiang_convert.evaluate import measure
+from dijiang_convert.data.rows import Rows
+from dijiang_convert.measure.fidelity import measure
 from dijiang_convert.modeling.interface import dijiang_attention, dijiang_mask, softmax_attention
+from dijiang_convert.training.attention_transfer import attention, normalized_error
 
 
 @torch.no_grad()

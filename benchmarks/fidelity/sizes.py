@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_any, load_converted, load_tokenizer, silence
+from dijiang_convert.checkpoint.shards.shards import read_checkpoint
 
-from dijiang_convert.calibrate import shared_memory
-from dijiang_convert.checkpoint import read_checkpoint
-from dijiang_convert.distill.data import token_rows
-from dijiang_convert.models import load_any, load_converted, load_tokenizer, silence
-from dijiang_convert.recall import recall
+from dijiang_convert.data.rows import token_rows
+from dijiang_convert.measure.calibrate import shared_memory
+from dijiang_convert.measure.recall import recall
 
 from .measures import fidelity
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_any
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, TrainingArguments
 
 from dijiang_convert import convert, evaluate, finetune
-from dijiang_convert.distill.data import Rows, token_rows
-from dijiang_convert.models import load_any
+from dijiang_convert.data.rows import Rows, token_rows
 
 from .measures import recall
 

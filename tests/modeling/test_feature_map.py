@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from dijiang_convert.modeling.configuration_dijiang import Kernel
-from dijiang_convert.modeling.feature_map import (
-    FeatureMap,
-    KeyFeatures,
-    QueryFeatures,
-    dct_matrix,
-    quasi_random_normal,
-)
+from dijiang_convert.modeling.feature_map import FeatureMap, KeyFeatures, QueryFeatures, dct_matrix, quasi_random_normal
 
 SCALING = 0.37
 

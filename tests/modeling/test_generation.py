@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +23,6 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from dijiang_convert.modeling.cache import DiJiangCacheLayer
-from dijiang_convert.models import load_tokenizer
 from tests.models import checkpoint, difference, feed, load, logits_of, source, tokens
 
 TOLERANCE = 1e-4

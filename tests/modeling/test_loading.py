@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_converted
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.modeling import configuration_dijiang
-from dijiang_convert.models import load_converted
 from tests.models import (
     KINDS,
     checkpoint,

@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_converted
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from dijiang_convert.convert import convert
-from dijiang_convert.distill.attention_transfer import attention
 from dijiang_convert.modeling import modeling_dijiang
-from dijiang_convert.models import load_converted
+from dijiang_convert.training.attention_transfer import attention
+from tests.architecture.test_architecture import config_of
 from tests.models import KINDS, VARIANTS, difference, load, logits_of, randomise, source, tokens
 from tests.sources_on_disk import write_source
-from tests.test_architecture import config_of
 
 TOLERANCE = 1e-4
 ROWS = ((1, 150, 9, 90, 60), (200, 109, 1))

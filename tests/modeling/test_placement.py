@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_converted
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, StaticCache, TorchAoConfig
 
 from dijiang_convert.convert import convert
-from dijiang_convert.models import load_converted
 from tests.models import (
     KINDS,
     assert_state_is_float32,

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_converted
 
 from dijiang_convert import convert
 from dijiang_convert.demo import MODEL
 from dijiang_convert.modeling import modeling_dijiang
-from dijiang_convert.models import load_converted
 
 LENGTH = 400
 SMALL = ["window=16", "block=16", "memory=8"]

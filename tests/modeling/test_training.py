@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from dijiang_convert.checkpoint.shards.loading import load_converted
 from torch import Tensor
 from transformers import DynamicCache
 
 from dijiang_convert.modeling.attention import Call
 from dijiang_convert.modeling.table import Logits
-from dijiang_convert.models import load_converted
 from tests.models import (
     KINDS,
     VARIANTS,

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import transformers
+from dijiang_convert.architecture.examine.examine import examine
+from dijiang_convert.checkpoint.shards.loading import silence
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,10 +24,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from dijiang_convert.architecture import examine
 from dijiang_convert.convert import convert
 from dijiang_convert.errors import Unsupported
-from dijiang_convert.models import silence
 from tests.sweep.feed import output
 from tests.sweep.forks import Answer, serve
 from tests.sweep.make import SECONDS, WINDOW, choose, describe, move_kernels, random_model, write_layouts

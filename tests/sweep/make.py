@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import transformers
+from dijiang_convert.architecture.examine.examine import Architecture, check_kernel, examine
+from dijiang_convert.checkpoint.shards.loading import silence
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,11 +22,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from dijiang_convert.architecture import Architecture, check_kernel, examine
 from dijiang_convert.convert import convert
 from dijiang_convert.errors import DijiangError, Unsupported
 from dijiang_convert.modeling.configuration_dijiang import Kernel
-from dijiang_convert.models import silence
 from tests.sources_on_disk import write_tokenizer
 from tests.sweep.feed import PIECES, fed
 from tests.sweep.forks import Answer, serve

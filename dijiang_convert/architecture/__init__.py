@@ -1,0 +1,1 @@
+"""What a model's attention looks like, and which of its layers convert."""

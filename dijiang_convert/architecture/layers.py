@@ -1,0 +1,71 @@
+"""Which layers to convert: what `--layers` says, read against the layers that a model has."""
+
+from ..errors import DijiangError, Unsupported
+
+LAYER_SPECS = "all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N"
+
+
+def staying_softmax(spec: str) -> int:
+    """N of ``auto:N``, 0 of any other specification. Raises DijiangError for an N that means nothing."""
+    head, _, number = spec.partition(":")
+    if head != "auto":
+        return 0
+    if not _is_number(number) or int(number) < 1:
+        raise DijiangError(f"--layers {spec!r} is not valid: give auto:N, N the layers that stay softmax, as auto:3")
+    return int(number)
+
+
+def select_layers(spec: str, count: int, full: list[int], local: list[int], kind: str) -> list[int]:
+    """The layers that a specification names, of ``count``.
+
+    spec: ``all`` that see every token before, ``none``, ``sliding-only``, ``0,3,8-23``, ``every:2``, ``not-every:4``,
+        ``not-last:2``; or several with commas between them. Every, not-every and not-last choose from ``all``.
+    full, local: those with attention to every token before, and to a part of them.
+
+    Raises DijiangError for what is no specification or names a layer that has no attention, and Unsupported where
+    ``all`` are none.
+    """
+    bad = DijiangError(f"--layers {spec!r} is not valid: give {LAYER_SPECS}; convert takes auto:N, too")
+    chosen: set[int] = set()
+    for part in spec.split(","):
+        head, _, number = part.partition(":")
+        first, dash, last = part.partition("-")
+        if part == "none":
+            continue
+        if part == "sliding-only":
+            chosen |= {*local}
+        elif part == "all":
+            chosen |= {*full}
+        elif head in ("every", "not-every", "not-last"):
+            if not _is_number(number) or int(number) < 1:
+                raise bad
+            n = int(number)
+            chosen |= {
+                i for i in full
+                if (head == "every" and i % n == 0)
+                or (head == "not-every" and i % n != n - 1)
+                or (head == "not-last" and i < count - n)
+            }  # fmt: skip
+        else:
+            if not _is_number(first) or (dash and not _is_number(last)):
+                raise bad
+            start, end = int(first), int(last or first)
+            if max(start, end) >= count:
+                beyond = max(start, count)
+                raise DijiangError(f"--layers {spec!r}: there is no layer {beyond}, the model has 0 to {count - 1}")
+            missing = sorted({*range(start, end + 1)} - {*full, *local})
+            if missing:
+                raise DijiangError(f"--layers {spec!r}: layer {missing[0]} has no attention to convert")
+            chosen |= {*range(start, end + 1)}
+    if not chosen and spec == "all":
+        raise Unsupported(
+            f"every attention layer of {kind} has a sliding window: it is linear already, "
+            "--layers sliding-only converts it all the same"
+        )
+    if not chosen and spec != "none":
+        raise DijiangError(f"--layers {spec!r} chooses no layer of {count}: give {LAYER_SPECS}")
+    return sorted(chosen)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()

@@ -1,0 +1,144 @@
+"""Loading models for the verbs: converted checkpoints with this package's own code, originals with transformers'."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..architecture.trace import quiet
+from ..errors import DijiangError
+from ..files import read_json
+from ..modeling import configuration_dijiang, modeling_dijiang
+from ..source.resolve import download, resolve
+from .shards import read_checkpoint
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of that name, or the default one. Raises DijiangError where it isn't there."""
+    if name is None:
+        return default_device()
+    try:
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DijiangError(f"no device {name!r} here: --device takes cpu, or cuda where PyTorch sees a GPU") from error
+
+
+def load_converted(
+    folder: str | Path, attention: str = "dijiang", device: torch.device | None = None, dtype: str | None = None
+) -> PreTrainedModel:
+    """A converted checkpoint, run by this package's code and never by the folder's.
+
+    attention: "dijiang", or "softmax" for the model that the base weights are.
+    dtype: of the weights, as transformers names it; that of the checkpoint if None.
+    Raises DijiangError where the folder is no converted checkpoint or its weights don't fit.
+    """
+    name = read_checkpoint(folder)["architectures"][0]
+    try:
+        model_class = getattr(modeling_dijiang, name)
+        chosen = softmax_implementation(model_class) if attention == "softmax" else attention
+        with quiet():
+            model: Any = model_class.from_pretrained(
+                str(folder), config=converted_config(folder, attn_implementation=chosen), dtype=dtype or "auto"
+            )
+    except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
+        raise DijiangError(f"can't load {folder}: {' '.join(str(error).split())[:300]}") from error
+    return model.to(device or default_device())
+
+
+def softmax_implementation(model_class: Any) -> str:
+    """What runs a converted model as the softmax model it was: "sdpa", or "eager" for logits that are soft-capped or
+    have sinks, which PyTorch's function does not know."""
+    return "sdpa" if model_class._supports_sdpa else "eager"
+
+
+def load_any(
+    source: str, device: torch.device | None = None, revision: str | None = None, dtype: str | None = None
+) -> PreTrainedModel:
+    """A converted checkpoint, or any model that transformers has (alias, Hub id or folder): with the head that its
+    config names, or else as a causal language model. No code of a repository is run."""
+    folder = Path(source).expanduser()
+    if (folder / "config.json").is_file() and "dijiang" in read_json(folder / "config.json"):
+        return load_converted(folder, device=device, dtype=dtype)
+    found = download(resolve(source, revision)).folder
+    assert found is not None
+    if "dijiang" in read_json(found / "config.json"):  # of the Hub: by our own code, never by the repository's
+        return load_converted(found, device=device, dtype=dtype)
+    try:
+        with quiet():
+            model: Any = _class_of(found).from_pretrained(str(found), dtype=dtype or "auto", trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise DijiangError(f"can't load {source}: {' '.join(str(error).split())[:300]}") from error
+    return model.to(device or default_device())
+
+
+def _class_of(folder: Path) -> Any:
+    """AutoModelForCausalLM, or the class of a model that is none."""
+    name = (read_json(folder / "config.json").get("architectures") or [""])[0]
+    named = getattr(transformers, name, None)
+    is_other = isinstance(named, type) and issubclass(named, PreTrainedModel) and not issubclass(named, GenerationMixin)
+    return named if is_other else AutoModelForCausalLM
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a converted checkpoint or of any model. Raises DijiangError."""
+    folder = Path(source).expanduser()
+    options: dict[str, Any] = {}
+    if not folder.is_dir():
+        folder = download(resolve(str(source))).folder or folder
+    if "dijiang" in read_json(folder / "config.json"):
+        options["config"] = converted_config(folder)  # else AutoTokenizer would need the folder's code
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
+    except (ValueError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DijiangError(f"can't load the tokenizer of {source}: {reason}") from error
+
+
+def converted_config(folder: str | Path, **options: Any) -> Any:
+    """The config of a converted checkpoint, as transformers parses it."""
+    name = read_checkpoint(folder)["auto_map"]["AutoConfig"].rpartition(".")[2]
+    return getattr(configuration_dijiang, name).from_pretrained(str(folder), **options)
+
+
+def silence() -> None:
+    """The libraries' own bars and notes go; ours tell what a user needs."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+
+
+def generates(model: Any) -> bool:
+    """Whether a model, converted or not, predicts the next token. Others give hidden states, or what a head makes of
+    them."""
+    section = getattr(model.config, "dijiang", None) or {}
+    return isinstance(model, GenerationMixin) and section.get("causal", True)
+
+
+def predicts(config: Any) -> bool:
+    """The same, by the config of a converted checkpoint."""
+    return issubclass(getattr(modeling_dijiang, config.architectures[0]), GenerationMixin) and config.dijiang["causal"]
+
+
+def takes_images(config: Any) -> bool:
+    """Whether a converted checkpoint's model is one of images, by its config."""
+    return getattr(modeling_dijiang, config.architectures[0]).main_input_name == "pixel_values"
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    config: Any = model.config.get_text_config()
+    return config.hidden_size

@@ -1,0 +1,270 @@
+"""Checkpoints on disk: safetensors shards read by their headers and laid out by bytes.
+
+No tensor is loaded here but one at a time, so memory does not grow with the model.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import DijiangError
+from ..files import copy_file, link_file, read_json, weight_files
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file, not loaded. ``load`` reads it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * _product(self.shape)
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def read_shard(path: Path) -> list[Tensor]:
+    """The tensors of a safetensors or .bin file. Raises DijiangError for a truncated or corrupt one."""
+    return _read_pickle(path) if path.suffix == ".bin" else _read_safetensors(path)
+
+
+def _read_safetensors(path: Path) -> list[Tensor]:
+    size = path.stat().st_size
+    broken = f"{path} is not a whole safetensors file: download the model again"
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 0 < length <= size - 8:
+            raise DijiangError(broken)
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            tensors, spans = [], []
+            for name, entry in header.items():
+                dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+                if isinstance(dtype, str) and dtype not in DTYPES:
+                    raise DijiangError(f"{name} in {path.name} is {dtype}: quantised weights can't be converted")
+                counts = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+                if not counts or stop - start != DTYPES[dtype].itemsize * _product(shape):
+                    raise DijiangError(broken)
+                tensors.append(Tensor(name, DTYPES[dtype], shape, _loader(path, 8 + length + start, dtype, shape)))
+                spans.append((start, stop))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise DijiangError(broken) from None
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise DijiangError(broken)
+        end = stop
+    if 8 + length + end != size:
+        raise DijiangError(broken)
+    return tensors
+
+
+def _loader(path: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+    def load() -> torch.Tensor:
+        count = _product(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=DTYPES[dtype])
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = bytearray(file.read(count * DTYPES[dtype].itemsize))
+        return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape)
+
+    return load
+
+
+def _read_pickle(path: Path) -> list[Tensor]:
+    """A .bin file, memory-mapped; only tensors are unpickled, no code."""
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files from before PyTorch 1.6 can't be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    except Exception as error:
+        reason = str(error).split("\n", 1)[0][:120]
+        raise DijiangError(f"{path} can't be read as weights ({reason}): download the model again") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise DijiangError(f"{name} in {path.name} is {kind}: quantised weights can't be converted")
+    return in_memory(tensors)
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def write_safetensors(path: Path, tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
+    """Writes a safetensors file one tensor at a time, floating-point ones as ``dtype`` if given."""
+    tensors = list(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for t in tensors:
+        kind = _target_dtype(t, dtype)
+        length = kind.itemsize * _product(t.shape)
+        header[t.name] = {"dtype": NAMES[kind], "shape": list(t.shape), "data_offsets": [offset, offset + length]}
+        offset += length
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for t in tensors:
+            data = t.load().to(_target_dtype(t, dtype)).contiguous()
+            file.write(data.flatten().view(torch.uint8).numpy().data)
+
+
+def _target_dtype(t: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and t.dtype.is_floating_point else t.dtype
+
+
+def in_memory(state: dict[str, torch.Tensor]) -> list[Tensor]:
+    """Loaded tensors in the form that `write_safetensors` takes."""
+    return [Tensor(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in state.items()]  # type: ignore[misc]
+
+
+def write_shards(
+    folder: Path,
+    shards: list[Path],
+    new: dict[str, torch.Tensor],
+    dtype: torch.dtype | None,
+    progress: Callable[[int], None],
+    link: bool = False,
+) -> str | None:
+    """Lays out a checkpoint: the source's shards, byte for byte unless ``dtype`` or their format asks for a rewrite,
+    one small shard of ``new`` tensors, and the index. With ``link`` the source's shards are linked, none is copied or
+    rewritten, and it returns how, as `link_file` does.
+
+    The files are always named as shards: transformers ignores an index beside a file named model.safetensors.
+    ``progress`` is called with every number of bytes written.
+
+    Raises DijiangError where a shard can't be linked.
+    """
+    total = len(shards) + bool(new)
+    weight_map: dict[str, str] = {}
+    size = 0
+    linked: set[str] = set()
+    for i, shard in enumerate(shards, start=1):
+        name = _shard_name(i, total)
+        tensors = read_shard(shard)
+        if link:
+            linked.add(link_file(shard, folder / name))
+            progress(shard.stat().st_size)
+        elif shard.suffix == ".safetensors" and dtype is None:
+            copy_file(shard, folder / name, progress)
+        else:
+            write_safetensors(folder / name, tensors, dtype)
+            progress(shard.stat().st_size)
+        for t in tensors:
+            weight_map[t.name] = name
+            size += _product(t.shape) * _target_dtype(t, dtype).itemsize
+    if new:
+        name = _shard_name(total, total)
+        clash = sorted(weight_map.keys() & new.keys())
+        if clash:
+            raise DijiangError(f"the source has a tensor named {clash[0]} already: is it converted?")
+        write_safetensors(folder / name, in_memory(new))
+        weight_map |= dict.fromkeys(new, name)
+        size += sum(t.nbytes for t in new.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX, index)
+    return next((how for how in ("hard link", "reflink") if how in linked), None)
+
+
+def drop_tensors(folder: Path, names: Collection[str]) -> None:
+    """Removes tensors from a checkpoint that was laid out by `write_shards`; only files that have one are rewritten."""
+    index = read_json(folder / INDEX)
+    for file in {index["weight_map"].pop(name) for name in names}:
+        tensors = read_shard(folder / file)
+        index["metadata"]["total_size"] -= sum(t.nbytes for t in tensors if t.name in names)
+        write_safetensors(folder / f"{file}.new", [t for t in tensors if t.name not in names])
+        (folder / f"{file}.new").replace(folder / file)
+    write_json(folder / INDEX, index)
+
+
+def write_trained(folder: Path, saved: Path, source: Path, aliases: Callable[[str], Iterable[str]]) -> None:
+    """Lays out a trained checkpoint so that what training left alone stays in files of its own, which need not be
+    uploaded again: a file of the source of which no tensor changed is copied byte for byte, another one is split into
+    the tensors that stayed and those that changed.
+
+    Args:
+        saved: the folder with the trained tensors. Nothing is loaded but one tensor at a time.
+        source: the checkpoint that was trained, whose names and, where they stayed, bytes the tensors keep.
+        aliases: the names that a tensor of the source may have in ``saved``.
+    """
+    trained = {t.name: t for path in weight_files(saved) for t in read_shard(path)}
+    untold = set(trained)
+    stayed: list[tuple[Path | None, list[Tensor]]] = []
+    changed: list[tuple[Path | None, list[Tensor]]] = []
+    for path in weight_files(source):
+        old, new = [], []
+        for t in read_shard(path):
+            match = next((trained[name] for name in aliases(t.name) if name in trained), t)
+            untold.discard(match.name)
+            if match is t or torch.equal(t.load().to(match.dtype), match.load()):
+                old.append(t)
+            else:
+                new.append(replace(match, name=t.name))
+        if old:
+            stayed.append((None if new else path, old))
+        if new:
+            changed.append((None, new))
+    parts = [*stayed, *changed]
+    if untold:  # names that the source does not have: all of it as it was saved
+        parts = [(path, read_shard(path)) for path in weight_files(saved)]
+    weight_map: dict[str, str] = {}
+    size = 0
+    for i, (whole, tensors) in enumerate(parts, start=1):
+        name = _shard_name(i, len(parts))
+        if whole is not None:
+            copy_file(whole, folder / name, lambda count: None)
+        else:
+            write_safetensors(folder / name, tensors)
+        weight_map |= {t.name: name for t in tensors}
+        size += sum(t.nbytes for t in tensors)
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _shard_name(number: int, total: int) -> str:
+    return f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_checkpoint(folder: str | Path) -> dict[str, Any]:
+    """The config of a converted checkpoint. Raises DijiangError if the folder is something else."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise DijiangError(f"no checkpoint folder {folder}: make one with dijiang convert")
+    if not (path / "config.json").is_file():
+        raise DijiangError(f"{folder} has no config.json: it is not a checkpoint")
+    config = read_json(path / "config.json")
+    if "dijiang" not in config:
+        raise DijiangError(f"{folder} is not converted yet: run dijiang convert {folder}")
+    return config
+
+
+def _product(shape: Iterable[int]) -> int:
+    result = 1
+    for n in shape:
+        result *= n
+    return result

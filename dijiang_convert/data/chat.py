@@ -1,0 +1,86 @@
+"""Conversations as tokens, through the tokenizer's chat template, with the assistant's answers marked."""
+
+import re
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..errors import DijiangError
+from .readers import Chat
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def chat_tokens(
+    chat: Chat, tokenizer: PreTrainedTokenizerBase, answers: bool = True
+) -> tuple[list[int], list[int] | None]:
+    """Token ids of a conversation, and as many 0 or 1: 1 where the assistant speaks; None if not asked for ``answers``.
+
+    The template tells by its ``{% generation %}`` marks. Without them an answer is what the conversation up to it has
+    more than the prompt for it; that a conversation's start is templated as the start of the whole is checked.
+
+    Raises:
+        DijiangError: there is no template, it refuses the conversation, or the answers can't be told from the rest.
+    """
+    if not tokenizer.chat_template:
+        raise DijiangError(f"{chat.where} holds chats, and the tokenizer has no chat template: give plain text")
+    if not tokenizer.is_fast:
+        raise DijiangError(f"{chat.where} holds chats, and this slow tokenizer can't tell where its tokens are from")
+    try:
+        text = _render(chat, tokenizer, len(chat.messages))
+        if not answers:
+            spans = []
+        elif GENERATION.search(tokenizer.get_chat_template(tools=chat.tools)):
+            spans = _marked(chat, tokenizer)
+        else:
+            spans = _found(chat, tokenizer, text)
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DijiangError(f"a chat in {chat.where} does not fit the tokenizer's chat template: {reason}") from error
+    out: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    if not answers:
+        return out["input_ids"], None
+    mask = [0] * len(out["input_ids"])
+    for start, end in spans:
+        # Of many tokenizers, tokens of mere space have no extent: what lies between two of an answer belongs to it.
+        inside = [i for i, (left, right) in enumerate(out["offset_mapping"]) if start <= left < end and left < right]
+        if inside:
+            mask[inside[0] : inside[-1] + 1] = [1] * (inside[-1] + 1 - inside[0])
+    return out["input_ids"], mask
+
+
+def _marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+    """Where the template says that the answers of the conversation as text start and end.
+
+    `apply_chat_template` can mark tokens by them, but loses an answer that starts with a space, and all after it, where
+    the tokenizer gives spaces no extent (transformers 5.23).
+    """
+    options: dict[str, Any] = {"tools": chat.tools, "return_assistant_tokens_mask": True}
+    options |= {"chat_template": tokenizer.get_chat_template(tools=chat.tools), **tokenizer.special_tokens_map}
+    messages = [{key: value for key, value in message.items() if value is not None} for message in chat.messages]
+    rendered: Any = render_jinja_template(conversations=[messages], **options)
+    return rendered[1][0]
+
+
+def _found(chat: Chat, tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    """Where the answers of the conversation as text start and end."""
+    spans = []
+    for i, message in enumerate(chat.messages):
+        if message["role"] != "assistant" or i == 0:  # nothing asks for what the assistant opens with
+            continue
+        before, through = _render(chat, tokenizer, i, prompt=True), _render(chat, tokenizer, i + 1)
+        if not (text.startswith(through) and through.startswith(before)):
+            raise DijiangError(
+                f"can't tell the answers of the chats in {chat.where}: the tokenizer's chat template words a "
+                "conversation's start differently once it goes on; mark them in it by {% generation %}"
+            )
+        spans.append((len(before), len(through)))
+    return spans
+
+
+def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, count: int, prompt: bool = False) -> str:
+    """The first ``count`` messages as text."""
+    messages = chat.messages[:count]
+    return str(tokenizer.apply_chat_template(messages, tools=chat.tools, tokenize=False, add_generation_prompt=prompt))

@@ -1,1 +1,0 @@
-"""Distillation: what repairs a converted model. One objective a file, and the trainer that runs them."""

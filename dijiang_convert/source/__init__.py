@@ -1,0 +1,1 @@
+"""Where models come from: an alias, a folder or the Hub."""

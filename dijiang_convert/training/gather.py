@@ -1,0 +1,55 @@
+"""The rows of every stage of a run, gathered once and kept in its folder."""
+
+import hashlib
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from ..data.readers import Sources
+from ..data.rows import Rows, token_rows
+from ..progress import count_bar
+from ..recipe import Recipe, Stage
+from .run_folder import RunFolder
+
+
+def corpus_of(own: str | list[str] | None, data: str | Sequence[str] | None, recipe: Recipe) -> Sequence[str]:
+    """What a stage reads: its own corpora, those of the run, or the recipe's."""
+    if own is None and data is not None and not isinstance(data, str):
+        return data if isinstance(data, Sources) else tuple(data)
+    names = own or data or recipe.data
+    return Sources([names] if isinstance(names, str) else names)
+
+
+def gather(
+    corpora: Sequence[Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Sequence[Stage],
+    seed: int,
+    run: RunFolder,
+    whole: bool = False,
+) -> list[Rows]:
+    """Rows for every stage, kept in the run's folder: one process writes them there, the others open them.
+
+    Stages of one corpus and row length share one reading of it, each with rows of its own. ``whole``: see `token_rows`.
+    """
+    groups: dict[tuple[type, Sequence[str], int], list[int]] = {}
+    for i, (corpus, stage) in enumerate(zip(corpora, plan, strict=True)):
+        groups.setdefault((type(corpus), corpus, stage.seq_len), []).append(i)
+    rows: dict[int, Rows] = {}
+    for number, ((_, corpus, seq_len), members) in enumerate(groups.items()):
+        counts = [max(-(-plan[i].tokens // seq_len), 1) for i in members]
+        total = sum(counts) * seq_len
+        kept = run.folder / f"rows-{number}"
+        run.wait_for(kept)
+        with count_bar("reading text (tokens)", total) as advance:
+            gathered = token_rows(
+                corpus, tokenizer, seq_len=seq_len, tokens=total, shuffle_seed=seed, progress=advance,
+                folder=kept, whole=whole,
+            )  # fmt: skip
+        rows |= zip(members, gathered.split(counts), strict=True)
+    return [rows[i] for i in range(len(plan))]
+
+
+def fingerprint(corpus: Sequence[str]) -> str:
+    """What tells a corpus from another: its names, or a hash of documents."""
+    return " ".join(corpus) if isinstance(corpus, Sources) else hashlib.blake2b("\0".join(corpus).encode()).hexdigest()

@@ -1,0 +1,427 @@
+"""Sources against the loopback Hub, with the real client on the other end."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from dijiang_convert.errors import DijiangError
+from dijiang_convert.source import hub as hub_module
+from dijiang_convert.source.hub import hub_errors
+from dijiang_convert.source.resolve import ALIASES, Source, download, is_hub_id, read_config, resolve
+from tests.hub import Hub
+
+CONFIG = json.dumps({"model_type": "gpt_neox", "hidden_size": 8})
+WEIGHTS = save({"embed.weight": np.ones((4, 8), dtype=np.float32)})
+BASE: dict[str, str | bytes] = {"config.json": CONFIG, "tokenizer.json": "{}"}
+
+
+def message(call: pytest.ExceptionInfo[DijiangError]) -> str:
+    """The error's text, which must be one line."""
+    text = str(call.value)
+    assert text and "\n" not in text and text == text.strip()
+    return text
+
+
+def names(source: Source) -> set[str]:
+    assert source.folder is not None
+    return {path.relative_to(source.folder).as_posix() for path in source.folder.rglob("*") if path.is_file()}
+
+
+def index_of(*shards: str) -> str:
+    return json.dumps({"metadata": {}, "weight_map": {f"layer.{i}": shard for i, shard in enumerate(shards)}})
+
+
+def test_aliases_are_the_models_of_the_paper() -> None:
+    expected = {
+        "opt-125m": "facebook/opt-125m",
+        "opt-350m": "facebook/opt-350m",
+        "opt-1.3b": "facebook/opt-1.3b",
+        "opt-2.7b": "facebook/opt-2.7b",
+        "opt-6.7b": "facebook/opt-6.7b",
+        "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+        "llama2-7b": "meta-llama/Llama-2-7b-hf",
+        "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    }
+    for size in ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b"):
+        expected[f"pythia-{size}"] = f"EleutherAI/pythia-{size}"
+        expected[f"pythia-{size}-deduped"] = f"EleutherAI/pythia-{size}-deduped"
+    assert expected == ALIASES
+    assert len(ALIASES) == 24
+    assert all(is_hub_id(repo_id) for repo_id in ALIASES.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "is_id"),
+    [
+        ("EleutherAI/pythia-410m", True),
+        ("gpt2", False),
+        ("a/b/c", False),
+        ("./a", False),
+        ("../a", False),
+        ("a/", False),
+        ("a b/c", False),
+    ],
+)
+def test_hub_id(text: str, is_id: bool) -> None:
+    assert is_hub_id(text) is is_id
+
+
+def test_alias_resolves_to_its_repository_and_commit(hub: Hub) -> None:
+    sha = hub.add_repo("EleutherAI/pythia-410m", BASE)
+    assert resolve("pythia-410m") == Source("pythia-410m", "EleutherAI/pythia-410m", sha, None)
+    assert resolve("Pythia-410M").repo_id == "EleutherAI/pythia-410m"
+
+
+def test_revision_is_pinned_to_its_commit(hub: Hub) -> None:
+    old = hub.add_repo("sources/pinned", BASE)
+    hub.repos["sources/pinned"].branches["step1000"] = old
+    new = hub.add_repo("sources/pinned", BASE | {"config.json": '{"model_type": "opt"}'})
+    assert old != new
+
+    assert resolve("sources/pinned").revision == new
+    assert resolve("sources/pinned", "step1000").revision == old
+    assert resolve("sources/pinned", old).revision == old
+    assert read_config(resolve("sources/pinned", "step1000"))["model_type"] == "gpt_neox"
+
+    # What was resolved stays what is read, whatever happens to the branch meanwhile.
+    source = resolve("sources/pinned")
+    hub.add_repo("sources/pinned", BASE | {"config.json": '{"model_type": "later"}'})
+    assert read_config(source)["model_type"] == "opt"
+
+
+def test_license_comes_from_the_model_card(hub: Hub) -> None:
+    hub.add_repo("sources/licensed", BASE | {"README.md": "---\nlicense: apache-2.0\n---\n\nA model.\n"})
+    hub.add_repo("sources/unlicensed", BASE)
+    assert resolve("sources/licensed").card.get("license") == "apache-2.0"
+    assert resolve("sources/unlicensed").card.get("license") is None
+
+
+def test_near_miss_of_an_alias_is_suggested() -> None:
+    with pytest.raises(DijiangError) as call:
+        resolve("pythia-410")
+    assert "pythia-410m" in message(call) and "owner/name" in message(call)
+
+
+def test_name_without_owner_is_refused_and_aliases_are_listed(hub: Hub) -> None:
+    hub.requests.clear()
+    with pytest.raises(DijiangError) as call:
+        resolve("xyzzy")
+    assert all(alias in message(call) for alias in ALIASES)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("path", ["./no", "../no", "/no", "~/no/where", "~nobody/no", "owner/name/"])
+def test_path_that_does_not_exist(path: str, hub: Hub) -> None:
+    hub.requests.clear()
+    with pytest.raises(DijiangError) as call:
+        resolve(path)
+    assert message(call) == f"no such folder: {path}"
+    assert hub.requests == []
+
+
+def test_file_is_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(DijiangError) as call:
+        resolve(str(tmp_path / "model.gguf"))
+    assert "is a file" in message(call)
+
+
+def test_folder_goes_before_alias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "pythia-410m"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve("pythia-410m") == Source("pythia-410m", None, None, Path("pythia-410m"))
+    monkeypatch.chdir(folder)
+    assert resolve(".").name == "pythia-410m"
+
+
+def test_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DijiangError) as call:
+        resolve(str(tmp_path), "main")
+    assert "only the Hub has revisions" in message(call)
+
+
+def test_config_is_read_without_weights(hub: Hub) -> None:
+    hub.add_repo("sources/config", BASE | {"model.safetensors": WEIGHTS})
+    hub.requests.clear()
+    assert read_config(resolve("sources/config")) == json.loads(CONFIG)
+    asked = [request.path for request in hub.requests]
+    assert any(path.endswith("/config.json") for path in asked)
+    assert not any("safetensors" in path for path in asked)
+
+
+def test_repository_without_config(hub: Hub) -> None:
+    hub.add_repo("sources/no-config", {"README.md": "nothing"})
+    with pytest.raises(DijiangError) as call:
+        read_config(resolve("sources/no-config"))
+    assert "sources/no-config has no config.json" in message(call)
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    with pytest.raises(DijiangError) as call:
+        read_config(resolve(str(tmp_path)))
+    assert f"{tmp_path} has no config.json" in message(call)
+
+
+@pytest.mark.parametrize("content", ["{not json", "[1, 2]", b"\xff\xfe\x00"])
+def test_invalid_config(content: str | bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(DijiangError) as call:
+        read_config(resolve(str(tmp_path)))
+    assert "config.json" in message(call) and "JSON" in message(call)
+
+
+def test_download_takes_safetensors_and_nothing_foreign(hub: Hub) -> None:
+    wanted: dict[str, str | bytes] = BASE | {
+        "generation_config.json": "{}",
+        "tokenizer.model": b"sentencepiece",
+        "merges.txt": "a b",
+        "chat_template.jinja": "{{ messages }}",
+        "LICENSE": "text",
+        "model.safetensors": WEIGHTS,
+    }
+    foreign: dict[str, str | bytes] = {
+        "pytorch_model.bin": b"pickle",
+        "pytorch_model.bin.index.json": index_of("pytorch_model.bin"),
+        "model.fp16.safetensors": WEIGHTS,
+        "consolidated.safetensors": WEIGHTS,
+        "tf_model.h5": b"tf",
+        "flax_model.msgpack": b"flax",
+        "model.onnx": b"onnx",
+        "model.gguf": b"gguf",
+        "original/consolidated.00.pth": b"pth",
+        "original/params.json": "{}",
+        "onnx/model.onnx": b"onnx",
+        "onnx/config.json": "{}",
+        "training.py": "import os",
+    }
+    hub.add_repo("sources/mixed", wanted | foreign)
+    resolved = resolve("sources/mixed")
+    hub.requests.clear()
+    source = download(resolved)
+
+    assert names(source) == set(wanted)
+    assert source.folder is not None and (source.folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert dataclasses.replace(source, folder=None) == resolved
+    asked = " ".join(request.path for request in hub.requests)
+    assert not any(name in asked for name in foreign)
+
+
+def test_second_download_asks_for_no_file(hub: Hub) -> None:
+    hub.add_repo("sources/cached", BASE | {"model.safetensors": WEIGHTS})
+    first = download(resolve("sources/cached"))
+    hub.requests.clear()
+    assert download(resolve("sources/cached")) == first
+    assert not any("/resolve/" in request.path for request in hub.requests)
+    assert read_config(first) == json.loads(CONFIG)
+
+
+def test_download_takes_the_shards_of_the_index(hub: Hub) -> None:
+    shards = {f"model-0000{i}-of-00002.safetensors": WEIGHTS + bytes([i]) for i in (1, 2)}
+    index = {"model.safetensors.index.json": index_of(*shards)}
+    foreign = {"consolidated.safetensors": b"x", "pytorch_model.bin": b"x"}
+    hub.add_repo("sources/shards", BASE | shards | index | foreign)
+    assert names(download(resolve("sources/shards"))) == {*BASE, *shards, *index}
+
+
+def test_download_falls_back_to_bin(hub: Hub) -> None:
+    hub.add_repo("sources/bin", BASE | {"pytorch_model.bin": b"pickle", "tf_model.h5": b"tf"})
+    assert names(download(resolve("sources/bin"))) == {*BASE, "pytorch_model.bin"}
+
+    shards = {f"pytorch_model-0000{i}-of-00002.bin": bytes([i]) for i in (1, 2)}
+    index = {"pytorch_model.bin.index.json": index_of(*shards)}
+    hub.add_repo("sources/bin-shards", BASE | shards | index | {"flax_model.msgpack": b"flax"})
+    assert names(download(resolve("sources/bin-shards"))) == {*BASE, *shards, *index}
+
+
+def test_download_without_weights_or_with_a_missing_shard(hub: Hub) -> None:
+    hub.add_repo("sources/empty", BASE | {"tf_model.h5": b"tf"})
+    with pytest.raises(DijiangError) as call:
+        download(resolve("sources/empty"))
+    assert "sources/empty has no model.safetensors or pytorch_model.bin" in message(call)
+
+    shard = "model-00001-of-00001.safetensors"
+    hub.add_repo("sources/torn", BASE | {"model.safetensors.index.json": index_of(shard)})
+    with pytest.raises(DijiangError) as call:
+        download(resolve("sources/torn"))
+    assert f"sources/torn lacks {shard}" in message(call)
+
+
+def test_download_of_a_folder_is_the_folder(tmp_path: Path) -> None:
+    source = resolve(str(tmp_path))
+    assert download(source) is source
+
+
+def test_missing_repository() -> None:
+    with pytest.raises(DijiangError) as call:
+        resolve("sources/missing")
+    assert message(call).startswith("sources/missing is not on the Hub, or is private: ")
+
+
+def test_invalid_repository_name(hub: Hub) -> None:
+    with pytest.raises(DijiangError) as call:
+        resolve("sources/a--b")
+    assert "a--b" in message(call)
+
+
+def test_private_repository_needs_the_token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add_repo("sources/private", BASE, private=True)
+    assert read_config(resolve("sources/private")) == json.loads(CONFIG)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(DijiangError) as call:
+        resolve("sources/private")
+    assert "HF_TOKEN" in message(call)
+
+
+def test_gated_repository(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add_repo("sources/gated", BASE | {"model.safetensors": WEIGHTS})
+    hub.gate("sources/gated")
+    expected = f"sources/gated is gated: ask for access at {hub.url}/sources/gated, then run `hf auth login`"
+    source = resolve("sources/gated")  # the look-up is open, as on the Hub
+    for token in (hub.token, None):  # without a token the Hub answers 401, with one 403
+        if token is None:
+            monkeypatch.delenv("HF_TOKEN")
+        for step in (read_config, download):
+            with pytest.raises(DijiangError) as call:
+                step(source)
+            assert message(call).startswith(expected)
+
+
+def test_missing_revision(hub: Hub) -> None:
+    hub.add_repo("sources/revisions", BASE)
+    with pytest.raises(DijiangError) as call:
+        resolve("sources/revisions", "step7")
+    assert message(call).startswith("sources/revisions has no revision step7: ")
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (401, "valid token"),
+        (403, "this token may not"),
+        (429, "in a few minutes"),
+        (500, "try again later"),
+        (503, "status 503"),
+        (418, "status 418"),
+    ],
+)
+def test_refusals_of_the_hub(status: int, told: str, hub: Hub, waits: list[float]) -> None:
+    failing = hub.failing("/api/models/sources/refused", status, "first\nsecond")
+    with failing, pytest.raises(DijiangError) as call:
+        resolve("sources/refused")
+    assert told in message(call) and "sources/refused" in message(call)
+
+
+def test_invalid_token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add_repo("sources/open", BASE)
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    with pytest.raises(DijiangError) as call:
+        resolve("sources/open")
+    assert "valid token" in message(call) and "hf_expired" not in message(call)
+
+
+def test_token_is_never_told(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    echo = f"no rights for Bearer secret-of-a-proxy, {hub.token}, hf_SomeoneElsesToken1; see hf_hub_download"
+    with hub.failing("/api/models/sources/echo", 403, echo), pytest.raises(DijiangError) as call:
+        resolve("sources/echo")
+    text = message(call)
+    assert "no rights for" in text and "see hf_hub_download" in text
+    assert hub.token not in text and "secret-of-a-proxy" not in text and "SomeoneElse" not in text
+
+    monkeypatch.setenv("HF_TOKEN", "unusual+token")
+    with pytest.raises(DijiangError) as call, hub_errors("sources/echo"):
+        raise OSError("disk full near unusual+token")
+    assert message(call) == "the Hub client failed on sources/echo: disk full near ***"
+
+
+def resolve_elsewhere(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own, since the client reads these settings at import."""
+    script = f"""
+from dijiang_convert.errors import DijiangError
+from dijiang_convert.source.resolve import Source, download, read_config, resolve
+try:
+    {code}
+except DijiangError as error:
+    print(error)
+"""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_hub_that_was_there_is_waited_for(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
+    """And one that never was is told at once: it is rather a wrong address."""
+    lost = importlib.import_module(hub_module._http_error().__module__.partition(".")[0]).ConnectError("no route")
+    for reached in (False, True):
+        monkeypatch.setattr(hub_module, "_reached", reached)
+        answers: list[BaseException | str] = [lost, lost, "there"]
+
+        def call(answers: list[BaseException | str] = answers) -> str:
+            if isinstance(answer := answers.pop(0), str):
+                return answer
+            raise answer
+
+        if reached:
+            assert hub_module.patiently(call) == "there" and waits == [1, 2]
+        else:
+            with pytest.raises(type(lost)):
+                hub_module.patiently(call)
+            assert waits == []
+
+
+def test_unreachable_hub() -> None:
+    endpoint = "http://127.0.0.1:9"
+    done = resolve_elsewhere("resolve('o/n')", HF_ENDPOINT=endpoint)
+    assert done.stdout.startswith(f"cannot reach {endpoint} for o/n (ConnectError): check"), done.stderr
+    assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("resolve('o/n')", "o/n at main was not downloaded before, and offline mode is on: unset HF_HUB_OFFLINE"),
+        (
+            "read_config(Source('n', 'o/n', '0' * 40, None))",
+            "cannot reach the Hub for o/n: offline mode is on; unset HF_HUB_OFFLINE",
+        ),
+    ],
+)
+def test_offline_mode(code: str, told: str) -> None:
+    done = resolve_elsewhere(code, HF_HUB_OFFLINE="1")
+    assert done.stdout == f"{told}\n", done.stderr
+
+
+def test_import_is_light() -> None:
+    check = "import sys; print({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    done = resolve_elsewhere(f"import dijiang_convert.push, dijiang_convert.checkpoint.card; {check}")
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_loopback_hub_serves_ranges(hub: Hub) -> None:
+    """The client resumes a broken download by a Range request."""
+    data = bytes(range(256)) * 8
+    hub.add_repo("sources/ranges", {"model.safetensors": data})
+    url = f"{hub.url}/sources/ranges/resolve/main/model.safetensors"
+    with urlopen(Request(url, headers={"Range": "bytes=2000-"})) as part:
+        assert (part.status, part.read()) == (206, data[2000:])
+        assert part.headers["Content-Range"] == "bytes 2000-2047/2048"
+    with pytest.raises(HTTPError) as call:
+        urlopen(Request(url, headers={"Range": "bytes=4000-"}))
+    assert call.value.code == 416
