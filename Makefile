@@ -20,6 +20,7 @@ test-oldest: $(VENV)-oldest/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/imports.py
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
