@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dijiang_convert.checkpoint.shards.shards import INDEX, Tensor, write_json, write_safetensors
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dijiang_convert.checkpoint.shards import INDEX, Tensor, write_json, write_safetensors
 from dijiang_convert.demo import MODEL
 
 SHARD = 2 * 10**9  # bytes, at most

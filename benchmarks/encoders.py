@@ -21,13 +21,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 import transformers
-from dijiang_convert.checkpoint.shards.loading import load_any, silence
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.fidelity.report import write_between
 from dijiang_convert import convert, evaluate, finetune
+from dijiang_convert.checkpoint.loading import load_any, silence
 from dijiang_convert.data.images import open_images
 
 RECIPES = {"text": ("encoder", "frequency", "pure", "window-only"), "vit": ("encoder",)}

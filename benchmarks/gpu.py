@@ -34,12 +34,12 @@ from typing import Any
 
 import torch
 import transformers
-from dijiang_convert.checkpoint.shards.loading import load_converted, silence
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from dijiang_convert import convert
+from dijiang_convert.checkpoint.loading import load_converted, silence
 from dijiang_convert.demo import MODEL
 from dijiang_convert.measure.timing import Pass, now, peak_memory, seconds, time_forward, time_generate
 

@@ -23,11 +23,11 @@ from typing import Any
 
 import psutil
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_converted, silence
 from torch import Tensor
 from transformers import DynamicCache
 
 from dijiang_convert import convert
+from dijiang_convert.checkpoint.loading import load_converted, silence
 from dijiang_convert.measure.timing import cache_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import transformers
-from dijiang_convert.checkpoint.shards.loading import converted_config, load_converted, silence
-from dijiang_convert.checkpoint.shards.shards import write_json
 
 from dijiang_convert import convert
+from dijiang_convert.checkpoint.loading import converted_config, load_converted, silence
+from dijiang_convert.checkpoint.shards import write_json
 from dijiang_convert.demo import MODEL
 from dijiang_convert.measure.timing import peak_memory
 from dijiang_convert.recipe import Stage

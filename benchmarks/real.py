@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dijiang_convert.checkpoint.shards.loading import converted_config
-from dijiang_convert.checkpoint.shards.shards import read_checkpoint
 
 import dijiang_convert
 from dijiang_convert import convert, evaluate, finetune
+from dijiang_convert.checkpoint.loading import converted_config
+from dijiang_convert.checkpoint.shards import read_checkpoint
 from dijiang_convert.inspect import state_bytes
 from dijiang_convert.modeling.configuration_dijiang import read_section
 

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 import transformers
-from dijiang_convert.checkpoint.shards.loading import load_any, silence
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from dijiang_convert import convert
+from dijiang_convert.checkpoint.loading import load_any, silence
 from dijiang_convert.measure.timing import cache_bytes, random_ids, time_decoding, time_forward, with_cache
 from dijiang_convert.modeling.configuration_dijiang import Kernel
 

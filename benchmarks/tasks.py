@@ -19,8 +19,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_any, load_tokenizer, silence
 
+from dijiang_convert.checkpoint.loading import load_any, load_tokenizer, silence
 from dijiang_convert.data.rows import token_rows
 
 LENGTHS = (512, 1024, 2000)

@@ -39,13 +39,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dijiang_convert.checkpoint.shards.loading import default_device, load_converted
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, default_data_collator
 
 import dijiang_convert
 from dijiang_convert import convert
+from dijiang_convert.checkpoint.loading import default_device, load_converted
 from dijiang_convert.training.adapters import lora_targets
 from dijiang_convert.training.attention import original, recomputing
 from dijiang_convert.training.attention_transfer import attention_transfer_loss, transferring

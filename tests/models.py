@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_converted
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from dijiang_convert.checkpoint.loading import load_converted
 from dijiang_convert.convert import convert
 from dijiang_convert.modeling.attention import DiJiangAttention
 from dijiang_convert.modeling.cache import DiJiangCacheLayer

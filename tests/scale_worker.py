@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
-from dijiang_convert.checkpoint.shards.loading import load_converted, silence
 
+from dijiang_convert.checkpoint.loading import load_converted, silence
 from dijiang_convert.cli import app
 from dijiang_convert.data.mixture import REAL, START, TARGET
 from dijiang_convert.data.rows import Rows

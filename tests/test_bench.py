@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dijiang_convert.checkpoint.shards.loading import load_any
 from torch import Tensor
 
 from dijiang_convert import DijiangError, benchmark, convert
 from dijiang_convert.benchmark import WAYS, BenchRow, ratios
+from dijiang_convert.checkpoint.loading import load_any
 from dijiang_convert.demo import MODEL
 from dijiang_convert.measure.timing import peak_memory, random_ids, time_forward, time_generate, weight_bytes
 

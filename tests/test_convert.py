@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from dijiang_convert.checkpoint.shards.companions import LEFT_BEHIND, MODELING_FILES
-from dijiang_convert.checkpoint.shards.loading import load_converted, load_tokenizer
 from safetensors.torch import load_file, save_file
 
+from dijiang_convert.checkpoint.companions import LEFT_BEHIND, MODELING_FILES
+from dijiang_convert.checkpoint.loading import load_converted, load_tokenizer
 from dijiang_convert.convert import ConvertResult, convert
 from dijiang_convert.data.demo_text import documents
 from dijiang_convert.errors import DijiangError, Unsupported

@@ -13,14 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from dijiang_convert.checkpoint.shards.loading import load_any, load_converted, load_tokenizer
-from dijiang_convert.checkpoint.shards.shards import read_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache
 
 from dijiang_convert import DijiangError, benchmark, convert, evaluate, finetune, generate, inspect
+from dijiang_convert.checkpoint.loading import load_any, load_converted, load_tokenizer
+from dijiang_convert.checkpoint.shards import read_checkpoint
 from dijiang_convert.data.demo_text import documents
 from dijiang_convert.data.rows import token_rows
 from dijiang_convert.training import schedule

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_any, load_converted, load_tokenizer
-from dijiang_convert.checkpoint.shards.shards import INDEX, read_shard
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from dijiang_convert import DijiangError, convert, evaluate, finetune
+from dijiang_convert.checkpoint.loading import load_any, load_converted, load_tokenizer
+from dijiang_convert.checkpoint.shards import INDEX, read_shard
 from dijiang_convert.data.demo_text import documents
 from dijiang_convert.demo import MODEL
 from dijiang_convert.files import weight_files

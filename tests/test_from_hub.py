@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_any, load_converted, load_tokenizer
 
+from dijiang_convert.checkpoint.loading import load_any, load_converted, load_tokenizer
 from dijiang_convert.push import push
 from tests.hub import Hub
 from tests.modeling.test_loading import run

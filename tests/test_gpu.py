@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_converted
 from transformers import StaticCache
 
 from dijiang_convert import convert, finetune
+from dijiang_convert.checkpoint.loading import load_converted
 from dijiang_convert.data.demo_text import documents
 from dijiang_convert.demo import MODEL
 from tests.modeling import naive

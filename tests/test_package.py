@@ -7,9 +7,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from dijiang_convert.checkpoint.shards.companions import MODELING_FILES
 
 import dijiang_convert
+from dijiang_convert.checkpoint.companions import MODELING_FILES
 from dijiang_convert.recipe import recipe_names
 
 ROOT = Path(dijiang_convert.__file__).parents[1]

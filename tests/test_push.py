@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dijiang_convert.checkpoint.shards.card_parts import Card, merge, parse
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from safetensors.numpy import save
 
+from dijiang_convert.checkpoint.card_parts import Card, merge, parse
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.push import PushResult, push
 from tests.hub import Hub

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from dijiang_convert.checkpoint.shards.shards import read_shard
 
 from dijiang_convert import DijiangError
+from dijiang_convert.checkpoint.shards import read_shard
 from dijiang_convert.files import ACCELERATE, weight_files
 from dijiang_convert.recipe import Stage
 from dijiang_convert.training import processes, schedule, trainer

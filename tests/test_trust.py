@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from dijiang_convert.checkpoint.shards.companions import MODELING_FILES
-from dijiang_convert.checkpoint.shards.loading import load_any, load_tokenizer
 from typer.testing import CliRunner
 
 from dijiang_convert import DijiangError, convert
+from dijiang_convert.checkpoint.companions import MODELING_FILES
+from dijiang_convert.checkpoint.loading import load_any, load_tokenizer
 from dijiang_convert.cli import app
 from dijiang_convert.source.download import cache_folder
 from dijiang_convert.source.hub import redact

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_any
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from dijiang_convert import benchmark, convert, demo, generate
+from dijiang_convert.checkpoint.loading import load_any
 from dijiang_convert.cli import app
 from dijiang_convert.data.demo_text import documents
 from dijiang_convert.demo import MODEL

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_any, load_tokenizer, silence
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dijiang_convert.checkpoint.loading import load_any, load_tokenizer, silence
 from dijiang_convert.data.rows import token_rows
 from dijiang_convert.recipe import Stage, scale_tokens
 from dijiang_convert.training.trainer import run_stage

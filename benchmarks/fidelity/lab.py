@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_any, load_converted, load_tokenizer, silence
-from dijiang_convert.checkpoint.shards.shards import read_checkpoint
 from transformers import AutoModelForCausalLM
 
 from dijiang_convert import convert
+from dijiang_convert.checkpoint.loading import load_any, load_converted, load_tokenizer, silence
+from dijiang_convert.checkpoint.shards import read_checkpoint
 from dijiang_convert.data.rows import Rows, token_rows
 from dijiang_convert.recipe import Stage, adjust_stages, parse_recipe, scale_tokens
 from dijiang_convert.training.trainer import run_stage

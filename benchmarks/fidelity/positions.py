@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_any, load_tokenizer, silence
 from torch import Tensor
 
 from dijiang_convert import convert, finetune
+from dijiang_convert.checkpoint.loading import load_any, load_tokenizer, silence
 from dijiang_convert.data.rows import token_rows
 
 from .report import write_between

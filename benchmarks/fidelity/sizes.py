@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_any, load_converted, load_tokenizer, silence
-from dijiang_convert.checkpoint.shards.shards import read_checkpoint
 
+from dijiang_convert.checkpoint.loading import load_any, load_converted, load_tokenizer, silence
+from dijiang_convert.checkpoint.shards import read_checkpoint
 from dijiang_convert.data.rows import token_rows
 from dijiang_convert.measure.calibrate import shared_memory
 from dijiang_convert.measure.recall import recall

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_any
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, TrainingArguments
 
 from dijiang_convert import convert, evaluate, finetune
+from dijiang_convert.checkpoint.loading import load_any
 from dijiang_convert.data.rows import Rows, token_rows
 
 from .measures import recall

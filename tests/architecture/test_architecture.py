@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from dijiang_convert.architecture.examine.examine import check_kernel, examine
-from dijiang_convert.architecture.examine.layers import select_layers
-from dijiang_convert.checkpoint.shards.loading import load_converted
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from dijiang_convert.architecture.examine import check_kernel, examine
+from dijiang_convert.architecture.layers import select_layers
+from dijiang_convert.checkpoint.loading import load_converted
 from dijiang_convert.convert import convert
 from dijiang_convert.errors import DijiangError, Unsupported
 from dijiang_convert.modeling.configuration_dijiang import Kernel

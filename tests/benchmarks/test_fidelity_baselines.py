@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dijiang_convert.checkpoint.shards.loading import load_any, load_tokenizer
 from torch import Tensor
 
 from benchmarks.fidelity import lab, report
 from benchmarks.fidelity.baselines import BASELINES, Baseline, delta_rule, gated
 from benchmarks.fidelity.positions import lengths, shifts
 from dijiang_convert import convert
+from dijiang_convert.checkpoint.loading import load_any, load_tokenizer
 from dijiang_convert.data.demo_text import documents
 from dijiang_convert.demo import MODEL
 from dijiang_convert.modeling.attention import Call

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_any
 from transformers import DynamicCache
 
 from benchmarks import readme, speed
+from dijiang_convert.checkpoint.loading import load_any
 from dijiang_convert.demo import MODEL
 from dijiang_convert.measure.timing import cache_bytes, random_ids, time_forward, with_cache
 from dijiang_convert.modeling.configuration_dijiang import Kernel

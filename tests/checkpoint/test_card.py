@@ -9,10 +9,10 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from dijiang_convert.checkpoint.shards.card import card_for, write_card
-from dijiang_convert.checkpoint.shards.quality import EVALUATION, add_quality, read_quality
 from huggingface_hub import ModelCard
 
+from dijiang_convert.checkpoint.card import card_for, write_card
+from dijiang_convert.checkpoint.quality import EVALUATION, add_quality, read_quality
 from dijiang_convert.errors import DijiangError
 from tests.hub import Hub
 

@@ -14,7 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from dijiang_convert.checkpoint.shards.shards import (
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dijiang_convert import files
+from dijiang_convert.checkpoint.shards import (
     DTYPES,
     INDEX,
     in_memory,
@@ -24,10 +28,6 @@ from dijiang_convert.checkpoint.shards.shards import (
     write_shards,
     write_trained,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
-from dijiang_convert import files
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.files import link_file, new_folder, weight_files
 

@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_tokenizer
 from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 from dijiang_convert import DijiangError, convert, finetune
+from dijiang_convert.checkpoint.loading import load_tokenizer
 from dijiang_convert.cli import app
 from dijiang_convert.data import mixture as contexts_module
 from dijiang_convert.data import rows as data_module

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_converted
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from typer.testing import CliRunner
 
+from dijiang_convert.checkpoint.loading import load_converted
 from dijiang_convert.cli import app
 from dijiang_convert.convert import convert
 from dijiang_convert.data.demo_text import documents

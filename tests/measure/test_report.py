@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from dijiang_convert.checkpoint.shards.card import write_card
-from dijiang_convert.checkpoint.shards.loading import load_tokenizer
-from dijiang_convert.checkpoint.shards.quality import read_quality
-from dijiang_convert.checkpoint.shards.shards import read_checkpoint, write_json
 
 from dijiang_convert import DijiangError, convert, finetune
+from dijiang_convert.checkpoint.card import write_card
+from dijiang_convert.checkpoint.loading import load_tokenizer
+from dijiang_convert.checkpoint.quality import read_quality
+from dijiang_convert.checkpoint.shards import read_checkpoint, write_json
 from dijiang_convert.data.demo_text import documents
 from dijiang_convert.data.mixture import REAL, TARGET
 from dijiang_convert.data.rows import Rows, token_rows

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +21,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from dijiang_convert.checkpoint.loading import load_tokenizer
 from dijiang_convert.modeling.cache import DiJiangCacheLayer
 from tests.models import checkpoint, difference, feed, load, logits_of, source, tokens
 

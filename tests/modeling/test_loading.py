@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_converted
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from dijiang_convert.checkpoint.loading import load_converted
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.modeling import configuration_dijiang
 from tests.models import (

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_converted
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from dijiang_convert.checkpoint.loading import load_converted
 from dijiang_convert.convert import convert
 from dijiang_convert.modeling import modeling_dijiang
 from dijiang_convert.training.attention_transfer import attention

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_converted
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, StaticCache, TorchAoConfig
 
+from dijiang_convert.checkpoint.loading import load_converted
 from dijiang_convert.convert import convert
 from tests.models import (
     KINDS,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_converted
 
 from dijiang_convert import convert
+from dijiang_convert.checkpoint.loading import load_converted
 from dijiang_convert.demo import MODEL
 from dijiang_convert.modeling import modeling_dijiang
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from dijiang_convert.checkpoint.shards.loading import load_converted
 from torch import Tensor
 from transformers import DynamicCache
 
+from dijiang_convert.checkpoint.loading import load_converted
 from dijiang_convert.modeling.attention import Call
 from dijiang_convert.modeling.table import Logits
 from tests.models import (

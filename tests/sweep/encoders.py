@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from dijiang_convert.architecture.examine.examine import examine
-from dijiang_convert.checkpoint.shards.loading import silence
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +22,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from dijiang_convert.architecture.examine import examine
+from dijiang_convert.checkpoint.loading import silence
 from dijiang_convert.convert import convert
 from dijiang_convert.errors import Unsupported
 from tests.sweep.feed import output

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from dijiang_convert.architecture.examine.examine import Architecture, check_kernel, examine
-from dijiang_convert.checkpoint.shards.loading import silence
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +20,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from dijiang_convert.architecture.examine import Architecture, check_kernel, examine
+from dijiang_convert.checkpoint.loading import silence
 from dijiang_convert.convert import convert
 from dijiang_convert.errors import DijiangError, Unsupported
 from dijiang_convert.modeling.configuration_dijiang import Kernel

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import transformers
-from dijiang_convert.checkpoint.shards.loading import converted_config, load_converted
 from typer.testing import CliRunner
 
 from benchmarks.memory import compare, converted
 from dijiang_convert import DijiangError, finetune, inspect
+from dijiang_convert.checkpoint.loading import converted_config, load_converted
 from dijiang_convert.cli import app
 from dijiang_convert.data.demo_text import documents
 from dijiang_convert.recipe import Stage, load_recipe

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from dijiang_convert.checkpoint.shards.loading import converted_config, load_converted
-from dijiang_convert.checkpoint.shards.shards import read_checkpoint, write_json
 from typer.testing import CliRunner
 
 from dijiang_convert import DijiangError, convert, finetune
+from dijiang_convert.checkpoint.loading import converted_config, load_converted
+from dijiang_convert.checkpoint.shards import read_checkpoint, write_json
 from dijiang_convert.cli import app
 from dijiang_convert.recipe import Recipe, load_recipe, parse_recipe
 from dijiang_convert.training import schedule
