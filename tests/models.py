@@ -9,6 +9,7 @@ import functools
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,14 @@ def forget(layer: Any, part: str) -> None:
         else:
             sinks = table.score.shape[2] - 4
             table.memory_v[:, :, slice(sinks) if part == "memory" else slice(sinks, None)] = 0
+
+
+def window_and_state(model: Any) -> Any:
+    """The model without sinks and memory, whose keys are rounded as they were rotated: a shift of all positions rounds
+    them another way."""
+    for child in kernels(model):
+        child.resize(replace(child.kernel, sinks=0, memory=0))
+    return model
 
 
 def assert_state_is_float32(cache: Any) -> None:

@@ -17,6 +17,7 @@ from dijiang_convert.checkpoint.loading import load_converted
 from dijiang_convert.convert import convert
 from dijiang_convert.errors import DijiangError, Unsupported
 from dijiang_convert.modeling.configuration_dijiang import Kernel
+from tests.models import window_and_state
 from tests.sources_on_disk import TOKENS, VOCABULARY, random_model, write_tokenizer
 
 # The names that nearly all configs give to the same things: 4 heads of 8 that share 2 for keys.
@@ -274,9 +275,10 @@ def test_converted_models_run(kind: str, tmp_path: Path) -> None:
         assert full.isfinite().all() and full.std() > 1e-3
         assert (torch.cat(steps, dim=1) - full).abs().max() <= 1e-4
         if kind in ROTATING:
-            positions = torch.arange(150).expand(2, -1)
-            shifted = model(input_ids=ids, position_ids=positions + 50).logits
-            assert (shifted - full).abs().max() <= 1e-5
+            window_and_state(model)
+            places = torch.arange(150).expand(2, -1)
+            here, there = (model(input_ids=ids, position_ids=each).logits for each in (places, places + 50))
+            assert (there - here).abs().max() <= 1e-5
 
 
 def test_a_kept_rotation_depends_on_position(tmp_path: Path) -> None:
@@ -289,7 +291,7 @@ def test_a_kept_rotation_depends_on_position(tmp_path: Path) -> None:
         recipe="frequency",
         settings=["window=8", "block=8", "memory=8", "rotary=keep", "frequency=4.0"],
     )
-    model = load_converted(tmp_path / "out", device=torch.device("cpu")).eval()
+    model = window_and_state(load_converted(tmp_path / "out", device=torch.device("cpu")).eval())
     ids, positions = torch.randint(VOCABULARY - 2, (1, 150)), torch.arange(150)[None]
     with torch.no_grad():
         change = model(input_ids=ids, position_ids=positions + 50).logits - model(input_ids=ids).logits
@@ -324,8 +326,8 @@ def test_rope_scaling_carries_over(rope: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = source(input_ids=ids).logits
         assert (whole(input_ids=ids).logits - expected).abs().max() <= 1e-5
-        logits = far(input_ids=ids).logits
-        assert (logits - expected).abs().max() > 1e-3
+        assert (far(input_ids=ids).logits - expected).abs().max() > 1e-3
+        logits = window_and_state(far)(input_ids=ids).logits
         assert (far(input_ids=ids, position_ids=positions + 37).logits - logits).abs().max() <= 1e-5
 
 

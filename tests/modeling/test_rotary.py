@@ -1,12 +1,10 @@
 """Rotary embedding, which features of the default recipe are made without."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from dijiang_convert.modeling.rotary import known_rotation, without_rotation
-from tests.models import KINDS, difference, kernels, load, logits_of, tokens
+from tests.models import KINDS, difference, kernels, load, logits_of, tokens, window_and_state
 
 TOLERANCE = 1e-4
 LENGTH = 310
@@ -14,15 +12,12 @@ LENGTH = 310
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_positions_do_not_matter_without_rotation(kind: str) -> None:
-    """With rotary embedding removed the far part depends on content and distance alone. (Keys in the memory are rounded
-    as they were rotated.)"""
+    """With rotary embedding removed the far part depends on content and distance alone."""
     ids = tokens(2, LENGTH)
     positions = torch.arange(LENGTH)[None].expand(2, -1)
     moved = {}
     for variant in ("frequency", "keep"):
-        model = load(kind, variant)
-        for child in kernels(model):
-            child.resize(replace(child.kernel, sinks=0, memory=0))
+        model = window_and_state(load(kind, variant))
         expected = logits_of(model, ids, position_ids=positions)
         assert difference(expected, logits_of(model, ids)) <= TOLERANCE
         moved[variant] = difference(logits_of(model, ids, position_ids=positions + 100), expected)
