@@ -8,7 +8,7 @@ freed, whoever trains: MALLOC_MMAP_THRESHOLD_ makes it give back blocks from 1 M
 
 - plain: the softmax model (SDPA) with peft's LoRA and its own cross-entropy loss
 - distill: the converted model with the same LoRA and its kernels, distilled from itself
-- full-copy, full-cached: the whole converted model, distilled from a frozen copy or from the cached top 64
+- full-copy: the whole converted model, distilled from a frozen copy
 
 Time of a step, medians of steps that take turns in one process; on the CPU the processor's time, in one thread with
 OMP_NUM_THREADS=1, so that what else runs on the machine does not count:
@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, default_data_collator
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import dijiang_convert
 from dijiang_convert import convert
@@ -50,13 +50,11 @@ from dijiang_convert.training.adapters import lora_targets
 from dijiang_convert.training.attention import original, recomputing
 from dijiang_convert.training.attention_transfer import attention_transfer_loss, transferring
 from dijiang_convert.training.logits import distillation_loss, inner_model, live_teacher
-from dijiang_convert.training.teacher_cache import cache_teacher, cached_teacher
 
-WAYS = ("plain", "distill", "full-copy", "full-cached")
+WAYS = ("plain", "distill", "full-copy")
 TIMED = ("plain", "distill", "transfer", "softmax")
 OURS = ("distill", "transfer")  # of these, what another version of this package can be slower at
 STEPS = 3
-TOP = 64
 
 
 def make_models(folder: Path, args: argparse.Namespace, vocabulary: int) -> tuple[Path, Path]:
@@ -115,21 +113,8 @@ def way(
         return with_lora(model, targets, kernels=True), lambda student, inputs: distillation_loss(
             student, live_teacher(student, inputs, within=lambda: original(student)), inputs, 0.0
         )
-    if name == "full-copy":
-        teacher = load_converted(converted, attention="softmax").eval().requires_grad_(False)
-        return model, lambda student, inputs: distillation_loss(student, live_teacher(teacher, inputs), inputs, 0.0)
-    rows: Any = [{key: x[i].cpu() for key, x in inputs.items()} for i in range(args.batch)]
-    cached = cache_teacher(
-        rows, args.batch, lambda: load_converted(converted, attention="softmax").eval(), top=TOP,
-        folder=source.parent / "teacher",
-    )  # fmt: skip
-
-    def loss(student: Any, inputs: dict[str, Tensor]) -> Tensor:
-        whole = default_data_collator([cached[i] for i in range(len(cached))])
-        whole = {key: x.to(default_device()) for key, x in whole.items()}
-        return distillation_loss(student, cached_teacher(whole), inputs, 0.0)
-
-    return model, loss
+    teacher = load_converted(converted, attention="softmax").eval().requires_grad_(False)
+    return model, lambda student, inputs: distillation_loss(student, live_teacher(teacher, inputs), inputs, 0.0)
 
 
 def stepper(name: str, model: Any, loss: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Callable[[], None]:
@@ -266,7 +251,7 @@ def worker(name: str, folder: Path, vocabulary: int, argv: list[str]) -> Any:
 def ratios(memory: dict[str, dict[str, int]], times: dict[str, float]) -> dict[str, float]:
     values = {}
     for a, b, key in (
-        ("distill", "plain", "peak"), ("distill", "plain", "growth"), ("full-cached", "full-copy", "peak"),
+        ("distill", "plain", "peak"), ("distill", "plain", "growth"),
     ):  # fmt: skip
         if a in memory and b in memory:
             values[f"{a}_over_{b}_{key}"] = memory[a][f"{key}_bytes"] / memory[b][f"{key}_bytes"]

@@ -182,10 +182,6 @@ def finetune(
     seq_len: SeqLen = None,
     settings: Settings = None,
     teacher: Annotated[str | None, typer.Option(metavar="SOURCE", help="The original, where it can't be told.")] = None,
-    cache_teacher: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="K", help="Keep the teacher's K likeliest tokens on disk, not it in memory."),
-    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the last run stopped.")] = False,
     push: Push = None,
     private: Private = False,
@@ -204,7 +200,7 @@ def finetune(
     result = finetune(
         checkpoint, out, data=Sources(data) if data else None, tokens=tokens, stages=stage or (), skip=skip or (),
         seq_len=seq_len, settings=settings or (), train=None if full is None else "full" if full else "lora",
-        teacher=teacher, cache_teacher=cache_teacher, resume=resume, push=push, private=private, force=force,
+        teacher=teacher, resume=resume, push=push, private=private, force=force,
         report=report, dry_run=dry_run, seed=seed,
     )  # fmt: skip
 

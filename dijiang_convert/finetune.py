@@ -61,8 +61,6 @@ from .training.gather import corpus_of, fingerprint, gather
 from .training.log import TrainingLog
 from .training.plan import check_context, check_objectives, extended_config, fit_rows, make_plan, source_context
 from .training.run_folder import RunFolder
-from .training.teacher_cache import CachedRows
-from .training.teacher_cache import cache_teacher as write_cache
 from .training.trainer import StageResult, run_stage
 from .training.trial import timed
 
@@ -93,7 +91,6 @@ def finetune(
     seq_len: int | None = None,
     settings: Sequence[str] = (),
     teacher: str | None = None,
-    cache_teacher: int | None = None,
     resume: bool = False,
     push: str | None = None,
     private: bool = False,
@@ -116,8 +113,6 @@ def finetune(
         seq_len: tokens a row.
         settings: ``key=value`` for every stage, ``stage.key=value`` for one.
         teacher: the original model, needed only where the checkpoint was trained before and its source is a folder.
-        cache_teacher: write down the teacher's so many likeliest tokens of every position first, so that training needs
-            no second model in memory. For stages that have one: LoRA's teacher is the model itself.
         resume: go on where a run with the same ``out`` stopped.
         push: a Hub repository to push the result to; ``private`` makes it a private one.
         report: sets a little text aside, measures the model on it before and after, and leaves report.html and plots.
@@ -153,13 +148,11 @@ def finetune(
             plan = tuple(dataclasses.replace(stage, seq_len=image_tokens(parsed)) for stage in plan)
         elif follows_recipe:
             plan = fit_rows(plan, min(source_context(parsed), tokenizer.model_max_length))
-        if cache_teacher is not None:
-            raise DijiangError("--cache-teacher keeps next tokens, and this model predicts none: leave it out")
     check_context(plan, parsed)
     teachers = [
         _teacher(stage, folder, section, [*section["history"], *plan[:i]], teacher) for i, stage in enumerate(plan)
     ]
-    _check_teachers(teachers, teacher, cache_teacher, getattr(parsed.get_text_config(), "vocab_size", 0))
+    _check_teachers(teachers, teacher, getattr(parsed.get_text_config(), "vocab_size", 0))
     corpora = [corpus_of(stage.data, data, recipe) for stage in plan]
     if not resume:  # a resumed run has its rows, whatever has happened to the corpus
         for corpus in corpora:
@@ -167,7 +160,7 @@ def finetune(
     if push:
         check_push(push)
     silence()
-    copies = [each is not None and cache_teacher is None for each in teachers]
+    copies = [each is not None for each in teachers]
     costs, free = plan_costs(plan, parsed, copies, here.num_processes), free_memory()
     if dry_run:
         check_out(target, force)
@@ -175,8 +168,7 @@ def finetune(
             costs = timed(costs, plan, folder, copies)
         return FinetuneResult(str(target), [], time.perf_counter() - start, None, costs, free, dry_run=True)
     options = {
-        "data": [fingerprint(corpus) for corpus in corpora], "seed": seed, "teacher": teacher,
-        "cache_teacher": cache_teacher, "report": report,
+        "data": [fingerprint(corpus) for corpus in corpora], "seed": seed, "teacher": teacher, "report": report,
     }  # fmt: skip
     run = RunFolder(target, plan, options, resume, force)
     if not run.finished:
@@ -216,18 +208,10 @@ def finetune(
             continue
         # Each stage starts from what the one before wrote: so a resumed run can't differ from an unbroken one.
         load = functools.partial(load_converted, run.latest or folder, device=device)
-        text: Rows | CachedRows | Images = rows[i]
-        source, guide = teachers[i], None
-        if source is not None and cache_teacher is not None and isinstance(text, Rows):
-            run.wait_for(run.cache(i))
-            text = write_cache(
-                text, min(-(-stage.tokens // stage.seq_len), len(text)), functools.partial(source.load, device),
-                top=cache_teacher, folder=run.cache(i), name=source.name,
-            )  # fmt: skip
-        elif source is not None:
-            guide = source.load(device)
+        source = teachers[i]
+        guide = None if source is None else source.load(device)
         model, result = run_stage(
-            load(), stage, text, teacher=guide, folder=run.stage(i), reload=load, resume=resume, seed=seed + i,
+            load(), stage, rows[i], teacher=guide, folder=run.stage(i), reload=load, resume=resume, seed=seed + i,
             log=TrainingLog(run.log, stage, i),
         )  # fmt: skip
         results.append(result)
@@ -352,9 +336,9 @@ def _teacher(
     return _Teacher(str(folder), is_converted=True)
 
 
-def _check_teachers(teachers: Sequence[_Teacher | None], given: str | None, top: int | None, vocabulary: int) -> None:
-    """Before anything that takes long, whether those with a name are there and have the same tokens, and
-    whether options for them are of any use."""
+def _check_teachers(teachers: Sequence[_Teacher | None], given: str | None, vocabulary: int) -> None:
+    """Before anything that takes long, whether those with a name are there and have the same tokens, and whether one is
+    given for nothing."""
     if given is not None and not any(teachers):
         raise DijiangError(f"--teacher {given} is of no use here: no stage is a distillation; leave it out")
     for name in {each.name for each in teachers if each is not None and not each.is_converted}:
@@ -364,14 +348,6 @@ def _check_teachers(teachers: Sequence[_Teacher | None], given: str | None, top:
                 f"teacher {name} has a vocabulary of {theirs:,} and the checkpoint one of {vocabulary:,}: give the "
                 "model that was converted, with --teacher"
             )
-    if top is None:
-        return
-    if top < 1:
-        raise DijiangError(f"--cache-teacher {top}: give how many tokens to keep, 64 for example")
-    if not any(teachers):
-        raise DijiangError(
-            "--cache-teacher is of no use here: no stage loads a teacher (LoRA's is the model itself); leave it out"
-        )
 
 
 def _write(

@@ -202,8 +202,6 @@ def test_the_verbs_of_decoders_refuse(converted: Path) -> None:
         evaluate(converted, data=TEXTS)
     with pytest.raises(DijiangError, match="leave --tasks out"):
         evaluate(converted, baseline=str(converted), data=TEXTS, tasks=["piqa"])
-    with pytest.raises(DijiangError, match="cache_teacher|--cache-teacher"):
-        finetune(converted, data=TEXTS, cache_teacher=8)
     with pytest.raises(DijiangError, match="transfer: seq_len 512 is beyond the original's context of 128"):
         finetune(converted, data=TEXTS, settings=["seq_len=512"])
     with pytest.raises(DijiangError, match="cross_entropy needs a model that predicts"):

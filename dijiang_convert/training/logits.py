@@ -50,7 +50,7 @@ def cross_entropy(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
 def distillation_loss(student: Any, teacher: ChunkLoss, inputs: dict[str, Any], cross_entropy_weight: float) -> Tensor:
     """KL to the teacher, with a share of next-token loss mixed in: what `kl_divergence` and `cross_entropy` give.
 
-    Both judge the prediction of every target that loss_mask marks. ``teacher`` is `live_teacher` or a cache's.
+    Both judge the prediction of every target that loss_mask marks. teacher: as `live_teacher` gives it.
     """
     labels = inputs["input_ids"][:, 1:][counted(inputs)]
 

@@ -104,10 +104,6 @@ class RunFolder:
     def stage(self, index: int) -> Path:
         return self.folder / f"stage-{index}"
 
-    def cache(self, index: int) -> Path:
-        """Of a stage's teacher."""
-        return self.folder / f"teacher-{index}"
-
     def wait_for(self, path: Path) -> None:
         """Until the main process has put it there. (A barrier would give up after some minutes.)"""
         while not (PartialState().is_main_process or path.exists()):
@@ -129,7 +125,7 @@ class RunFolder:
                 write(folder)
                 write_json(folder / RESULTS, [dataclasses.asdict(result) for result in results])
             shutil.rmtree(self._after(index - 1), ignore_errors=True)
-            for folder in [*self.stage(index).glob("checkpoint-*"), self.cache(index)]:
+            for folder in self.stage(index).glob("checkpoint-*"):
                 shutil.rmtree(folder, ignore_errors=True)
         here.wait_for_everyone()
         self.latest = self._after(index)

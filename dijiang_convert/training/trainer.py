@@ -40,7 +40,6 @@ from .logits import cross_entropy_loss, distillation_loss, inner_model, live_tea
 from .outputs import output_loss
 from .packing import check_packing
 from .schedule import Batches, share_out
-from .teacher_cache import CachedRows, cached_teacher
 
 REFERENCE_WIDTH = 1024  # hidden_size that a recipe's learning_rate is given for; Adam wants it ∝ 1 / width
 LONGEST_GRADIENT = 1.0  # longer ones are clipped to this norm
@@ -72,7 +71,7 @@ def row_order(rows: int, count: int, seed: int) -> list[int]:
 def run_stage(
     model: PreTrainedModel,
     stage: Stage,
-    rows: Rows | CachedRows | Images,
+    rows: Rows | Images,
     *,
     teacher: PreTrainedModel | None,
     folder: Path,
@@ -84,7 +83,6 @@ def run_stage(
     """Trains ``model`` on rows of text and returns it, adapters merged, with what happened.
 
     teacher: a frozen softmax model for distillation; None lets the model be its own, with adapters and kernels off.
-        Rows that come with a cached teacher need none.
     folder: where the Trainer keeps its checkpoints, for ``resume``.
     reload: gives ``model`` as it was once more; needed where it is sharded over processes. Then the result is on the
         main process' CPU, and None on the others.
@@ -197,9 +195,7 @@ def _loss(stage: Stage, trained: Any, teacher: PreTrainedModel | None) -> Loss:
         return output_loss(student, trained, inputs, within=lambda: original(trained))
 
     def distil(student: Any, inputs: dict[str, Any]) -> Tensor:
-        if "teacher_indices" in inputs:
-            target = cached_teacher(inputs)
-        elif teacher is not None:
+        if teacher is not None:
             target = live_teacher(teacher, inputs)
         else:
             target = live_teacher(trained, inputs, within=lambda: original(trained))

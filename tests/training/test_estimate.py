@@ -158,13 +158,6 @@ def test_a_run_states_its_plan_first(folder: Path, tmp_path: Path, capsys: pytes
     assert result.plan[0].tokens == result.stages[0].tokens
 
 
-def test_a_cached_teacher_is_not_counted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(finetune.__globals__, "timed", lambda costs, *others: costs)
-    options: dict[str, Any] = {"stages": ["distill"], "train": "full", "dry_run": True}
-    beside, cached = (finetune(folder, tmp_path / "out", cache_teacher=top, **options).plan[0] for top in (None, 8))
-    assert beside.weights_bytes - cached.weights_bytes == sum(p.nbytes for p in load_converted(folder).parameters())
-
-
 def test_the_steps_of_several_processes_are_told(folder: Path) -> None:
     stage = Stage("a", "cross_entropy", 1000 * 128, "lora", seq_len=128)
     (cost,) = plan_costs([stage], converted_config(folder), [False], processes=4)

@@ -1,27 +1,22 @@
 """The losses: that chunks, recomputing and caching change memory and nothing else."""
 
-import gc
 import json
 import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from dijiang_convert import DijiangError, convert, finetune
-from dijiang_convert.data.demo_text import documents
-from dijiang_convert.demo import MODEL
-from dijiang_convert.training import attention_transfer, logits, schedule, teacher_cache, trainer
+from dijiang_convert.training import attention_transfer, logits
 from dijiang_convert.training.adapters import lora_targets
 from dijiang_convert.training.attention import original, recomputing
 from dijiang_convert.training.attention_transfer import attention_transfer_loss, transferring
@@ -267,180 +262,3 @@ def test_distillation_takes_the_memory_of_plain_lora() -> None:
     """Of whole processes, where logits outweigh all else."""
     ratios = memory_of("plain", "distill", vocabularies=32_768, hidden=128, layers=4, length=768)
     assert ratios["distill_over_plain_peak"] < 1.25
-
-
-# -------------------------------------------------------------------------------------------------- teacher's cache
-
-
-def test_with_the_whole_vocabulary_the_kept_divergence_is_exact() -> None:
-    student, teacher = torch.randn(2, 30, 40, generator=torch.Generator().manual_seed(0)).unbind()
-    exact, kept = student.clone().requires_grad_(), student.clone().requires_grad_()
-    plain = kl_divergence(exact, teacher, torch.ones(30))
-    loss = teacher_cache.top_divergence(kept, *teacher_cache.top_distribution(teacher, 40)) / 30
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
-    plain.backward()
-    loss.backward()
-    torch.testing.assert_close(kept.grad, exact.grad)
-
-
-def test_the_kept_divergence_is_that_of_top_tokens_and_the_rest() -> None:
-    student, teacher = torch.randn(2, 30, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float32).unbind()
-    p, q = teacher.double().softmax(-1), student.double().softmax(-1)
-    last = 0.0
-    for top in (1, 5, 39):
-        expected = 0.0
-        for i in range(30):
-            best = p[i].argsort(descending=True)[:top]
-            events = [(p[i, best], q[i, best]), (1 - p[i, best].sum(), 1 - q[i, best].sum())]
-            expected += sum(float((a * (a / b).log()).sum()) for a, b in events)
-        loss = teacher_cache.top_divergence(student, *teacher_cache.top_distribution(teacher, top))
-        assert loss.item() == pytest.approx(expected, rel=1e-4)
-        assert last < loss.item() <= kl_divergence(student, teacher, torch.ones(30)).item() * 30 + 1e-5
-        last = loss.item()
-
-
-class Text(list):
-    """Rows as the data gives them."""
-
-
-def rows_of(count: int, length: int = 20) -> Any:
-    whole = batch(VOCABULARY, count, length)
-    return Text({key: x[i] for key, x in whole.items()} for i in range(count))
-
-
-def test_the_cache_belongs_to_its_rows_in_any_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None
-) -> None:
-    monkeypatch.setattr(teacher_cache, "BATCH_TOKENS", 180)  # two rows at once, of five
-    teacher, student, rows = load("llama", attention="sdpa"), load("llama"), rows_of(5, 90)
-    cached = teacher_cache.cache_teacher(rows, 5, lambda: teacher, top=VOCABULARY, folder=tmp_path / "cache")
-    assert len(cached) == 5
-    shuffled = transformers.default_data_collator([cached[i] for i in (3, 0, 4)])
-    exact = distillation_loss(student, live_teacher(teacher, shuffled), shuffled, 0.0)
-    kept = distillation_loss(student, teacher_cache.cached_teacher(shuffled), shuffled, 0.0)
-    assert kept.item() == pytest.approx(exact.item(), rel=2e-3)  # log-probabilities are float16
-    assert_same(gradients_of(student, kept), gradients_of(student, exact), 2e-3)
-
-
-def test_a_finished_cache_is_used_again_and_another_is_not(tmp_path: Path) -> None:
-    calls, model = [], load("llama", attention="sdpa")
-
-    def build(rows: Any, top: int, name: str = "") -> Any:
-        def teacher() -> Any:
-            calls.append(1)
-            return model
-
-        return teacher_cache.cache_teacher(rows, 3, teacher, top=top, folder=tmp_path / "cache", name=name)
-
-    rows = rows_of(4)
-    first = build(rows, 8)
-    assert len(first) == 3
-    size = sum((tmp_path / "cache" / f"{name}.npy").stat().st_size for name in teacher_cache.DTYPES)
-    assert size == pytest.approx(teacher_cache.cache_bytes(3 * 20, 8), abs=3 * 256)
-    again = build(rows, 8)
-    assert len(calls) == 1
-    assert all(np.array_equal(first.arrays[name], again.arrays[name]) for name in teacher_cache.DTYPES)
-    build(rows, 9)
-    build(rows, 9, "another")
-    rows[0]["input_ids"] = rows[0]["input_ids"].flip(0)
-    build(rows, 9, "another")
-    assert len(calls) == 4
-
-
-def test_half_a_cache_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher, rows = load("llama", attention="sdpa"), rows_of(4)
-    monkeypatch.setattr(teacher_cache, "BATCH_TOKENS", 20)
-    seen = []
-
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        seen.append(1)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return logits.hidden_states(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(teacher_cache, "hidden_states", stop)
-        with pytest.raises(KeyboardInterrupt):
-            teacher_cache.cache_teacher(rows, 4, lambda: teacher, top=4, folder=tmp_path / "cache")
-    assert not list(tmp_path.iterdir())
-    assert len(teacher_cache.cache_teacher(rows, 4, lambda: teacher, top=4, folder=tmp_path / "cache")) == 4
-
-
-def test_a_disk_too_small_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(DijiangError, match=r"0\.00 GB free: give a smaller --cache-teacher") as error:
-        teacher_cache.cache_teacher(rows_of(2), 2, lambda: load("llama"), top=4, folder=tmp_path / "cache")
-    assert "\n" not in str(error.value)
-
-
-# ----------------------------------------------------------------------------------------------------------- finetune
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    out = tmp_path_factory.mktemp("converted") / "demo"
-    convert(str(MODEL), out, recipe="frequency", settings=["window=8", "block=8", "memory=8"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "LEAST_STEPS", 4)
-        yield out
-
-
-RUN: dict[str, Any] = {"data": documents("train")[:6], "seq_len": 64, "tokens": 1500, "stages": ["distill"]}
-
-
-def test_training_with_the_cache_is_training_with_the_copy(
-    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy = finetune(converted, tmp_path / "copy", train="full", **RUN).stages[0]
-    teachers: list[Any] = []
-    load_teacher, run_stage = teacher_cache._write, trainer.run_stage
-
-    def noting(folder: Any, rows: Any, count: int, teacher: Any, top: int) -> None:
-        teachers.append(weakref.ref(teacher))
-        load_teacher(folder, rows, count, teacher, top)
-
-    def alone(*args: Any, **kwargs: Any) -> Any:
-        gc.collect()
-        assert [ref() for ref in teachers] == [None]
-        assert kwargs["teacher"] is None
-        return run_stage(*args, **kwargs)
-
-    monkeypatch.setattr(teacher_cache, "_write", noting)
-    monkeypatch.setattr(sys.modules["dijiang_convert.finetune"], "run_stage", alone)
-    cached = finetune(converted, tmp_path / "cached", train="full", cache_teacher=10_000, **RUN).stages[0]
-    assert [loss for _, loss in cached.losses] == pytest.approx([loss for _, loss in copy.losses], rel=2e-2, abs=1e-4)
-    assert "tokens take 0.0" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*.run"))
-
-
-def test_a_resumed_run_uses_its_cache(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stop(trainer._ProgressCallback):
-        def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-            raise KeyboardInterrupt
-
-    options = {**RUN, "train": "full", "cache_teacher": 16}
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_ProgressCallback", Stop)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(converted, tmp_path / "out", **options)
-    monkeypatch.setattr(teacher_cache, "_write", lambda *args: pytest.fail("the teacher was run again"))
-    finetune(converted, tmp_path / "out", resume=True, **options)
-    assert (tmp_path / "out" / "config.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"train": "lora"}, "no stage loads a teacher"),
-        ({"stages": ["transfer"]}, "no stage loads a teacher"),
-        ({"train": "full", "cache_teacher": 0}, "give how many tokens to keep"),
-    ],
-)
-def test_a_cache_that_makes_no_sense_is_refused(
-    converted: Path, tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(DijiangError, match=message) as error:
-        finetune(converted, tmp_path / "out", **{**RUN, "cache_teacher": 64, **options})
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.iterdir())
