@@ -44,7 +44,7 @@ from dijiang_convert.demo import MODEL
 from dijiang_convert.measure.timing import Pass, now, peak_memory, seconds, time_forward, time_generate
 
 TOTAL_SECONDS = 450
-RECIPES = ("frequency:window=64,memory=64", "frequency:window=128,memory=256")
+RECIPES = ("default:memory=256", "default")
 SHAPES: dict[str, dict[str, int]] = {
     "410m": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
     "2.8b": {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240},

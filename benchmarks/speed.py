@@ -4,7 +4,7 @@
 
 MODEL is a folder whose shape is widened: --hidden numbers, --layers layers, heads as wide as they were, random weights.
 It runs as the softmax model (SDPA, the cache that generate() makes) and converted by each of --recipes, which may have
-settings of the kernel after a colon: frequency:window=64,memory=64. Models and lengths take turns, five times as many
+settings of the kernel after a colon: default:memory=256. Models and lengths take turns, five times as many
 for the shortest prompts; figures are medians. Decoding goes on from a context of the given length: converted models
 have read it, softmax's cache is filled with random keys and values of as many tokens, which costs a step the same. A
 turn of a converted model is a whole block of steps, since its table moves once a block.
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 PREFILL = (2048, 8192, 16384, 32768)
 DECODE = (1024, 8192, 16384, 65536)
 PIECE = 8192  # tokens that are read at a time before decoding
-RECIPES = ("frequency:window=64,memory=64", "frequency:window=128,memory=256", "pure")
+RECIPES = ("default:memory=256", "default", "pure")
 STEPS = Kernel().block  # tokens that a turn decodes
 Row = dict[str, Any]
 
