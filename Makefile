@@ -15,7 +15,7 @@ test: $(VENV)/.installed
 
 # The code of checkpoints, and conversion, with the oldest transformers that pyproject.toml allows.
 test-oldest: $(VENV)-oldest/.installed
-	$(VENV)-oldest/bin/python -m pytest $(IN_PARALLEL) tests/modeling tests/architecture tests/test_convert.py tests/test_encoders.py
+	$(VENV)-oldest/bin/python -m pytest $(IN_PARALLEL) tests/modeling tests/architecture tests/convert tests/test_encoders.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

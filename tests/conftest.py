@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,15 @@ os.environ |= {
 def hub() -> Hub:
     """The Hub that every client in this run talks to; tests share it, so each has repositories of its own."""
     return _HUB
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The demo model's."""
+    from dijiang_convert.checkpoint.loading import load_tokenizer
+    from dijiang_convert.demo import MODEL
+
+    return load_tokenizer(str(MODEL))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from dijiang_convert.source.download import cache_folder
 from dijiang_convert.source.resolve import check_space, download, read_config, resolve
 from tests.hub import Hub
 from tests.hub.store import Blob
-from tests.source.test_sources import BASE, message, names, resolve_elsewhere
+from tests.source.repositories import BASE, message, names, resolve_elsewhere
 from tests.sources_on_disk import llama_config, write_source
 
 LARGE = random.Random(0).randbytes(20_000)  # of weights; nothing here looks inside
