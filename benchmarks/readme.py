@@ -44,7 +44,7 @@ def parts() -> dict[tuple[str, str], str]:
     """What belongs between the marks, by file and mark."""
     speed = read("speed-cpu.json")
     found = {
-        ("README.md", "real"): real_table(read("smollm2.json")["rows"]),
+        **{("README.md", f"real-{length}"): real_table(length) for length in (2048, 8192)},
         ("README.md", "speed"): f"{setting(speed)}\n\n{speed_table(speed)}",
         ("docs/speed.md", "cpu"): f"{setting(speed)}\n\n{speed_table(speed)}\n{growth_table(speed)}",
         ("docs/speed.md", "conversion"): conversion_table(read("conversion.json")),
@@ -71,16 +71,18 @@ def fidelity(runs: Rows, columns: tuple[str, ...]) -> str:
     return f"The original's perplexity is {runs[0]['original']:.2f}.\n\n{report.table(runs, columns)}\n"
 
 
-def real_table(rows: Rows) -> str:
-    """What a real model loses and repeats, by how it was converted and on how many tokens it was trained."""
+def real_table(length: int) -> str:
+    """What a real model loses and repeats in texts of so many tokens, by how it was converted and on how many it was
+    trained."""
+    rows = [row for row in read("smollm2.json")["rows"] if row["length"] == length]
     distances = list(rows[0]["recall"])
-    header = ["`dijiang convert`", "cache at 8,192", "trained on", "perplexity", "KL a token", "same choice"]
+    header = ["`dijiang convert`", "cache at 8,192", "trained on", "perplexity", "in the last eighth", "KL a token"]
     header += [f"repeats, {int(distance):,} ago" for distance in distances]
-    lines = [["softmax", "1", "", "1", "0", "100%", *(told(rows[0]["baseline_recall"][d]) for d in distances)]]
+    lines = [["softmax", "1", "", "1", "1", "0", *(told(rows[0]["baseline_recall"][d]) for d in distances)]]
     for row in sorted(rows, key=lambda row: row["tokens"]):
         lines.append([
             GIVEN[row["way"]], f"{row['cache_share']:.3f}", f"{row['tokens'] // 1000}K" if row["tokens"] else "nothing",
-            f"{row['perplexity_ratio']:.3f}", f"{row['kl_divergence']:.3f}", f"{row['top1_agreement']:.1%}",
+            f"{row['perplexity_ratio']:.3f}", f"{row['ratio_by_position'][-1]:.3f}", f"{row['kl_divergence']:.4f}",
             *(told(row["recall"][d]) for d in distances),
         ])  # fmt: skip
     return markdown(header, lines)

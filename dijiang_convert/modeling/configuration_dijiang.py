@@ -44,8 +44,8 @@ class Kernel:
 
     window: how many keys before a token keep their exact softmax weight at least: those of its own block and of
         window / block blocks before it. 0 keeps none, not even the token's own.
-    sinks: how many of the first tokens keep their exact weight for ever.
-    memory: how many of all other keys that left the window keep it, those with the best scores.
+    sinks: how many of the first tokens keep a row of their own for ever, in 8 bits a number (encoders: as they are).
+    memory: how many of all other keys that left the window keep one, those with the best scores.
     block: tokens that leave the window together.
     far: a state of all keys that left the window. False has none: what is in no exact row is forgotten.
     signed: features of y and −y (2·head_dim of them) instead of y alone.

@@ -1,4 +1,4 @@
-"""Which keys stay as exact rows once they have left the window.
+"""Which keys keep a row of their own once they have left the window, in 8 bits a number.
 
 A key is scored once, as it leaves, by the attention that it received inside the window and by its recall error (arXiv
 2505.23666). So which keys a block reads is a matter of sorting all scores once, and of what has left before it.
@@ -38,7 +38,7 @@ def key_score(received: Tensor, written: list[Written], state: State | None, ker
 
 
 class Memory(NamedTuple):
-    """Exact rows beside the window. chosen: [B, G, n, M], of K candidates k, v [B, G, K, D or V], the best last. seen:
+    """Rows beside the window. chosen: [B, G, n, M], of K candidates k, v [B, G, K, D or V], the best last. seen:
     [B or 1, G or 1, n, M], which of them a block reads. score: [B, G, K]."""
 
     chosen: Tensor
