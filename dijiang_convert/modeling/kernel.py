@@ -4,7 +4,7 @@
 
 | rows of a key/value head | logit for query q | value |
 |---|---|---|
-| sinks and memory, in 8 bits: of all keys that left the window, the first ones and those with the best scores | s·q·k | v |
+| sinks and memory, in 8 bits: of keys that left the window, the first ones and those with the best scores | s·q·k | v |
 | window: the keys of the query's own block and of P blocks before it | s·q·k | v |
 | state: a row for each feature, see `state` | log e^{g(q)} φ_f(q) + log_weight_f | value_f |
 

@@ -66,7 +66,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 def causal_memory(score: Tensor, keys: Keys, layout: Layout, table: Table | None, kernel: Kernel) -> Memory | None:
     """The best keys of all that left the window before each block, and of the table's memory."""
     most, leaving = kernel.sinks + kernel.memory, score.shape[2]
-    if not most or not (leaving or table):
+    if not most or (table is None and not leaving):
         return None
     k, v = (rounded(x[:, :, :leaving]) for x in (keys.k, keys.v))
     block = torch.arange(layout.blocks - 1, device=k.device).repeat_interleave(layout.block)
