@@ -40,9 +40,9 @@ def attend_token(
     apart = batch * kv_heads  # X
     q = queries.q.reshape(apart, -1, head_dim)  # [X, R, D]
     best, first = visible_rows(count, kernel)
-    memory, window = slice(best, None), slice(first, slot + 1)
-    if isinstance(count, Tensor):
-        memory, window = slice(None), slice(None)
+    memory, window = slice(None), slice(None)
+    if not isinstance(count, Tensor):
+        memory, window = slice(best, None), slice(first, slot + 1)
     kind = accumulation_dtype(q) if q.device.type == "cpu" else q.dtype  # products in half precision are slow there
     part = {
         "near": logits.of(q, table.k[:, :, window].flatten(0, 1)),
