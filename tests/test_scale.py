@@ -43,8 +43,8 @@ def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "LEAST_STEPS", schedule.LEAST_STEPS)
         patch.setattr(schedule, "MICRO_BATCH_TOKENS", schedule.MICRO_BATCH_TOKENS)
-        scale_worker.run_all(str(checkpoint("llama")), out, scale_worker.BATCH, interrupt=False)
-        scale_worker.run_command(str(checkpoint("llama")), str(text), out)
+        scale_worker.run_all(str(checkpoint("llama", "no-rows")), out, scale_worker.BATCH, interrupt=False)
+        scale_worker.run_command(str(checkpoint("llama", "no-rows")), str(text), out)
         yield out
 
 
@@ -53,7 +53,7 @@ def launched(request: Any, text: Path, tmp_path_factory: pytest.TempPathFactory)
     """What two give, in two forward passes each, interrupted and resumed in every stage; and their stdout."""
     out = tmp_path_factory.mktemp(request.param)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ACCELERATE / f"{request.param}.yaml"]
-    worker = ["--num_processes", "2", "-m", "tests.scale_worker", checkpoint("llama"), text, out, "2", "2"]
+    worker = ["--num_processes", "2", "-m", "tests.scale_worker", checkpoint("llama", "no-rows"), text, out, "2", "2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run([*map(str, launch + worker)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-3000:]
