@@ -67,9 +67,11 @@ def test_two_processes_take_the_steps_that_one_takes(alone: Path, launched: tupl
     assert [tokens for tokens, _ in one["losses"]] == [tokens for tokens, _ in two["losses"]]
     for (_, loss), (_, expected) in zip(two["losses"], one["losses"], strict=True):
         assert loss == pytest.approx(expected, rel=1e-5)
+    differ = 0
     for name, weight in one["weights"].items():
-        differs = ~torch.isclose(two["weights"][name], weight, rtol=1e-4, atol=1e-5)
-        assert differs.sum() <= 1e-3 * weight.numel(), name  # Adam makes a step of a gradient that is rounding alone
+        differ += int((~torch.isclose(two["weights"][name], weight, rtol=1e-4, atol=1e-5)).sum())
+    count = sum(weight.numel() for weight in one["weights"].values())
+    assert differ <= 1e-4 * count  # Adam makes a whole step of a gradient that is rounding alone
 
 
 def test_the_command_writes_one_result_and_says_so_once(alone: Path, launched: tuple[Path, str]) -> None:
