@@ -78,7 +78,7 @@ class Past(NamedTuple):
             return cls((), State(*(torch.cat(same, 1) for same in states)), None)
         alike: list[list[Table]] = []
         for (table,), *_ in parts:
-            if alike and alike[-1][0].score.shape == table.score.shape:
+            if alike and alike[-1][0].score.shape[2] == table.score.shape[2]:
                 alike[-1].append(table)
             else:
                 alike.append([table])

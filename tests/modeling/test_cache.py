@@ -13,6 +13,8 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from dijiang_convert.modeling.cache import DiJiangCacheLayer, cache_layer
+from dijiang_convert.modeling.configuration_dijiang import Kernel
+from dijiang_convert.modeling.past import Past, Sizes
 from tests.models import BLOCK, SHARED, WINDOW, difference, feed, forget, kernels, load, logits_of, tokens
 
 TOLERANCE = 1e-4
@@ -298,3 +300,14 @@ def test_every_part_shows(default: Any) -> None:
         for layer in cache.layers:
             forget(layer, part)
         assert difference(feed(default, tail, [1], cache)[0], expected) > 100 * TOLERANCE, part
+
+
+@pytest.mark.parametrize("memory", [(), (3, 3, 3, 5, 5)])
+def test_heads_that_were_apart_share_a_table_again(memory: tuple[int, ...]) -> None:
+    """Whatever number of them each part had: a text is worked on in parts that stay in a CPU's cache."""
+    sizes = Sizes(Kernel(window=16, block=16, memory=4), 10, 5, 8, 6, True, memory)
+    past = sizes.empty(2, torch.zeros(1)).map(lambda x: torch.arange(x.numel()).view(x.shape).to(x.dtype))
+    parts = past.split([2, 1, 2])
+    joined = Past.joined(parts)
+    assert len(joined.tables) == len(past.tables) == (2 if memory else 1)
+    assert all(map(torch.equal, joined.tensors(), past.tensors()))
