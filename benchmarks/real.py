@@ -57,13 +57,12 @@ def main() -> None:
         tokens = args.tokens if way in args.train and any(_is(row, way, 0, args) for row in rows) else 0
         if any(_is(row, way, tokens, args) for row in rows):
             continue
-        row = {**measured(made(way, tokens, args), args), "way": way, "tokens": tokens, "length": args.length}
+        row = {**measured(made(way, tokens, args), args), "way": way, "tokens": tokens}
+        row |= {"length": args.length, "texts": args.rows}
         print(row, flush=True)
         rows.append(row)
-        content = {
-            "model": args.model.name, "version": dijiang_convert.__version__, "torch": torch.__version__,
-            "texts": args.rows, "rows": rows,
-        }  # fmt: skip
+        versions = {"version": dijiang_convert.__version__, "torch": torch.__version__}
+        content = {"model": args.model.name, **versions, "rows": rows}
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
