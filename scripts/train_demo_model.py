@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from dijiang_convert.data import demo_text
+from dijiang_convert.demo import MODEL
 
-DEMO_MODEL = Path(demo_text.__file__).with_name("demo_model")
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 1024
 CONTEXT = 2048
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="its peak (default 3e-3)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=DEMO_MODEL)
+    parser.add_argument("--out", type=Path, default=MODEL)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)

@@ -1,5 +1,6 @@
 """Packed rows: every document gets the logits and gradients that it gets alone, far beyond the window."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from dijiang_convert.convert import convert
 from dijiang_convert.modeling import modeling_dijiang
 from dijiang_convert.training.attention_transfer import attention
 from tests.architecture.test_architecture import config_of
-from tests.models import KINDS, VARIANTS, difference, load, logits_of, randomise, source, tokens
+from tests.models import KINDS, VARIANTS, difference, load, logits_of, randomise, source, tokens, window_and_state
 from tests.sources_on_disk import write_source
 
 TOLERANCE = 1e-4
@@ -105,6 +106,12 @@ def test_how_it_is_called_does_not_matter(default: Any, monkeypatch: pytest.Monk
         assert default(ids, position_ids=positions(rows)).past_key_values is None
     for logits in found:
         assert difference(logits, expected) <= TOLERANCE
+
+
+def test_documents_may_begin_at_any_position(default: Any) -> None:
+    model, ids, rows = window_and_state(copy.deepcopy(default)), tokens(2, LENGTH), (ROWS[0], ROWS[0])
+    shifted = logits_of(model, ids, position_ids=positions(rows) + 7)
+    assert difference(shifted, one_by_one(model, ids, rows)) <= TOLERANCE
 
 
 def gradients(model: Any, ids: Tensor, **options: Any) -> dict[str, Tensor]:
