@@ -222,7 +222,7 @@ def _title(record: dict[str, Any]) -> str:
     cost = "A converted layer keeps a table of fixed size: a new token costs the same however long the context is."
     replaced = "DiJiang linear attention"
     if _exact_alone(record):
-        replaced = "DiJiang attention over a table of fixed size, of exact keys alone"
+        replaced = "DiJiang attention over a table of fixed size, of keys alone, without a state"
     if softmax := (record.get("calibration") or {}).get("softmax"):
         cost += f"\n{len(softmax)} of its layers stayed softmax: their cache grows with the context."
     if not record.get("causal", True):
@@ -311,7 +311,7 @@ def _limits(record: dict[str, Any], measured: list[dict[str, Any]]) -> str:
         parts += [f"the first {kernel['sinks']}"] if kernel.get("sinks") else []
         mean = " on average" if record.get("memory") else ""
         parts += [f"{kernel['memory']} others{mean} that mattered most"] if kernel.get("memory") else []
-        near = f" Attended to exactly are {', '.join(parts)}."
+        near = f" Attended to one by one are {', '.join(parts)}."
     what = "All other tokens are forgotten." if _exact_alone(record) else "All others are added up in a state."
     if near:
         near += f" {what}"
