@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 from transformers import PreTrainedModel
@@ -48,18 +49,24 @@ class BenchResult:
     plot: str | None = None
 
 
+class Timing(TypedDict, total=False):
+    """What is timed: keyword arguments of `benchmark`, which explains them."""
+
+    lengths: Sequence[int]
+    batch_sizes: Sequence[int]
+    decode_tokens: int
+    repeats: int
+    via: str
+
+
 def benchmark(
     checkpoint: str | Path,
     *,
     baseline: str | None = None,
-    lengths: Sequence[int] = (1024, 4096),
-    batch_sizes: Sequence[int] = (1,),
-    decode_tokens: int = 64,
-    repeats: int = 3,
-    via: str = "generate",
     device: str | None = None,
     dtype: str | None = None,
     plot: str | Path | None = None,
+    **timing: Unpack[Timing],
 ) -> BenchResult:
     """Times a converted checkpoint, and the original if ``baseline`` is given.
 
@@ -67,20 +74,20 @@ def benchmark(
     measures memory; the figures are medians of the ``repeats`` turns after it.
 
     Args:
-        lengths: tokens in the prompt; decoding is timed right after it.
-        via: "generate" times `generate()` as a user calls it, "forward" calls the model token by token. Encoders make
-            one pass.
         device: "cpu", "cuda", …; a GPU if there is one.
         dtype: float32, float16 or bfloat16; that of the checkpoint if None.
         plot: a .png or .svg to draw speed against length into.
+        lengths: tokens in the prompt, (1024, 4096) by default; decoding is timed right after it.
+        batch_sizes: prompts at a time, (1,) by default.
+        decode_tokens: how many tokens are decoded, 64 by default.
+        repeats: turns that are measured, 3 by default.
+        via: "generate", the default, times `generate()` as a user calls it, "forward" calls the model token by token.
+            Encoders make one pass.
 
     Raises:
         DijiangError: no such model or device, a number below 1, no memory for a length, or nothing to compare with.
     """
-    if not lengths or not batch_sizes or min(*lengths, *batch_sizes, decode_tokens, repeats) < 1:
-        raise DijiangError("lengths, batch sizes, decode tokens and repeats must be at least 1")
-    if via not in WAYS:
-        raise DijiangError(f"--via {via}: give {' or '.join(WAYS)}")
+    chosen = _Timing(**timing)
     if dtype is not None and dtype not in DTYPES:
         raise DijiangError(f"no dtype {dtype!r}: give one of {', '.join(DTYPES)}")
     silence()
@@ -91,32 +98,51 @@ def benchmark(
     for model in models.values():
         if model.main_input_name != "input_ids":
             raise DijiangError(f"{checkpoint} takes {model.main_input_name}: no length to time it by")
-    cells = [(batch_size, length) for batch_size in batch_sizes for length in lengths]
-    rows = _time_models(models, cells, via, decode_tokens, repeats)
+    rows = _time_models(models, chosen)
     if plot:
         draw(rows, Path(plot))
     dtype = str(models["dijiang"].dtype).removeprefix("torch.")
-    return BenchResult(rows, device_name(place), dtype, via, str(plot) if plot else None)
+    return BenchResult(rows, device_name(place), dtype, chosen.via, str(plot) if plot else None)
 
 
-def _time_models(
-    models: dict[str, PreTrainedModel], cells: list[tuple[int, int]], via: str, decode_tokens: int, repeats: int
-) -> list[BenchRow]:
-    """A row for each model and cell (batch size, length)."""
+@dataclass(frozen=True)
+class _Timing:
+    """`Timing` with what was not given."""
+
+    lengths: Sequence[int] = (1024, 4096)
+    batch_sizes: Sequence[int] = (1,)
+    decode_tokens: int = 64
+    repeats: int = 3
+    via: str = "generate"
+
+    def __post_init__(self) -> None:
+        sizes = [*self.lengths, *self.batch_sizes, self.decode_tokens, self.repeats]
+        if not self.lengths or not self.batch_sizes or min(sizes) < 1:
+            raise DijiangError("lengths, batch sizes, decode tokens and repeats must be at least 1")
+        if self.via not in WAYS:
+            raise DijiangError(f"--via {self.via}: give {' or '.join(WAYS)}")
+
+    def once(self, model: PreTrainedModel, ids: torch.Tensor) -> Pass:
+        return WAYS[self.via](model, ids, self.decode_tokens)
+
+
+def _time_models(models: dict[str, PreTrainedModel], timing: _Timing) -> list[BenchRow]:
+    """A row for each model, batch size and length."""
+    cells = [(batch_size, length) for batch_size in timing.batch_sizes for length in timing.lengths]
     passes: dict[tuple[int, int, str], list[Pass]] = {}
     peaks: dict[tuple[int, int, str], int] = {}
-    with count_bar("timing", len(models) * len(cells) * (repeats + 1)) as advance:
+    with count_bar("timing", len(models) * len(cells) * (timing.repeats + 1)) as advance:
         for model in models.values():
-            WAYS[via](model, random_ids(model, cells[0][0], WARMUP_LENGTH), 2)
-        for turn in range(repeats + 1):
+            WAYS[timing.via](model, random_ids(model, cells[0][0], WARMUP_LENGTH), 2)
+        for turn in range(timing.repeats + 1):
             for batch_size, length in cells:
                 for name, model in models.items():
                     key, ids = (batch_size, length, name), random_ids(model, batch_size, length)
                     try:
                         if turn > 0:
-                            passes.setdefault(key, []).append(WAYS[via](model, ids, decode_tokens))
+                            passes.setdefault(key, []).append(timing.once(model, ids))
                         else:
-                            peaks[key] = _peak(model, ids, via, decode_tokens)
+                            peaks[key] = _peak(model, ids, timing)
                     except torch.OutOfMemoryError as error:
                         raise DijiangError(
                             f"{name} at {length:,} tokens and batch size {batch_size}: the GPU has too little memory: "
@@ -126,10 +152,10 @@ def _time_models(
     return [_row(name, batch, n, found, peaks[batch, n, name]) for (batch, n, name), found in passes.items()]
 
 
-def _peak(model: PreTrainedModel, ids: torch.Tensor, via: str, decode_tokens: int) -> int:
+def _peak(model: PreTrainedModel, ids: torch.Tensor, timing: _Timing) -> int:
     if ids.device.type == "cuda":  # kernels that choose their own settings take memory to try them
-        WAYS[via](model, ids, decode_tokens)
-    return weight_bytes(model) + peak_memory(ids.device, lambda: WAYS[via](model, ids, decode_tokens))[1]
+        timing.once(model, ids)
+    return weight_bytes(model) + peak_memory(ids.device, lambda: timing.once(model, ids))[1]
 
 
 def _row(name: str, batch_size: int, length: int, passes: list[Pass], peak: int) -> BenchRow:

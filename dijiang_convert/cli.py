@@ -76,7 +76,7 @@ def command(name: str, epilog: str | None = None) -> Callable[[Callable[..., Any
             except Exception as error:
                 reason = " ".join(str(error).split())[:300]
                 _fail(f"unexpected {type(error).__name__}: {reason}: --debug shows where", debug)
-            if os.environ.get("RANK", "0") != "0":  # the first of the processes of a launch speaks for all
+            if not _is_first_process():  # it speaks for all
                 return
             if json_output:
                 print(json.dumps(dataclasses.asdict(result)))
@@ -119,6 +119,27 @@ def _resume_hint(name: str) -> str:
     return "; go on with --resume" if name == "finetune" else ""
 
 
+def _check_push(repo: str | None) -> None:
+    """Asks the Hub whether the token is good, before anything that takes long."""
+    if repo is not None:
+        from .push import check_push
+
+        check_push(repo)
+
+
+def _pushed(result: Any, repo: str | None, private: bool) -> Any:
+    """The result of a verb once the checkpoint it wrote is on the Hub. The first process of a launch pushes."""
+    if repo is None or result.dry_run or not _is_first_process():
+        return result
+    from .push import push_result
+
+    return dataclasses.replace(result, pushed=push_result(result.out, repo, private))
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(__version__)
@@ -159,17 +180,18 @@ def convert(
     with loading():
         from .convert import convert
 
+    _check_push(push)
     result = convert(
         source, out, recipe=recipe, revision=revision, dtype=dtype, layers=layers, settings=settings or (),
-        calibrate=calibrate, data=data, push=push, private=private, force=force, dry_run=dry_run, link=link,
+        calibrate=calibrate, data=data, force=force, dry_run=dry_run, link=link,
     )  # fmt: skip
-    return result, show.conversion
+    return _pushed(result, push, private), show.conversion
 
 
 @command(
     "finetune",
     "Several GPUs: accelerate launch --config_file FILE --num_processes N -m dijiang_convert finetune CHECKPOINT …, "
-    f"FILE one of ddp.yaml, fsdp2.yaml and deepspeed-zero3.yaml in {ACCELERATE}",
+    f"FILE one of ddp.yaml and fsdp2.yaml in {ACCELERATE}",
 )
 def finetune(
     checkpoint: Annotated[Path | None, typer.Argument(help="[default: the converted one in this folder]")] = None,
@@ -197,14 +219,13 @@ def finetune(
         from .data.readers import Sources
         from .finetune import finetune
 
+    _check_push(push)
     result = finetune(
         checkpoint, out, data=Sources(data) if data else None, tokens=tokens, stages=stage or (), skip=skip or (),
         seq_len=seq_len, settings=settings or (), train=None if full is None else "full" if full else "lora",
-        teacher=teacher, resume=resume, push=push, private=private, force=force,
-        report=report, dry_run=dry_run, seed=seed,
+        teacher=teacher, resume=resume, force=force, report=report, dry_run=dry_run, seed=seed,
     )  # fmt: skip
-
-    return result, show.finetuning
+    return _pushed(result, push, private), show.finetuning
 
 
 @command("eval")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 import transformers
@@ -29,7 +29,6 @@ from .files import check_out, default_out, new_folder, weight_files
 from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS, Kernel
 from .modeling.modeling_dijiang import attach
 from .progress import bytes_bar
-from .push import check_push, push_result
 from .recipe import Recipe, load_recipe
 from .source.resolve import Source, check_space, download, read_config, resolve
 
@@ -44,7 +43,7 @@ class ConvertResult:
     """What `convert` did, or with ``dry_run`` would do. ``seconds`` is wall-clock time.
 
     linked: "reflink" or "hard link", where the source's weights were linked and not copied. calibration: what was
-    measured, see `Calibration`.
+    measured, see `Calibration`. pushed: the repository's address, set by the command line's ``--push``.
     """
 
     out: str
@@ -61,43 +60,46 @@ class ConvertResult:
     calibration: "Calibration | None" = None
 
 
+class Swap(TypedDict, total=False):
+    """What replaces the attention, and where: keyword arguments of `convert`, which explains them."""
+
+    recipe: str | None
+    settings: Sequence[str]
+    layers: str
+    calibrate: bool
+    data: str | Sequence[str] | None
+
+
 def convert(
     source: str,
     out: str | Path | None = None,
     *,
-    recipe: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
-    layers: str = "all",
-    settings: Sequence[str] = (),
-    calibrate: bool = False,
-    data: str | Sequence[str] | None = None,
-    push: str | None = None,
-    private: bool = False,
+    link: bool = False,
     force: bool = False,
     dry_run: bool = False,
-    link: bool = False,
+    **swap: Unpack[Swap],
 ) -> ConvertResult:
     """Swaps the attention of a pretrained decoder or encoder for a DiJiang kernel.
 
     Args:
         source: an alias (pythia-410m), a Hub id, or a folder.
         out: the new checkpoint's folder, by default ./NAME-dijiang.
-        recipe: a recipe's name or YAML file; its stages are recorded for `finetune`. By default ``default``, or
-            ``encoder`` for a model that sees both sides of a token.
         revision: branch, tag or commit of a Hub source.
         dtype: rewrites the weights as float32, float16 or bfloat16; by default they are copied byte for byte.
+        link: take no space for the source's weights: their files become reflinks where the file system has them, else
+            hard links, which are the source's own files: nothing here ever writes into one.
+        force: replace ``out`` if it exists.
+        dry_run: check everything that can be without downloading weights, and write nothing.
+        recipe: a recipe's name or YAML file; its stages are recorded for `finetune`. By default ``default``, or
+            ``encoder`` for a model that sees both sides of a token.
+        settings: ``key=value`` for the recipe's kernel, as ``window=16``.
         layers: which layers: all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-last:N, or several with
             commas. The rest keep softmax. Or auto:N: calibrates, and all but the N where conversion costs most.
-        settings: ``key=value`` for the recipe's kernel, as ``window=16``.
         calibrate: measure what each head loses, and share the memory out by it. That runs the model forwards and
             backwards on some 4,000 tokens, for which it must fit into memory: see `calibrate`.
         data: text to calibrate on, as `finetune` takes it; the recipe's own if None.
-        push: a Hub repository to push the result to; ``private`` makes it a private one.
-        force: replace ``out`` if it exists.
-        dry_run: check everything that can be without downloading weights, and write nothing.
-        link: take no space for the source's weights: their files become reflinks where the file system has them, else
-            hard links, which are the source's own files: nothing here ever writes into one.
 
     Raises:
         DijiangError: with one line that says what is wrong and what to do. Nothing half-written is left behind.
@@ -109,26 +111,18 @@ def convert(
         raise DijiangError("--link keeps the source's files and --dtype rewrites them: leave one of them out")
     found = resolve(source, revision)
     config = read_config(found)
-    softmax = staying_softmax(layers)
-    architecture = examine(config, "all" if softmax else layers)
-    chosen = load_recipe(recipe or architecture.recipe, settings)
-    check_kernel(chosen.kernel, architecture)
-    if calibrate or softmax:
-        _check_calibration(chosen, architecture, softmax, data)
-    elif data is not None:
-        raise DijiangError("--data is the text to calibrate on: add --calibrate, or --layers auto:N")
+    plan = _plan(config, **swap)
+    architecture, softmax = plan.architecture, plan.softmax
     target = Path(out) if out is not None else default_out(found.name)
     check_out(target, force)
-    if push is not None:
-        check_push(push)
-    new = architecture.new_tensors(chosen.kernel)
+    new = architecture.new_tensors(plan.recipe.kernel)
     parameters = sum(t.numel() for t in new.values())  # layers have as many each
     parameters = parameters * (len(architecture.layers.layers) - softmax) // max(len(architecture.layers.layers), 1)
     result = ConvertResult(
         out=str(target),
         source=str(found),
         source_revision=found.revision,
-        recipe=chosen.name,
+        recipe=plan.recipe.name,
         layers_converted=len(architecture.layers.layers) - softmax,
         new_parameters=parameters,
         total_parameters=architecture.parameters + parameters,
@@ -153,32 +147,64 @@ def convert(
             with bytes_bar("converting", size) as advance:
                 linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link)
             copy_companions(found.folder, folder)
-            content = converted_config(config, architecture, chosen, found, dtype)
+            content = converted_config(config, architecture, plan.recipe, found, dtype)
             write_json(folder / "config.json", content)
             write_code(folder)
-            if calibrate or softmax:
-                from .measure.calibrate import calibrate as measure  # these need more libraries than the rest
-                from .training.gather import corpus_of
+            if plan.corpus is not None:
+                from .measure.calibrate import calibrate  # which needs more libraries than the rest
 
-                calibration = measure(folder, corpus_of(None, data, chosen), softmax)
-                architecture = _refined(folder, config, architecture, chosen.kernel, calibration)
-                content = converted_config(config, architecture, chosen, found, dtype)
+                calibration = calibrate(folder, plan.corpus, softmax)
+                architecture = _refined(folder, config, architecture, plan.recipe.kernel, calibration)
+                content = converted_config(config, architecture, plan.recipe, found, dtype)
                 content["dijiang"]["calibration"] = dataclasses.asdict(calibration)
                 write_json(folder / "config.json", content)
             write_card(folder)
-    pushed = push_result(target, push, private) if push and not dry_run else None
-    return dataclasses.replace(
-        result, seconds=time.perf_counter() - start, pushed=pushed, linked=linked, calibration=calibration
-    )
+    return dataclasses.replace(result, seconds=time.perf_counter() - start, linked=linked, calibration=calibration)
 
 
-def _check_calibration(
-    recipe: Recipe, architecture: Architecture, softmax: int, data: str | Sequence[str] | None
-) -> None:
-    """Whether there is something that a calibration can choose, and text to do it by."""
-    from .data.rows import check_data
-    from .training.gather import corpus_of
+@dataclass(frozen=True)
+class _Plan:
+    """What a conversion does to a model.
 
+    architecture: its layers are those that get a kernel before a calibration, softmax of which get it back after that.
+    corpus: the text to calibrate on, None where nothing is measured.
+    """
+
+    recipe: Recipe
+    architecture: Architecture
+    softmax: int = 0
+    corpus: Sequence[str] | None = None
+
+
+def _plan(
+    config: dict[str, Any],
+    *,
+    recipe: str | None = None,
+    settings: Sequence[str] = (),
+    layers: str = "all",
+    calibrate: bool = False,
+    data: str | Sequence[str] | None = None,
+) -> _Plan:
+    """What `Swap` says, checked against the model of this config.json. Raises DijiangError."""
+    softmax = staying_softmax(layers)
+    architecture = examine(config, "all" if softmax else layers)
+    chosen = load_recipe(recipe or architecture.recipe, settings)
+    check_kernel(chosen.kernel, architecture)
+    if calibrate or softmax:
+        _check_calibration(chosen, architecture, softmax)
+        from .data.rows import check_data  # these need more libraries than the rest
+        from .training.gather import corpus_of
+
+        corpus = corpus_of(None, data, chosen)
+        check_data(corpus)
+        return _Plan(chosen, architecture, softmax, corpus)
+    if data is not None:
+        raise DijiangError("--data is the text to calibrate on: add --calibrate, or --layers auto:N")
+    return _Plan(chosen, architecture)
+
+
+def _check_calibration(recipe: Recipe, architecture: Architecture, softmax: int) -> None:
+    """Raises DijiangError where there is nothing that a calibration could choose."""
     layers = architecture.layers
     if not layers.layers:
         raise DijiangError("there is no layer to convert, so none to calibrate: leave --calibrate out")
@@ -195,7 +221,6 @@ def _check_calibration(
         raise DijiangError(f"--layers auto:{softmax} leaves none of {count} layers to convert: give a smaller N")
     if softmax and layers.borrowing:
         raise Unsupported("auto:N chooses layers one by one, and some here share keys and values: name them yourself")
-    check_data(corpus_of(None, data, recipe))
 
 
 def _refined(

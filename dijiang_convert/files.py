@@ -1,4 +1,4 @@
-"""Files of checkpoints, whatever is in them: found, copied and linked, in folders that appear whole."""
+"""Finds, copies and links files of checkpoints, and makes folders that appear whole. Tensors are not read here."""
 
 import errno
 import json
@@ -17,17 +17,18 @@ from .errors import DijiangError
 if sys.platform == "linux":
     import fcntl
 
-_RECIPES = Path(__file__).parent / "recipes"  # inside the package once installed; in a source checkout beside it
+_RECIPES = Path(__file__).parent / "recipes"  # only an installed package has its recipes inside
 RECIPES = _RECIPES if _RECIPES.is_dir() else Path(__file__).parents[1] / "recipes"
 ACCELERATE = RECIPES / "accelerate"  # configurations for `accelerate launch`
-FICLONE = 0x40049409  # ioctl_ficlone(2)
+FICLONE = 0x40049409  # the request of ioctl_ficlone(2), which makes a reflink
 
 
 @contextmanager
 def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that becomes it at the end, or vanishes if anything goes wrong.
+    """A temporary folder beside ``out`` that becomes ``out`` at the end, or is removed if anything goes wrong.
 
-    Raises DijiangError where ``out`` holds something and ``force`` is not given, or the disk is full.
+    Raises DijiangError if ``out`` holds something and ``force`` is not given, if ``out`` can't be written, or if the
+    disk is full.
     """
     check_out(out, force)
     try:
@@ -56,12 +57,12 @@ def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
 
 
 def default_out(name: str) -> Path:
-    """The folder that a source of this name is converted into, where no other is given."""
+    """The folder that a source of this name is converted into by default."""
     return Path(f"{name}-dijiang")
 
 
 def check_out(out: Path, force: bool = False) -> None:
-    """Raises DijiangError where `new_folder` would refuse: to ask before anything that takes long."""
+    """Raises DijiangError if `new_folder` would refuse ``out``. Call it before work that takes long."""
     if out.name in ("", ".."):
         raise DijiangError(f"--out {out} is a folder without a name of its own: give the name of a new one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
@@ -76,9 +77,9 @@ def _remove(path: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder, in the order transformers looks for them.
+    """The weight files of a checkpoint folder, those that transformers would load.
 
-    Raises DijiangError: none there, or an index that names a missing one.
+    Raises DijiangError if there are none, or if an index names a missing one.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (folder / single).is_file():
@@ -95,13 +96,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def copy_file(source: Path, target: Path, progress: Callable[[int], None], chunk: int = 64 << 20) -> None:
-    """Copies inside the kernel, in pieces, so that progress shows and memory stays flat."""
+    """Copies a file in chunks of ``chunk`` bytes, by the operating system's copy_file_range(2) where possible.
+
+    progress: is called with the bytes of each chunk. Raises DijiangError if ``source`` became shorter meanwhile.
+    """
     with source.open("rb") as reading, target.open("wb") as writing:
         left = os.fstat(reading.fileno()).st_size
         while left > 0:
             try:
                 done = os.copy_file_range(reading.fileno(), writing.fileno(), min(chunk, left))
-            except (AttributeError, OSError) as error:  # another file system, or no such call here
+            except (AttributeError, OSError) as error:  # the call is missing, or can't copy here
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                     raise
                 writing.seek(reading.tell())
@@ -116,12 +120,12 @@ def copy_file(source: Path, target: Path, progress: Callable[[int], None], chunk
 
 
 def link_file(source: Path, target: Path) -> str:
-    """Gives the file ``source`` a second name without copying it, and says how: "reflink" where the file system has
-    them (either file can be changed and the other stays), else "hard link" (both are one file).
+    """Makes ``target`` share the bytes of the file ``source``, without copying, and returns how.
 
-    Raises DijiangError where there is neither, as between file systems.
+    "reflink" means two files, of which either can change and the other stays. "hard link" means two names of one file,
+    where the file system has no reflinks. Raises DijiangError if it has neither, as between two file systems.
     """
-    source = source.resolve()  # in the Hub's cache names are links to the files
+    source = source.resolve()  # names in the Hub's cache are symbolic links
     try:
         _reflink(source, target)
         return "reflink"
@@ -138,8 +142,10 @@ def link_file(source: Path, target: Path) -> str:
 
 
 def _reflink(source: Path, target: Path) -> None:
-    """A file of its own that shares the other's blocks until one is written to. Raises OSError where there is no such
-    thing."""
+    """Makes ``target`` a file that shares the blocks of ``source`` until either is written to.
+
+    Raises OSError where the system can't.
+    """
     if sys.platform != "linux":
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     with source.open("rb") as reading, target.open("xb") as writing:
@@ -165,7 +171,7 @@ def read_index(path: Path) -> set[str]:
     """The weight files that a `*.index.json` names.
 
     Raises:
-        DijiangError: it can't be read, or names none.
+        DijiangError: the index can't be read, names no files, or names files outside of its folder.
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

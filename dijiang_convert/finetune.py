@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +52,6 @@ from .measure.probe import (
 )
 from .measure.report import LOG, REPORT, write_report
 from .progress import console
-from .push import check_push, push_result
 from .recipe import Recipe, Stage, parse_recipe
 from .source.resolve import is_hub_id, read_config, resolve
 from .training import processes
@@ -67,16 +66,32 @@ from .training.trial import timed
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What `finetune` did. plan: what it was going to take, and free_bytes of memory that there were; with ``dry_run``
-    there is nothing else, but the time is estimated."""
+    """What `finetune` did.
+
+    plan: what each stage was going to take, and free_bytes the memory there was for it. With ``dry_run`` there is
+        nothing else, and the plan has the time of each stage.
+    pushed: the repository's address, set by the command line's ``--push``.
+    """
 
     out: str
     stages: list[StageResult]
     seconds: float
-    pushed: str | None = None
     plan: list[StageCost] = field(default_factory=list)
     free_bytes: int = 0
     dry_run: bool = False
+    pushed: str | None = None
+
+
+class Run(TypedDict, total=False):
+    """How a run differs from its recipe: keyword arguments of `finetune`, which explains them."""
+
+    tokens: int | None
+    stages: Sequence[str]
+    skip: Sequence[str]
+    train: str | None
+    seq_len: int | None
+    settings: Sequence[str]
+    seed: int
 
 
 def finetune(
@@ -84,20 +99,12 @@ def finetune(
     out: str | Path | None = None,
     *,
     data: str | Sequence[str] | None = None,
-    tokens: int | None = None,
-    stages: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    train: str | None = None,
-    seq_len: int | None = None,
-    settings: Sequence[str] = (),
     teacher: str | None = None,
     resume: bool = False,
-    push: str | None = None,
-    private: bool = False,
     force: bool = False,
     report: bool = True,
     dry_run: bool = False,
-    seed: int = 0,
+    **run: Unpack[Run],
 ) -> FinetuneResult:
     """Trains a converted checkpoint by its recipe.
 
@@ -106,17 +113,18 @@ def finetune(
         out: by default CHECKPOINT-finetuned.
         data: a file (.txt, .md, .jsonl, .json, .csv, .parquet), a folder or glob of them, or a Hub data set; `Sources`
             of several; or the documents themselves. None takes the recipe's and its stages' own.
+        teacher: the original model, needed only where the checkpoint was trained before and its source is a folder.
+        resume: go on where a run with the same ``out`` stopped.
+        force: replace ``out`` if it exists.
+        report: sets a little text aside, measures the model on it before and after, and leaves report.html and plots.
+        dry_run: tell what the run would take, timed by two steps of each stage, and write nothing.
         tokens: of all stages together; shortens or stretches each in proportion.
         stages: names of the stages to run, in this order, as often as they are named; the recipe's by default.
         skip: names of stages to leave out.
         train: "lora" or "full", for all stages but attention transfer.
         seq_len: tokens a row.
         settings: ``key=value`` for every stage, ``stage.key=value`` for one.
-        teacher: the original model, needed only where the checkpoint was trained before and its source is a folder.
-        resume: go on where a run with the same ``out`` stopped.
-        push: a Hub repository to push the result to; ``private`` makes it a private one.
-        report: sets a little text aside, measures the model on it before and after, and leaves report.html and plots.
-        dry_run: tell what the run would take, timed by two steps of each stage, and write nothing.
+        seed: decides the order of the text and the start of adapters, 0 by default.
 
     Raises:
         DijiangError: with one line that says what is wrong and what to do.
@@ -131,9 +139,8 @@ def finetune(
     if not section["layers"]:
         raise DijiangError(f"no layer of {folder} was converted: it is its original still, convert some with --layers")
     recipe = _recipe(section)
-    plan = make_plan(
-        recipe, stages, skip, tokens=tokens, train=train, seq_len=seq_len, settings=settings, own_data=data is None
-    )
+    seed, seq_len, settings = run.pop("seed", 0), run.get("seq_len"), run.get("settings", ())
+    plan = make_plan(recipe, own_data=data is None, **run)  # type: ignore[misc]  # there is no seed in it any more
     parsed = converted_config(folder)
     of_language, of_images = predicts(parsed), takes_images(parsed)
     tokenizer = None if of_images else load_tokenizer(folder)
@@ -157,8 +164,6 @@ def finetune(
     if not resume:  # a resumed run has its rows, whatever has happened to the corpus
         for corpus in corpora:
             (image_files if of_images else check_data)(corpus)
-    if push:
-        check_push(push)
     silence()
     copies = [each is not None for each in teachers]
     costs, free = plan_costs(plan, parsed, copies, here.num_processes), free_memory()
@@ -166,14 +171,14 @@ def finetune(
         check_out(target, force)
         if warning(costs, free) is None:
             costs = timed(costs, plan, folder, copies)
-        return FinetuneResult(str(target), [], time.perf_counter() - start, None, costs, free, dry_run=True)
+        return FinetuneResult(str(target), [], time.perf_counter() - start, costs, free, dry_run=True)
     options = {
         "data": [fingerprint(corpus) for corpus in corpora], "seed": seed, "teacher": teacher, "report": report,
     }  # fmt: skip
-    run = RunFolder(target, plan, options, resume, force)
-    if not run.finished:
+    kept = RunFolder(target, plan, options, resume, force)
+    if not kept.finished:
         check_out(target, force)
-    run.begin()
+    kept.begin()
     probes = dict[str, Probe | Likeness]()
     held: HeldOut | None = None
     rows: Sequence[Rows | Images]
@@ -183,49 +188,46 @@ def finetune(
             rows = [open_images(corpus, folder, parsed) for corpus in corpora]
             held = images_aside(open_images(corpora[-1], folder, parsed, held_out=True), total) if report else None
         else:
-            rows = texts = gather(corpora, tokenizer, plan, seed, run, whole=not of_language)
+            rows = texts = gather(corpora, tokenizer, plan, seed, kept, whole=not of_language)
             if report:
-                aside = run.folder / "aside.pt"
-                run.wait_for(aside)
+                aside = kept.folder / "aside.pt"
+                kept.wait_for(aside)
                 held, rows = kept_aside(aside, corpora[-1], tokenizer, texts, total)
     except DijiangError:
         if not resume:
-            run.discard()
+            kept.discard()
         raise
     console.print(*told(costs, free), sep="\n", soft_wrap=True, highlight=False)
     if held is not None and here.is_main_process:
-        probes = read_probes(run.folder / PROBES)
-        if not probes and run.latest is None:
+        probes = read_probes(kept.folder / PROBES)
+        if not probes and kept.latest is None:
             probes = first_probes(folder, tokenizer, held)
-            write_probes(run.folder / PROBES, probes)
+            write_probes(kept.folder / PROBES, probes)
     here.wait_for_everyone()
     device = default_device() if here.num_processes == 1 else here.device
     if processes.is_sharded():  # the whole model may not fit a GPU
         device = torch.device("cpu")
-    results = list(run.results)
+    results = list(kept.results)
     for i, stage in enumerate(plan):
         if i < len(results):
             continue
         # Each stage starts from what the one before wrote: so a resumed run can't differ from an unbroken one.
-        load = functools.partial(load_converted, run.latest or folder, device=device)
+        load = functools.partial(load_converted, kept.latest or folder, device=device)
         source = teachers[i]
         guide = None if source is None else source.load(device)
         model, result = run_stage(
-            load(), stage, rows[i], teacher=guide, folder=run.stage(i), reload=load, resume=resume, seed=seed + i,
-            log=TrainingLog(run.log, stage, i),
+            load(), stage, rows[i], teacher=guide, folder=kept.stage(i), reload=load, seed=seed + i,
+            log=TrainingLog(kept.log, stage, i),
         )  # fmt: skip
         results.append(result)
-        run.record(i, results, functools.partial(_write, model, folder, config, plan, corpora, results))
+        kept.record(i, results, functools.partial(_write, model, folder, config, plan, corpora, results))
         del model, guide
-    run.finish(target, force)
-    pushed = None
+    kept.finish(target, force)
     if report and here.is_main_process:  # once the result is safe
         _report(target, folder, tokenizer, recipe, plan, probes, held, corpora[-1])
-    run.remove()
-    if push and here.is_main_process:
-        pushed = push_result(target, push, private)
+    kept.remove()
     here.wait_for_everyone()
-    return FinetuneResult(str(target), results, time.perf_counter() - start, pushed, costs, free)
+    return FinetuneResult(str(target), results, time.perf_counter() - start, costs, free)
 
 
 def _only_checkpoint() -> Path:

@@ -1,27 +1,43 @@
-"""Progress on stderr, through rich: stdout belongs to results."""
+"""Shows progress on stderr, through rich: stdout is for results."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(stderr=True)
 
 
 @contextmanager
 def bytes_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over bytes; yields the function that advances it."""
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda count: progress.advance(task, count)
+    """Shows a bar over ``total`` bytes. Yields the function that advances the bar."""
+    with _bar(title, total, DownloadColumn()) as advance:
+        yield advance
 
 
 @contextmanager
 def count_bar(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar over things to do; yields the function that advances it."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    """Shows a bar over ``total`` things to do. Yields the function that advances the bar."""
+    with _bar(title, total, MofNCompleteColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(title: str, total: int | None, count: ProgressColumn) -> Iterator[Callable[[int], None]]:
+    """A bar where there is a terminal to draw it on."""
+    if not console.is_terminal:
+        yield lambda done: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=total)
-        yield lambda count: progress.advance(task, count)
+        yield lambda done: progress.advance(task, done)

@@ -202,7 +202,11 @@ def check_push(repo: str) -> None:
 
 
 def push_result(checkpoint: str | Path, repo: str, private: bool) -> str:
-    """Pushes what was just made and returns where to. A failure costs nothing of it: it tells how to go on."""
+    """Pushes a checkpoint that was just written and returns the repository's address.
+
+    Raises:
+        DijiangError: as `push`, and it says that the checkpoint is there, and how to push it later.
+    """
     try:
         return push(checkpoint, repo, private=private).url
     except DijiangError as error:

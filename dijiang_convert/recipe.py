@@ -1,6 +1,7 @@
-"""Recipes: what kernel to swap in, and how to train it. YAML files in recipes/, checked when they are read.
+"""Recipes: which kernel replaces softmax attention, and how to train it. Recipes are YAML files, checked when read.
 
-A recipe names the kernel (see `modeling.configuration_dijiang.Kernel`), a default corpus, and a list of stages.
+A recipe has a kernel (see `modeling.configuration_dijiang.Kernel`), a default corpus, and a list of stages. Whether a
+model can follow a recipe is checked elsewhere.
 """
 
 import difflib
@@ -19,20 +20,23 @@ from .modeling.configuration_dijiang import Kernel
 
 OBJECTIVES = ("attention_transfer", "distillation", "cross_entropy")
 TRAIN = ("kernel", "lora", "full")
-Data = str | list  # of str: one corpus, or several
+Data = str | list  # the name of one corpus, or a list of names
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training stage.
+    """One training stage. Raises DijiangError for values that are not valid.
 
-    objective: attention_transfer (each layer learns its softmax output; only the kernel trains), distillation (KL to
-        the softmax model's logits) or cross_entropy (next token).
-    train: "kernel" alone, kernel and "lora" adapters on the projections, or the "full" model.
-    tokens: how many tokens it sees; seq_len and batch_tokens: a row's and an optimizer step's.
-    learning_rate: for LoRA or the full model; kernel_learning_rate: for the kernel's parameters.
-    cross_entropy_weight: share of the next-token loss mixed into distillation.
-    data: the stage's own corpora, instead of the recipe's.
+    objective: "attention_transfer" (each layer learns its softmax output, and only the kernel trains), "distillation"
+        (KL to the softmax model's logits) or "cross_entropy" (next-token loss).
+    tokens: tokens that the stage trains on.
+    train: "kernel" (nothing else), "lora" (kernel and adapters) or "full" (the whole model).
+    seq_len: tokens per row. batch_tokens: tokens per optimizer step, at most.
+    learning_rate: of LoRA or the full model, for hidden_size 1024. kernel_learning_rate: of the kernel's parameters.
+    warmup: share of the steps in which the rates rise.
+    lora_targets: "attention" for its projections, or "all" linear layers.
+    cross_entropy_weight: share of next-token loss mixed into distillation, from 0 to 1.
+    data: the stage's own corpora, in place of the recipe's.
     """
 
     name: str
@@ -77,9 +81,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A kernel and how to train it.
+    """A kernel and how to train it. Raises DijiangError for values that are not valid.
 
-    data: the corpus used where the user names none, or a list of several: each a Hub data set (``owner/name`` or
+    data: the corpus for a user who names none, or a list of several. Each is a Hub data set (``owner/name`` or
         ``owner/name:config``), a file, a folder or a glob, with ``@weight`` behind it for more or less than an equal
         share of the tokens.
     """
@@ -105,9 +109,9 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
-    """Reads a recipe by name or from a file, with ``key=value`` settings of the kernel applied.
+    """Reads a recipe by name or from a YAML file, and applies ``key=value`` settings of the kernel.
 
-    Raises DijiangError: no such recipe, an unknown key (the nearest valid one is named), a bad value.
+    Raises DijiangError: no such recipe, an unknown key (the nearest valid one is named), or a bad value.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -120,7 +124,7 @@ def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
         raise DijiangError(f"no such recipe file: {name}") from None
     except OSError as error:
         raise DijiangError(f"can't read recipe {name}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # of text that is no UTF-8, or a date that does not exist
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or an impossible date
         raise DijiangError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, Mapping):
         raise DijiangError(f"recipe {path} is not a mapping: start it with 'kernel:' and 'stages:'")
@@ -128,7 +132,7 @@ def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
     kernel, changes = content.get("kernel", {}), parse_settings(settings)
     if isinstance(kernel, Mapping):
         content["kernel"] = {**kernel, **changes}
-        named = [*changes, *(kernel if kernel.get("far") is False else ())]  # a recipe that has one may lose it
+        named = [*changes, *(kernel if kernel.get("far") is False else ())]  # --set may take a recipe's state away
         unused = [key for key in named if key in OF_THE_STATE]
         if unused and content["kernel"].get("far") is False:
             raise DijiangError(
@@ -155,7 +159,10 @@ def _stage_name(stage: Any) -> str:
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """``["window=16", "rotary=keep"]`` → {"window": 16, "rotary": "keep"}, values read as YAML."""
+    """``["window=16", "rotary=keep"]`` → {"window": 16, "rotary": "keep"}, with values read as YAML.
+
+    Raises DijiangError for a setting of another form.
+    """
     values = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -181,7 +188,7 @@ def adjust_stages(stages: Iterable[Stage], settings: Iterable[str]) -> tuple[Sta
 
 
 def scale_tokens(stages: Iterable[Stage], tokens: int) -> tuple[Stage, ...]:
-    """The stages shortened or stretched in proportion to ``tokens`` in all, each at least one row long."""
+    """The stages scaled in proportion, to ``tokens`` in all. Each keeps at least one row."""
     stages = tuple(stages)
     total = sum(stage.tokens for stage in stages)
     return tuple(replace(s, tokens=max(round(s.tokens * tokens / total), s.seq_len)) for s in stages)
@@ -197,12 +204,12 @@ def _build(cls: type, values: Any, where: str) -> Any:
     texts = [field.name for field in fields(cls) if field.type in (str, Data, Data | None)]
     try:
         return cls(**{key: value if key in texts else _number(value) for key, value in values.items()})
-    except ValueError as error:  # the kernel's own words
+    except ValueError as error:  # `Kernel` raises it, with its own message
         raise DijiangError(str(error)) from None
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text."""
+    """The number that a text holds, if it does: YAML 1.1 reads 1e-3 as text."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -232,7 +239,7 @@ def _check_data(data: Any, where: str) -> None:
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:
-    """`: did you mean …?`, or all that is valid."""
+    """The end of an error message: `: did you mean …?`, or all valid words."""
     words = list(words)
     close = difflib.get_close_matches(word, words, 1, cutoff=0.5)
     return f": did you mean {close[0]}?" if close else f": valid are {', '.join(words)}"

@@ -83,7 +83,7 @@ def run_all(checkpoint: str, out: Path, micro_rows: int, interrupt: bool) -> Non
                 raise AssertionError("was not interrupted")
             except KeyboardInterrupt:
                 trainer._ProgressCallback = plain
-        model, result = run(checkpoint, out / stage.name, stage, resume=interrupt)
+        model, result = run(checkpoint, out / stage.name, stage)
         if PartialState().is_main_process:
             torch.save({"losses": result.losses, "weights": model.state_dict()}, out / f"{stage.name}.pt")
 

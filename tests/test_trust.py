@@ -140,18 +140,22 @@ def test_what_is_written_holds_no_token(hub: Hub, tmp_path: Path) -> None:
 def test_a_push_that_fails_after_a_conversion_tells_how_to_go_on(hub: Hub, tmp_path: Path, waits: list[float]) -> None:
     source = write_source(tmp_path / "source", llama_config(num_hidden_layers=1))
     out = tmp_path / "out"
-    with hub.failing("*/commit/*", 500), pytest.raises(DijiangError) as call:
-        convert(str(source), out, push="trust/later", private=True)
-    assert str(call.value).endswith(f"try again later; {out} is written: dijiang push {out} trust/later --private")
+    with hub.failing("*/commit/*", 500):
+        done = CliRunner().invoke(
+            app, ["convert", str(source), "--out", str(out), "--push", "trust/later", "--private"]
+        )
+    assert done.exit_code == 1
+    told = f"try again later; {out} is written: dijiang push {out} trust/later --private\n"
+    assert done.stderr.endswith(told), done.stderr
     assert load_any(str(out)) is not None
 
 
 def test_nobody_converts_to_push_without_a_token(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_source(tmp_path / "source", llama_config(num_hidden_layers=1))
+    command = ["convert", str(source), "--out", str(tmp_path / "out"), "--push", "trust/early"]
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
-    with pytest.raises(DijiangError, match="the Hub wants a valid token for trust/early"):
-        convert(str(source), tmp_path / "out", push="trust/early")
+    assert "the Hub wants a valid token for trust/early" in CliRunner().invoke(app, command).stderr
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(DijiangError, match="pushing to trust/early needs a token: run `hf auth login` or set HF_TOKEN"):
-        convert(str(source), tmp_path / "out", push="trust/early")
+    told = "pushing to trust/early needs a token: run `hf auth login` or set HF_TOKEN"
+    assert told in CliRunner().invoke(app, command).stderr
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,7 @@
-"""Whether a model converts, by its config.json alone: which of its layers a kernel can replace, and their shape."""
+"""Whether a model converts, by its config.json alone: which of its layers a kernel can replace, and their shape.
+
+Nothing is downloaded and no weights are loaded: `trace` runs the model on the meta device.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +22,8 @@ from ..modeling.configuration_dijiang import Kernel, Layers
 from ..modeling.modeling_dijiang import attach
 from .trace import FOLLOWERS, Notes, first_line, skeleton
 
-# By model type, text models first; the others take images, sound or film as well, and their text part converts.
+# Model classes by model type. Those of text come first; the others may also take images, sound or video, and convert by
+# their text part.
 LANGUAGE_MODELS = (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -30,12 +34,12 @@ LANGUAGE_MODELS = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """A source that converts.
+    """A model that converts.
 
-    model_class: of the source's weights, with the head that they have.
-    layers: what a kernel would replace; parameters: how many numbers the model has.
-    rotary_removable: whether there is no rotary embedding, or one that the kernel can undo in all these layers.
-    has_sinks: whether each head has a logit that takes its share of the weights (attention sinks).
+    model_class: the class of the source's weights, with the weights' head. config: the source's.
+    layers: which layers a kernel would replace, and their shape. parameters: how many numbers the model has.
+    rotary_removable: whether these layers have no rotary embedding, or one that the kernel can undo.
+    has_sinks: whether heads of these layers have a logit without a value, which takes a share of the softmax.
     """
 
     model_class: type[PreTrainedModel]
@@ -47,12 +51,12 @@ class Architecture:
 
     @property
     def recipe(self) -> str:
-        """The recipe that it gets where none is asked for."""
+        """The recipe by which the model is converted if none is asked for."""
         return "default" if self.layers.causal else "encoder"
 
     def new_tensors(self, kernel: Kernel) -> dict[str, torch.Tensor]:
-        """Every tensor that a conversion adds, initialised, under the name the checkpoint gives it. What starts at
-        random follows the kernel's seed: converting twice gives the same bytes."""
+        """Every tensor that a conversion adds, initialised, by its name in the checkpoint. Random numbers follow the
+        kernel's seed: converting twice gives the same bytes."""
         tensors: dict[str, torch.Tensor] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(kernel.seed)
@@ -67,9 +71,10 @@ class Architecture:
 
 
 def examine(config: dict[str, Any], layers: str = "all") -> Architecture:
-    """Finds the attention that the kernel replaces in a model with this config.json.
+    """Finds the attention that a kernel replaces in a model with this config.json.
 
-    Raises Unsupported with the true reason where it can't be, and DijiangError for a bad ``layers``.
+    layers: which layers to convert, see `select_layers`. Raises Unsupported with the reason where the model or a layer
+    can't be converted, and DijiangError for bad ``layers``, an invalid config or a model that is converted already.
     """
     model_class, parsed = _classes(config)
     if not model_class._can_set_attn_implementation():
@@ -79,7 +84,7 @@ def examine(config: dict[str, Any], layers: str = "all") -> Architecture:
         model = skeleton(model_class, parsed)
     except Exception as error:
         raise Unsupported(f"{parsed.model_type} can't be built from this config ({first_line(error)})") from error
-    seen = Notes(model.bfloat16())  # grouped expert kernels take no other type on the meta device
+    seen = Notes(model.bfloat16())  # grouped expert kernels take no other dtype on the meta device
     seen.run()
     found = seen.layers(layers)
     parsed._attn_implementation = "eager"
@@ -92,6 +97,7 @@ def examine(config: dict[str, Any], layers: str = "all") -> Architecture:
 
 
 def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The model class and the config that a config.json is of. Raises as `examine`."""
     kind = str(config.get("model_type"))
     if "dijiang" in config or kind.startswith("dijiang_"):
         raise DijiangError("the model is converted already: go on with dijiang finetune")
@@ -121,7 +127,7 @@ def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], PreTrainedC
 
 
 def check_kernel(kernel: Kernel, architecture: Architecture) -> None:
-    """Raises Unsupported where this kernel can't do what these layers need."""
+    """Raises Unsupported where a kernel can't do what the layers of an architecture need."""
     kind = architecture.config.model_type
     if kernel.far and kernel.rotary == "remove" and not architecture.rotary_removable:
         raise Unsupported(

@@ -1,4 +1,4 @@
-"""Which layers to convert: what `--layers` says, read against the layers that a model has."""
+"""Which layers to convert: reads what `--layers` says. Whether a kernel can replace a layer is `trace`'s to say."""
 
 from ..errors import DijiangError, Unsupported
 
@@ -6,7 +6,8 @@ LAYER_SPECS = "all, none, sliding-only, 0,3,8-23, every:N, not-every:N or not-la
 
 
 def staying_softmax(spec: str) -> int:
-    """N of ``auto:N``, 0 of any other specification. Raises DijiangError for an N that means nothing."""
+    """N of ``auto:N``, how many layers stay softmax; 0 for any other ``spec``. Raises DijiangError for an N that is no
+    number from 1 on."""
     head, _, number = spec.partition(":")
     if head != "auto":
         return 0
@@ -16,14 +17,16 @@ def staying_softmax(spec: str) -> int:
 
 
 def select_layers(spec: str, count: int, full: list[int], local: list[int], kind: str) -> list[int]:
-    """The layers that a specification names, of ``count``.
+    """The numbers of the layers that ``spec`` names, in order.
 
-    spec: ``all`` that see every token before, ``none``, ``sliding-only``, ``0,3,8-23``, ``every:2``, ``not-every:4``,
-        ``not-last:2``; or several with commas between them. Every, not-every and not-last choose from ``all``.
-    full, local: those with attention to every token before, and to a part of them.
+    spec: ``all`` (every layer that sees all tokens before), ``none``, ``sliding-only``, ``0,3,8-23``, ``every:2``,
+        ``not-every:4``, ``not-last:2``; or several with commas between them. The last three choose from ``all``.
+    count: how many layers the model has.
+    full, local: the layers that see all tokens before, and those that see a part of these tokens.
+    kind: the model type, for messages.
 
-    Raises DijiangError for what is no specification or names a layer that has no attention, and Unsupported where
-    ``all`` are none.
+    Raises DijiangError for a ``spec`` that is not valid, names a layer without attention or chooses no layer, and
+    Unsupported if ``all`` chooses none.
     """
     bad = DijiangError(f"--layers {spec!r} is not valid: give {LAYER_SPECS}; convert takes auto:N, too")
     chosen: set[int] = set()

@@ -1,7 +1,9 @@
-"""What a model's attention looks like, found by running it on the meta device: no weights, no code per architecture.
+"""What a model's attention looks like, found by running the model on the meta device: no weights, no code per
+architecture.
 
-The model is built from its config alone with an attention function that only takes notes. Whatever reaches the
-function is what the kernel would get, so what can't be served is refused here, before anything is downloaded.
+The model is built from its config alone, with an attention function that only takes notes. This function gets what the
+kernel would get, so what the kernel can't follow is refused here, before weights are downloaded. No attention is
+computed.
 """
 
 import contextlib
@@ -40,16 +42,17 @@ from .layers import select_layers
 
 FOLLOWERS = "gpt_neox, llama, opt, qwen2, qwen3, mistral, phi, gpt2, bert, vit and many more do"
 NO_ATTENTION = f"has no attention that goes through AttentionInterface: {FOLLOWERS}"
-# What attention functions get and the kernel follows, or what does not change their result.
+# Arguments of attention functions that the kernel follows, or that don't change the result.
 KNOWN_ARGUMENTS = {
     "mask", "scaling", "softcap", "s_aux", "is_causal", "sliding_window", "dropout", "position_ids", "use_cache",
     "cache_position", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", "labels",
 }  # fmt: skip
+# Arguments by which attention modules get keys of other tokens than their own.
 OTHER_STATES = ("encoder_hidden_states", "key_value_states", "cross_attention_states")
 
 
 def skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device."""
+    """The model on the meta device, without weights, in evaluation mode."""
     with torch.device("meta"), init.no_init_weights(), quiet():
         model = model_class(config)
         model.tie_weights()
@@ -58,9 +61,12 @@ def skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pr
 
 @dataclass(frozen=True)
 class _Seen:
-    """One call of the attention function. query, key: what it got, kept to tell layers that share keys apart from
-    others. rotary_dim: how much of each head was given to the rotary embedding, 0 if nothing was. marked: whether its
-    module handed a keyword argument on to it."""
+    """One call of the attention function.
+
+    module, name: the attention module, and its name in the model. query, key: the call's tensors, since layers that
+    share keys are known by having the same tensor. arguments: the other arguments. rotary_dim: how many numbers of each
+    head were given to the rotary function, 0 if none. marked: whether the module handed on a keyword argument.
+    """
 
     module: Any
     name: str
@@ -73,12 +79,12 @@ class _Seen:
 
     @property
     def index(self) -> Any:
-        """Its layer, an int; None is refused by `layers`."""
+        """The number of the module's layer; None, which `layers` refuses, if it has none."""
         return layer_index(self.name, self.module)
 
     @property
     def causal(self) -> bool:
-        """Whether a token sees those before it alone."""
+        """Whether a token sees only itself and the tokens before it."""
         said = self.arguments.get("is_causal")
         return getattr(self.module, "is_causal", True) if said is None else bool(said)
 
@@ -86,7 +92,7 @@ class _Seen:
 class Notes:
     """Runs a model once on the meta device and notes every call of its attention function."""
 
-    LENGTH = 256  # of a text, long enough for keys that stand for several tokens to show
+    LENGTH = 256  # tokens of the text, or pixels of an image's side: keys that stand for several tokens show
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.calls = model, list[_Seen]()
@@ -97,16 +103,16 @@ class Notes:
             raise Unsupported(f"{self.kind} is of images and texts: save its vision model alone, and convert that")
         self.length = min(self.LENGTH, getattr(self.config, "max_position_embeddings", None) or self.LENGTH)
         self.names = {module: name for name, module in model.named_modules()}
-        self.arguments: dict[nn.Module, dict[str, Any]] = {}  # of each module's call
-        self.classes: set[type] = set()  # of attention modules, as far as they take more arguments than they name
-        self.rotary_dim = 0  # since the last call
+        self.arguments: dict[nn.Module, dict[str, Any]] = {}  # of each module's last call
+        self.classes: set[type] = set()  # of attention modules that take any keyword
+        self.rotary_dim = 0  # of the rotary function since the last call
         self.returns_cache = self.asked_for_causal = False
 
     def run(self) -> None:
-        """Raises Unsupported where the model can't run so."""
+        """Runs the model. Raises Unsupported, with the likely reason, where it can't run on the meta device."""
         try:
             self._run(self._padding_mask)
-            if self._unmarked():  # in models of one layer; the classes are known now
+            if self._unmarked():  # a class's first module is unmarked: the class is known after its call
                 self._run(self._padding_mask)
         except Exception as error:
             if not self.calls and self.model._is_stateful:
@@ -124,7 +130,7 @@ class Notes:
             raise Unsupported(reason) from error
 
     def _unmarked(self) -> set[type]:
-        """Classes of attention modules that handed no keyword argument on."""
+        """The classes of attention modules of which none handed on a keyword argument."""
         return {type(s.module) for s in self.calls} - {type(s.module) for s in self.calls if s.marked}
 
     def _run(self, mask_function: Callable[..., Any]) -> None:
@@ -150,7 +156,7 @@ class Notes:
                 hook.remove()
 
     def _inputs(self) -> dict[str, Any]:
-        """A text, with a cache where the model takes one; or an image."""
+        """The model's input: a text, with a cache if the model takes one; or an image."""
         if self.of_images:
             size: Any = getattr(self.config, "image_size", self.LENGTH)
             shape = [1, getattr(self.config, "num_channels", 3), *([size, size] if isinstance(size, int) else size)]
@@ -161,12 +167,14 @@ class Notes:
         return inputs if cache is None else {**inputs, cache: DynamicCache(config=self.config), "use_cache": True}
 
     def _note_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of every module. Those that are known to be attention get a keyword argument, as converted
-        ones do."""
+        """Forward pre-hook of every module: notes the arguments. Modules of known attention classes get one more, the
+        keyword argument that `_hand_over` gives to converted modules."""
         self.arguments[module] = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
         return (args, {**kwargs, "dijiang": True}) if type(module) in self.classes else None
 
     def _noting_rotation(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A rotary function that also notes the width of its input."""
+
         def rotate(*args: Any, **kwargs: Any) -> Any:
             first = args[0] if args else next(iter(kwargs.values()))
             self.rotary_dim = first.shape[-1]
@@ -183,6 +191,7 @@ class Notes:
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        """The attention function: notes the call, and returns an output without values."""
         heads = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
         name, marked = self.names[module], kwargs.pop("dijiang", False)
         if _takes_more(module):
@@ -200,13 +209,15 @@ class Notes:
         local_size: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As `dijiang_mask` has it, and never None: a model that works on it shows."""
+        """A mask in the form of `dijiang_mask`, but never None: so a model that changes its mask is noticed."""
         self.asked_for_causal |= mask_function is causal_mask_function
         plain = mask_function in (causal_mask_function, bidirectional_mask_function)
         plain = plain or (local_size is not None and kwargs.get("allow_is_causal_skip", True))
         return torch.ones((1, kv_length) if plain else (1, 1, q_length, kv_length), dtype=torch.bool, device="meta")
 
     def layers(self, spec: str) -> Layers:
+        """The layers that ``spec`` names, and the shape of their attention. Raises Unsupported where the kernel can't
+        replace one of them, and as `select_layers`."""
         ropes = getattr(self.config, "rope_parameters", None) or {}
         if "dynamic" in [ropes.get("rope_type"), *(r.get("rope_type") for r in ropes.values() if isinstance(r, dict))]:
             raise Unsupported(
@@ -226,7 +237,7 @@ class Notes:
             raise Unsupported(
                 f"{self.kind} has several attention modules of one layer number: they can't be told apart"
             )
-        count = max(getattr(self.config, "num_hidden_layers", 0), max(calls) + 1)  # some layers have two
+        count = max(getattr(self.config, "num_hidden_layers", 0), max(calls) + 1)  # some layers have two attentions
         local = sorted(index for index, seen in calls.items() if self._is_local(seen))
         chosen = select_layers(spec, count, sorted(calls.keys() - {*local}), local, self.kind)
         picked = [calls[index] for index in chosen]
@@ -258,9 +269,11 @@ class Notes:
         )  # fmt: skip
 
     def of(self, layers: Layers) -> list[_Seen]:
+        """The calls of ``layers``."""
         return [seen for seen in self.calls if seen.index in layers.layers]
 
     def rotary_removable(self, layers: Layers) -> bool:
+        """Whether ``layers`` have no rotary embedding, or one that `without_rotation` can undo."""
         picked = [seen for seen in self.of(layers) if seen.index not in layers.unrotated]
         if not picked:
             return True
@@ -269,12 +282,12 @@ class Notes:
             return True
         if not (isinstance(tables, tuple) and len(tables) == 2 and layers.rotary_dim):
             return False
-        # Where only a part of each head is rotated it must be the first, as everywhere but in latent attention.
+        # A part of a head that is rotated must be the first, as it is everywhere but in latent attention.
         rope = getattr(self.config, "rope_parameters", None) or {}
         return layers.rotary_dim == layers.head_dim or rope.get("partial_rotary_factor", 1.0) < 1.0
 
     def _check(self, seen: _Seen) -> None:
-        """Whether the kernel knows all that the attention function gets."""
+        """Raises Unsupported for a layer whose attention has anything that the kernel does not follow."""
         given = {name for name, value in seen.arguments.items() if value is not None and value is not False}
         unknown = sorted(given - KNOWN_ARGUMENTS)
         if unknown:
@@ -303,7 +316,8 @@ class Notes:
             raise Unsupported(f"the attention module of {self.kind} is not handed its cache, which the kernel needs")
 
     def _check_sharing(self, calls: dict[int, _Seen], chosen: list[int]) -> None:
-        """A converted layer's cache gives new keys alone, so layers that share keys are converted together or not."""
+        """Raises Unsupported where only some of the layers that share keys are chosen: the cache of a converted layer
+        returns new keys alone, which are not enough for a softmax layer."""
         for index, seen in calls.items():
             sharing = [i for i, other in calls.items() if other.key is seen.key]
             if index in chosen and not set(sharing) <= set(chosen):
@@ -311,6 +325,7 @@ class Notes:
                 raise Unsupported(f"layers {names} of {self.kind} share keys and values: choose all of them or none")
 
     def _is_local(self, seen: _Seen) -> bool:
+        """Whether tokens of a layer see only a part of the tokens before."""
         types = getattr(self.config, "layer_types", None)
         if types is not None and types[seen.index] in ("full_attention", "sliding_attention", "chunked_attention"):
             return types[seen.index] != "full_attention"
@@ -318,26 +333,27 @@ class Notes:
 
 
 def _takes_more(module: nn.Module) -> bool:
+    """Whether a module's forward takes any keyword argument."""
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values())
 
 
 @contextlib.contextmanager
 def _torch_alone() -> Iterator[None]:
-    """Recurrent layers run in plain torch where transformers would take a package's kernels, which need a GPU: it does
-    so itself when it exports a model."""
+    """Runs recurrent layers in plain torch, as transformers does when it exports a model, and not by the kernels of a
+    package, which need a GPU."""
     is_exporting = getattr(hub_kernels, "is_torchdynamo_exporting", None)
     hub_kernels.is_torchdynamo_exporting = lambda: True
     try:
         yield
     finally:
-        if is_exporting is None:  # versions that don't ask
+        if is_exporting is None:  # a version without this function
             del hub_kernels.is_torchdynamo_exporting
         else:
             hub_kernels.is_torchdynamo_exporting = is_exporting
 
 
 class _WithoutValues(TorchDispatchMode):
-    """Lets models look at values on the meta device, where there are none: every number they see is 1, or True."""
+    """Lets models look at values on the meta device, where there are none: every value is 1, or True."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -345,28 +361,28 @@ class _WithoutValues(TorchDispatchMode):
             return True if args[0].dtype == torch.bool else 1
         if name == "nonzero":
             return args[0].new_zeros((1, args[0].dim()), dtype=torch.long)
-        if name in ("index", "index_put", "index_put_"):  # a mask chooses its first element
+        if name in ("index", "index_put", "index_put_"):  # a mask stands for its first element
             chosen = [part for index in args[1] for part in _first_of(index)]
             args = (args[0], chosen, *args[2:])
         return func(*args, **(kwargs or {}))
 
 
 def _first_of(index: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The index itself, or for a mask the indices of its first element, one a dimension."""
+    """The index itself or, for a mask, the indices of the mask's first element, one a dimension."""
     if index is None or index.dtype != torch.bool:
         return [index]
     return [index.new_zeros(1, dtype=torch.long) for _ in range(index.dim())]
 
 
 def _rotary_source(module: nn.Module) -> Any:
-    """The Python module that an attention module's rotary embedding is looked up in, or None if it has none."""
+    """The Python module in which an attention module finds its rotary function, or None if there is none."""
     source = sys.modules[type(module).__module__]
     return source if hasattr(source, "apply_rotary_pos_emb") else None
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' warnings: a model on the meta device gives many that mean nothing."""
+    """Silences transformers' warnings, of which a model on the meta device gives many that mean nothing."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -376,4 +392,5 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 160 characters of it."""
     return (str(error) or type(error).__name__).strip().split("\n", 1)[0][:160]

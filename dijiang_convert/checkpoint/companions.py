@@ -1,4 +1,7 @@
-"""What lies beside a checkpoint's weights: the modeling code, and the source's tokenizer, chat template and license."""
+"""Writes what lies beside a checkpoint's weights: modeling code, and the source's tokenizer, chat template and license.
+
+The model card is written in `card`, weights in `shards`.
+"""
 
 import importlib.metadata
 import json
@@ -30,13 +33,13 @@ MODELING_FILES = (
     "table.py",
     "cache.py",
 )
-# Of a source's files these don't come along: weights are laid out anew, and the card tells of the new model.
+# Suffixes of the source's files that are not copied: weights, code and model card are written anew.
 LEFT_BEHIND = (
     ".safetensors", ".bin", ".index.json", ".py", ".md", ".h5", ".msgpack", ".pt", ".pth", ".ot", ".onnx", ".gguf",
 )  # fmt: skip
 
-CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")
-LARGE_JSON = ("tokenizer.json", "vocab.json")  # which name no code
+CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")  # keys of a config that name a repository's code
+LARGE_JSON = ("tokenizer.json", "vocab.json")  # large files that name no code, so they need no reading
 
 
 def made_with() -> dict[str, str]:
@@ -45,14 +48,18 @@ def made_with() -> dict[str, str]:
 
 
 def write_code(folder: Path) -> None:
-    """Puts the modeling files beside the weights, as transformers' trust_remote_code wants them."""
+    """Copies the modeling files into a checkpoint, where transformers looks for them with trust_remote_code."""
     for name in MODELING_FILES:
         shutil.copyfile(Path(__file__).parents[1] / "modeling" / name, folder / name)
 
 
 def copy_companions(source: Path, target: Path, without: Collection[str] = ("config.json",)) -> None:
-    """Tokenizer, generation config, chat template, license: whatever lies beside the weights; and the further modules
-    of a sentence-transformers model."""
+    """Copies what lies beside the source's weights: tokenizer, generation config, chat template, license and the like.
+
+    The folders of `module_folders` are copied as well. Keys that name code are left out of JSON files.
+
+    without: names of files that are not copied.
+    """
     for path in sorted(source.iterdir()):
         wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND)
         if not wanted or path.name in without:
@@ -61,7 +68,7 @@ def copy_companions(source: Path, target: Path, without: Collection[str] = ("con
         if path.suffix == ".json" and path.name not in LARGE_JSON:
             try:
                 content = json.loads(path.read_bytes())
-            except ValueError:  # it names nothing to anybody
+            except ValueError:  # a file that is no JSON names no code
                 continue
             if (harmless := without_code(content)) != content:
                 write_json(target / path.name, harmless)
@@ -71,18 +78,21 @@ def copy_companions(source: Path, target: Path, without: Collection[str] = ("con
 
 
 def without_code(value: Any) -> Any:
-    """A config without what tells transformers to run a repository's code: a converted model runs this package's
-    alone, and who trusts that need not trust another's."""
+    """A config without the keys that make transformers run a repository's code.
+
+    A converted model runs this package's code alone. Whoever trusts it need not trust the source's code.
+    """
     if isinstance(value, dict):
         return {key: without_code(each) for key, each in value.items() if key not in CODE_KEYS}
     return [without_code(each) for each in value] if isinstance(value, list) else value
 
 
 def module_folders(folder: Path) -> list[str]:
-    """What follows the Transformer in a sentence-transformers model (pooling, dense layers, normalisation) lies in
-    folders that its modules.json names.
+    """The folders of a sentence-transformers model, from its modules.json; none for other models.
 
-    Raises DijiangError where one is missing or outside, and Unsupported for modules with code of their own."""
+    They hold what follows the Transformer: pooling, dense layers, normalisation. Raises DijiangError if a folder is
+    missing or outside of the model's, and Unsupported for modules with code of their own.
+    """
     if not (folder / "modules.json").is_file():
         return []
     modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))

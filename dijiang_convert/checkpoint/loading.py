@@ -1,4 +1,7 @@
-"""Loading models for the verbs: converted checkpoints with this package's own code, originals with transformers'."""
+"""Loads models and tokenizers: converted checkpoints with this package's code, any others with that of transformers.
+
+Code that lies in a repository or a folder is never run.
+"""
 
 import warnings
 from pathlib import Path
@@ -27,7 +30,7 @@ def default_device() -> torch.device:
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """The device of that name, or the default one. Raises DijiangError where it isn't there."""
+    """The device of that name, or the default one for None. Raises DijiangError if PyTorch can't use the device."""
     if name is None:
         return default_device()
     try:
@@ -40,11 +43,12 @@ def chosen_device(name: str | None) -> torch.device:
 def load_converted(
     folder: str | Path, attention: str = "dijiang", device: torch.device | None = None, dtype: str | None = None
 ) -> PreTrainedModel:
-    """A converted checkpoint, run by this package's code and never by the folder's.
+    """Loads a converted checkpoint, with this package's code and never the folder's.
 
-    attention: "dijiang", or "softmax" for the model that the base weights are.
-    dtype: of the weights, as transformers names it; that of the checkpoint if None.
-    Raises DijiangError where the folder is no converted checkpoint or its weights don't fit.
+    attention: "dijiang", "softmax" for softmax attention on the base weights, or a function of `AttentionInterface`.
+    device: None for the default one.
+    dtype: of the weights, as transformers names it; None for that of the checkpoint.
+    Raises DijiangError if the folder is no converted checkpoint, or its weights don't fit.
     """
     name = read_checkpoint(folder)["architectures"][0]
     try:
@@ -60,22 +64,27 @@ def load_converted(
 
 
 def softmax_implementation(model_class: Any) -> str:
-    """What runs a converted model as the softmax model it was: "sdpa", or "eager" for logits that are soft-capped or
-    have sinks, which PyTorch's function does not know."""
+    """The attention function that runs a converted model as the softmax model it was.
+
+    That is "sdpa", or "eager" for models whose logits are soft-capped or have sinks, which PyTorch's SDPA lacks.
+    """
     return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def load_any(
     source: str, device: torch.device | None = None, revision: str | None = None, dtype: str | None = None
 ) -> PreTrainedModel:
-    """A converted checkpoint, or any model that transformers has (alias, Hub id or folder): with the head that its
-    config names, or else as a causal language model. No code of a repository is run."""
+    """Loads a converted checkpoint, or any model that transformers knows, by alias, Hub id or folder.
+
+    A model that generates no text gets the class that its config names, any other is a causal language model. Raises
+    DijiangError if the model can't be found or loaded.
+    """
     folder = Path(source).expanduser()
     if (folder / "config.json").is_file() and "dijiang" in read_json(folder / "config.json"):
         return load_converted(folder, device=device, dtype=dtype)
     found = download(resolve(source, revision)).folder
     assert found is not None
-    if "dijiang" in read_json(found / "config.json"):  # of the Hub: by our own code, never by the repository's
+    if "dijiang" in read_json(found / "config.json"):  # a converted checkpoint on the Hub
         return load_converted(found, device=device, dtype=dtype)
     try:
         with quiet():
@@ -86,7 +95,7 @@ def load_any(
 
 
 def _class_of(folder: Path) -> Any:
-    """AutoModelForCausalLM, or the class of a model that is none."""
+    """The class that the config names, if it generates no text, else AutoModelForCausalLM."""
     name = (read_json(folder / "config.json").get("architectures") or [""])[0]
     named = getattr(transformers, name, None)
     is_other = isinstance(named, type) and issubclass(named, PreTrainedModel) and not issubclass(named, GenerationMixin)
@@ -94,13 +103,13 @@ def _class_of(folder: Path) -> Any:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a converted checkpoint or of any model. Raises DijiangError."""
+    """The tokenizer of a converted checkpoint or of any model. Raises DijiangError if it can't be found or loaded."""
     folder = Path(source).expanduser()
     options: dict[str, Any] = {}
     if not folder.is_dir():
         folder = download(resolve(str(source))).folder or folder
     if "dijiang" in read_json(folder / "config.json"):
-        options["config"] = converted_config(folder)  # else AutoTokenizer would need the folder's code
+        options["config"] = converted_config(folder)  # without it, AutoTokenizer needs the folder's code
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
@@ -116,26 +125,28 @@ def converted_config(folder: str | Path, **options: Any) -> Any:
 
 
 def silence() -> None:
-    """The libraries' own bars and notes go; ours tell what a user needs."""
+    """Turns off progress bars and notes of the libraries. This package's own tell what a user needs."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
 
 
 def generates(model: Any) -> bool:
-    """Whether a model, converted or not, predicts the next token. Others give hidden states, or what a head makes of
-    them."""
+    """Whether a model, converted or not, predicts the next token.
+
+    Other models return hidden states, or what a head computes from hidden states.
+    """
     section = getattr(model.config, "dijiang", None) or {}
     return isinstance(model, GenerationMixin) and section.get("causal", True)
 
 
 def predicts(config: Any) -> bool:
-    """The same, by the config of a converted checkpoint."""
+    """What `generates` says of a converted checkpoint's model, by its config."""
     return issubclass(getattr(modeling_dijiang, config.architectures[0]), GenerationMixin) and config.dijiang["causal"]
 
 
 def takes_images(config: Any) -> bool:
-    """Whether a converted checkpoint's model is one of images, by its config."""
+    """Whether a converted checkpoint's model takes images, by its config."""
     return getattr(modeling_dijiang, config.architectures[0]).main_input_name == "pixel_values"
 
 

@@ -1,4 +1,4 @@
-"""What was measured of a checkpoint, kept beside it for its model card."""
+"""Keeps what was measured of a checkpoint in a file beside its weights, for the model card. It measures nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 EVALUATION = "evaluation.json"
 
-# What may be measured, by its name in `EvalResult` and `Likeness`, and what the card calls it.
+# Single figures, by their names in `EvalResult` and `Likeness`, and their names in the card.
 FIGURES = {
     "perplexity": "perplexity",
     "untrained_perplexity": "before training",
@@ -21,12 +21,15 @@ FIGURES = {
     "embedding_cosine": "cosine of embeddings",
 }
 
-# What is no single figure: results of lm-eval's tasks, ratios over equal parts of a row, recall by distance.
+# Results of several figures: lm-eval's tasks, ratios over equal parts of a row, recall by distance.
 DETAILS = ("tasks", "ratio_by_position", "recall", "baseline_recall")
 
 
 def read_quality(folder: Path) -> list[dict[str, Any]]:
-    """Measurements: what made them ("by"), the text or Hub data set, its tokens, and figures."""
+    """The measurements of a checkpoint; none if the file is missing or broken.
+
+    Each has "by" (the command), "dataset" (on the Hub, or None), "tokens", "figures", and maybe some of DETAILS.
+    """
     path = folder / EVALUATION
     try:
         content = json.loads(path.read_bytes()) if path.is_file() else []
@@ -42,9 +45,10 @@ def add_quality(
     tokens: int,
     figures: dict[str, Any],
 ) -> None:
-    """Keeps a measurement in place of an older one of the same kind; of text that is not on the Hub, not its name.
+    """Adds a measurement, in place of an older one by the same command on the same data set.
 
-    figures: those of `FIGURES` are kept, and those of `DETAILS`.
+    by: the command that measured. dataset: the data set on the Hub, or None for any other text.
+    figures: results by name. Those in FIGURES and DETAILS are kept.
     """
     made = {"by": by, "dataset": dataset, "tokens": tokens, "figures": _known(figures)}
     made |= {name: figures[name] for name in DETAILS if figures.get(name)}

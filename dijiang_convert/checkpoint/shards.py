@@ -1,6 +1,7 @@
-"""Checkpoints on disk: safetensors shards read by their headers and laid out by bytes.
+"""Reads and writes the weights of checkpoints: safetensors shards by their headers and bytes, and .bin files.
 
-No tensor is loaded here but one at a time, so memory does not grow with the model.
+Tensors are loaded one at a time, so memory does not grow with the model (but for .bin files from before PyTorch 1.6).
+Models are built in `loading`.
 """
 
 import json
@@ -25,7 +26,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file, not loaded. ``load`` reads it."""
+    """A tensor that is not loaded yet. load: reads it."""
 
     name: str
     dtype: torch.dtype
@@ -41,7 +42,10 @@ class Tensor:
 
 
 def read_shard(path: Path) -> list[Tensor]:
-    """The tensors of a safetensors or .bin file. Raises DijiangError for a truncated or corrupt one."""
+    """The tensors of a safetensors or .bin file.
+
+    Raises DijiangError for a truncated or corrupt file, and for dtypes of quantised weights.
+    """
     return _read_pickle(path) if path.suffix == ".bin" else _read_safetensors(path)
 
 
@@ -92,7 +96,7 @@ def _loader(path: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> Call
 
 
 def _read_pickle(path: Path) -> list[Tensor]:
-    """A .bin file, memory-mapped; only tensors are unpickled, no code."""
+    """The tensors of a .bin file, memory-mapped. Only tensors are unpickled, so no code of the file runs."""
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -113,7 +117,7 @@ def _read_pickle(path: Path) -> list[Tensor]:
 
 
 def write_safetensors(path: Path, tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
-    """Writes a safetensors file one tensor at a time, floating-point ones as ``dtype`` if given."""
+    """Writes a safetensors file, one tensor at a time. Floating-point tensors are cast to ``dtype``, if it is given."""
     tensors = list(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -136,7 +140,7 @@ def _target_dtype(t: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def in_memory(state: dict[str, torch.Tensor]) -> list[Tensor]:
-    """Loaded tensors in the form that `write_safetensors` takes."""
+    """Loaded tensors as `write_safetensors` takes tensors."""
     return [Tensor(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in state.items()]  # type: ignore[misc]
 
 
@@ -148,14 +152,21 @@ def write_shards(
     progress: Callable[[int], None],
     link: bool = False,
 ) -> str | None:
-    """Lays out a checkpoint: the source's shards, byte for byte unless ``dtype`` or their format asks for a rewrite,
-    one small shard of ``new`` tensors, and the index. With ``link`` the source's shards are linked, none is copied or
-    rewritten, and it returns how, as `link_file` does.
+    """Writes a checkpoint: the source's shards, one shard of ``new`` tensors if there are any, and the index.
 
-    The files are always named as shards: transformers ignores an index beside a file named model.safetensors.
-    ``progress`` is called with every number of bytes written.
+    Files are always named as shards, since transformers ignores an index beside a file named model.safetensors.
 
-    Raises DijiangError where a shard can't be linked.
+    Args:
+        shards: the source's weight files. They are copied byte for byte if they are safetensors and keep their dtype.
+        dtype: what floating-point tensors of the source are cast to; None keeps theirs.
+        progress: is called with the number of bytes after each write.
+        link: whether the source's shards are linked, and none is copied or rewritten.
+
+    Returns:
+        How shards were linked: "hard link" if any was by that, else "reflink" as of `link_file`; None without links.
+
+    Raises:
+        DijiangError: a shard can't be read or linked, or the source has a tensor with one of the new names.
     """
     total = len(shards) + bool(new)
     weight_map: dict[str, str] = {}
@@ -189,7 +200,7 @@ def write_shards(
 
 
 def drop_tensors(folder: Path, names: Collection[str]) -> None:
-    """Removes tensors from a checkpoint that was laid out by `write_shards`; only files that have one are rewritten."""
+    """Removes tensors from a checkpoint that `write_shards` wrote. Only files with such a tensor are rewritten."""
     index = read_json(folder / INDEX)
     for file in {index["weight_map"].pop(name) for name in names}:
         tensors = read_shard(folder / file)
@@ -200,14 +211,15 @@ def drop_tensors(folder: Path, names: Collection[str]) -> None:
 
 
 def write_trained(folder: Path, saved: Path, source: Path, aliases: Callable[[str], Iterable[str]]) -> None:
-    """Lays out a trained checkpoint so that what training left alone stays in files of its own, which need not be
-    uploaded again: a file of the source of which no tensor changed is copied byte for byte, another one is split into
-    the tensors that stayed and those that changed.
+    """Writes a trained checkpoint with unchanged tensors in files of their own, which need not be uploaded again.
+
+    A file of the source in which no tensor changed is copied byte for byte. Any other is split in two: its unchanged
+    tensors and its changed ones.
 
     Args:
-        saved: the folder with the trained tensors. Nothing is loaded but one tensor at a time.
-        source: the checkpoint that was trained, whose names and, where they stayed, bytes the tensors keep.
-        aliases: the names that a tensor of the source may have in ``saved``.
+        saved: the folder with the trained tensors.
+        source: the checkpoint that was trained. Tensors keep its names, and unchanged tensors its bytes.
+        aliases: returns the names that a tensor of the source may have in ``saved``.
     """
     trained = {t.name: t for path in weight_files(saved) for t in read_shard(path)}
     untold = set(trained)
@@ -227,7 +239,7 @@ def write_trained(folder: Path, saved: Path, source: Path, aliases: Callable[[st
         if new:
             changed.append((None, new))
     parts = [*stayed, *changed]
-    if untold:  # names that the source does not have: all of it as it was saved
+    if untold:  # the source lacks some names: all tensors are written as they were saved
         parts = [(path, read_shard(path)) for path in weight_files(saved)]
     weight_map: dict[str, str] = {}
     size = 0
@@ -251,7 +263,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_checkpoint(folder: str | Path) -> dict[str, Any]:
-    """The config of a converted checkpoint. Raises DijiangError if the folder is something else."""
+    """The content of a converted checkpoint's config.json. Raises DijiangError if the folder is something else."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise DijiangError(f"no checkpoint folder {folder}: make one with dijiang convert")

@@ -1,1 +1,1 @@
-"""Texts, chats and images in, rows of tokens out."""
+"""Reads texts, chats and images, and makes rows of tokens, or pixels, of them. No model is loaded here."""

@@ -1,4 +1,4 @@
-"""Conversations as tokens, through the tokenizer's chat template, with the assistant's answers marked."""
+"""Turns conversations into tokens by the tokenizer's chat template, and marks the tokens of the assistant's answers."""
 
 import re
 from typing import Any
@@ -16,10 +16,11 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def chat_tokens(
     chat: Chat, tokenizer: PreTrainedTokenizerBase, answers: bool = True
 ) -> tuple[list[int], list[int] | None]:
-    """Token ids of a conversation, and as many 0 or 1: 1 where the assistant speaks; None if not asked for ``answers``.
+    """The token ids of a conversation, and a mask of the same length, 1 for tokens of the assistant's answers.
 
-    The template tells by its ``{% generation %}`` marks. Without them an answer is what the conversation up to it has
-    more than the prompt for it; that a conversation's start is templated as the start of the whole is checked.
+    The mask is None without ``answers``. A template may mark answers by ``{% generation %}``. If it does not, an answer
+    is what follows the prompt for it in the rendered conversation up to that answer. This needs a template that renders
+    the start of a conversation as the start of the whole, which is checked.
 
     Raises:
         DijiangError: there is no template, it refuses the conversation, or the answers can't be told from the rest.
@@ -44,7 +45,7 @@ def chat_tokens(
         return out["input_ids"], None
     mask = [0] * len(out["input_ids"])
     for start, end in spans:
-        # Of many tokenizers, tokens of mere space have no extent: what lies between two of an answer belongs to it.
+        # Many tokenizers give tokens of white space an empty span: all from an answer's first token to its last counts.
         inside = [i for i, (left, right) in enumerate(out["offset_mapping"]) if start <= left < end and left < right]
         if inside:
             mask[inside[0] : inside[-1] + 1] = [1] * (inside[-1] + 1 - inside[0])
@@ -52,10 +53,10 @@ def chat_tokens(
 
 
 def _marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
-    """Where the template says that the answers of the conversation as text start and end.
+    """The start and end of each answer in the rendered conversation, by the template's marks.
 
-    `apply_chat_template` can mark tokens by them, but loses an answer that starts with a space, and all after it, where
-    the tokenizer gives spaces no extent (transformers 5.23).
+    `apply_chat_template` can mark the tokens itself. But where the tokenizer gives spaces an empty span, it loses an
+    answer that starts with a space, and all after that answer (transformers 5.23).
     """
     options: dict[str, Any] = {"tools": chat.tools, "return_assistant_tokens_mask": True}
     options |= {"chat_template": tokenizer.get_chat_template(tools=chat.tools), **tokenizer.special_tokens_map}
@@ -65,10 +66,10 @@ def _marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, i
 
 
 def _found(chat: Chat, tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
-    """Where the answers of the conversation as text start and end."""
+    """The start and end of each answer in ``text``, the rendered conversation, found by rendering its starts."""
     spans = []
     for i, message in enumerate(chat.messages):
-        if message["role"] != "assistant" or i == 0:  # nothing asks for what the assistant opens with
+        if message["role"] != "assistant" or i == 0:  # an opening message answers nothing
             continue
         before, through = _render(chat, tokenizer, i, prompt=True), _render(chat, tokenizer, i + 1)
         if not (text.startswith(through) and through.startswith(before)):
@@ -81,6 +82,6 @@ def _found(chat: Chat, tokenizer: PreTrainedTokenizerBase, text: str) -> list[tu
 
 
 def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, count: int, prompt: bool = False) -> str:
-    """The first ``count`` messages as text."""
+    """The first ``count`` messages as text, with ``prompt`` followed by what opens an answer."""
     messages = chat.messages[:count]
     return str(tokenizer.apply_chat_template(messages, tools=chat.tools, tokenize=False, add_generation_prompt=prompt))

@@ -1,9 +1,9 @@
-"""Text that every Python installation has: the sources of its own standard library.
+"""Reads text that every Python installation has: the source files of its own standard library.
 
-``dijiang demo`` trains and evaluates on it, so it needs no network. The embedded demo model was trained on
-the ``train`` split alone, and the split goes by name, so whichever Python runs the demo, the model has never
-seen what is held out. It is a few megabytes of docstrings, comments and code: enough to show the whole job,
-not to say anything about the quality of a full-sized model.
+``dijiang demo`` trains and evaluates on this text, so the demo needs no network. The embedded demo model was trained on
+the ``train`` split alone. The split goes by names of modules, so the model has never seen the held-out text, whichever
+Python runs the demo. A few megabytes of docstrings, comments and code show the whole job. They tell nothing about the
+quality of a full-sized model.
 """
 
 import sysconfig
@@ -16,13 +16,16 @@ from ..errors import DijiangError
 
 Split = Literal["train", "validation"]
 
-# Tests, packages that many distributions leave out, long tables, and what is not Python's own.
+# Names that are skipped: tests, packages that many distributions leave out, long tables, and what is not Python's own.
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "entities", "pydoc_data"}
 SKIPPED |= {"__pycache__", "sitecustomize"}
 
 
 def documents(split: Split) -> list[str]:
-    """The standard library's modules that belong to ``split``, one text each, ordered by path."""
+    """The standard library's modules that belong to ``split``, one text each, ordered by path.
+
+    Raises DijiangError if the library's source files are not there.
+    """
     library = Path(sysconfig.get_paths()["stdlib"])
     modules = sorted(_modules(library), key=Path.as_posix) if library.is_dir() else []
     wanted = [path for path in modules if _split_of(path.relative_to(library)) == split]
@@ -38,8 +41,8 @@ def documents(split: Split) -> list[str]:
 def _modules(folder: Path) -> Iterator[Path]:
     for entry in folder.iterdir():
         name = entry.stem
-        # What cannot be imported by name (site-packages, config-3.11-x86_64-linux-gnu) is not the library's,
-        # and _sysconfigdata_* tells about the machine it was built on.
+        # A name that can't be imported (site-packages, config-3.11-x86_64-linux-gnu) is not the library's, and
+        # _sysconfigdata_* describes the machine that Python was built on.
         if name in SKIPPED or not name.isidentifier() or name.startswith("_sysconfigdata"):
             continue
         if entry.is_dir():
@@ -49,10 +52,10 @@ def _modules(folder: Path) -> Iterator[Path]:
 
 
 def _split_of(module: Path) -> Split:
-    """The side of a module, given by its path in the library: about one character in 25 is held out.
+    """The split of a module, by its path in the library: about one character in 25 is held out.
 
-    A package stays together, since its modules share text, and a module keeps its side when a later Python
-    turns it into a package. Of the twenty residues, this one has well-known modules that no Python drops.
+    A package stays together, since its modules share text, and a module keeps its split when a later Python turns it
+    into a package. Among the twenty residues, 17 has well-known modules that no Python drops.
     """
     package = module.parts[0].removesuffix(".py")
     return "validation" if zlib.crc32(package.encode()) % 20 == 17 else "train"

@@ -1,6 +1,6 @@
-"""Images in, pixels out: what models of images are trained and measured on.
+"""Reads image files as pixels, for training and measuring models of images.
 
-A stage counts tokens; an image is as many as the model makes of it.
+Stages count tokens, and an image counts as many as the model makes of it. There is no augmentation.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from ..errors import DijiangError
 from .readers import HELD_OUT
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-HELD_SHARE = 20  # an image in so many is kept to measure with, where no folder is
+HELD_SHARE = 20  # one image in 20 is held out where no folder is named for it
 
 
 class Images:
-    """A data set of {"pixel_values": [channels, height, width]}.
+    """A data set of images. Each item is {"pixel_values": [channels, height, width]}.
 
-    load: gives the pixels of what ``items`` name. tokens_each: that the model makes of an image.
+    items: what ``load`` takes, one for each image. load: returns the pixels, [channels, height, width].
+    tokens_each: tokens that the model makes of an image.
     """
 
     packed = False
@@ -44,21 +45,24 @@ class Images:
 
 
 def image_tokens(config: Any) -> int:
-    """What a model makes of an image: its patches, and a token for all."""
+    """Tokens that a model makes of an image: one for each patch, and a class token."""
     sides = [[side, side] if isinstance(side, int) else side for side in (config.image_size, config.patch_size)]
     (height, width), (rows, columns) = sides
     return (height // rows) * (width // columns) + 1
 
 
 def open_images(data: Any, folder: Path, config: Any, held_out: bool = False) -> Images:
-    """The image files of a folder or a glob, as the model's own image processor makes them.
+    """The image files of folders or globs, as pixels that the model's own image processor makes.
 
     Args:
         data: a folder, a glob, or several of them.
-        folder: of the model, with preprocessor_config.json.
-        held_out: those set aside for evaluation: in folders named so (validation, test), or else one in 20.
+        folder: the model's folder, with preprocessor_config.json.
+        config: the model's config.
+        held_out: whether to take the images set aside for evaluation, those in folders with such a name (validation,
+            test) or else one in 20, or all others.
 
-    Raises DijiangError: no images, or no processor.
+    Raises:
+        DijiangError: there are no images or too few, or no processor.
     """
     files = image_files([data] if isinstance(data, str) else list(data))
     top = os.path.commonpath([file.parent for file in files])
@@ -82,14 +86,14 @@ def open_images(data: Any, folder: Path, config: Any, held_out: bool = False) ->
 
 
 def random_images(config: Any, count: int) -> Images:
-    """To time a model with."""
+    """``count`` images of random pixels, to time a model with."""
     side = config.image_size if isinstance(config.image_size, int) else max(config.image_size)
     pixels = torch.randn(count, config.num_channels, side, side, generator=torch.Generator().manual_seed(0))
     return Images(range(count), lambda i: pixels[i], image_tokens(config))
 
 
 def image_files(names: Sequence[str]) -> list[Path]:
-    """Sorted. Raises DijiangError where there are none."""
+    """The image files in ``names`` (files, folders or globs), sorted. Raises DijiangError if there are none."""
     found: set[Path] = set()
     for name in names:
         for match in map(Path, glob.glob(os.path.expanduser(name), recursive=True)):

@@ -1,6 +1,7 @@
-"""Text as contexts: tokens that see nothing of each other, from several corpora, shuffled and mixed by weight.
+"""Tokenises several corpora into one stream of contexts, shuffled and mixed by weight.
 
-Everything is a stream, and depends on nothing but the corpora, the tokenizer and a seed.
+A context is a sequence of tokens that see no token outside of it: a document, a piece of one, or a chat. The stream
+depends on nothing but the corpora, the tokenizer and a seed. `rows` packs contexts into rows.
 """
 
 import itertools
@@ -16,22 +17,27 @@ from ..progress import console
 from .chat import chat_tokens
 from .readers import Chat, Piece, Source
 
-SHUFFLE_CHARS = 2**26  # of pieces that wait to be drawn, a source
-BATCH_CHARS = 2**19  # of pieces that are tokenised together
-REAL, START, TARGET = 1, 2, 4  # bits of a token's mark; padding has none. START is of a context in a row
+SHUFFLE_CHARS = 2**26  # characters in the shuffle buffer of a source
+BATCH_CHARS = 2**19  # characters that are tokenised together
+# Bits of a token's mark: it is no padding, it starts a context in a row, it is a target of the loss.
+REAL, START, TARGET = 1, 2, 4
 
 Array = np.ndarray[Any, Any]
 
 
 class Tokens(NamedTuple):
-    """A context, or a row of them: token ids [n] int32 and their marks [n] uint8."""
+    """A context, or a row of contexts. ids: [n] int32, token ids. marks: [n] uint8, bits of REAL, START and TARGET."""
 
     ids: Array
     marks: Array
 
 
 class Stream:
-    """The contexts of one source, and how many tokens it has given. Documents have their `ends`, unless ``bare``."""
+    """The contexts of one source.
+
+    number: the place of the source among all, which makes its order different from the others'.
+    size: characters of a piece. bare: documents come without the special tokens of `ends`.
+    """
 
     def __init__(
         self,
@@ -43,13 +49,13 @@ class Stream:
         bare: bool = False,
     ) -> None:
         self.source, self.number, self.tokenizer, self.size, self.held_out = source, number, tokenizer, size, held_out
-        self.taken = 0  # tokens
-        self.holds = 0  # tokens of one reading, once it has been read to the end
-        self.silent = 0  # chats without an answer, in the first reading
+        self.taken = 0  # tokens given so far
+        self.holds = 0  # tokens of the source, known once it has been read to the end
+        self.silent = 0  # chats without an answer in the first reading
         self.before, self.after = ([], []) if bare else ends(tokenizer)
 
     def once(self, order: random.Random | None) -> Iterator[Tokens]:
-        """One reading: in random order, or as it is and with no document cut."""
+        """Reads the source once: shuffled and in pieces, or without ``order`` as it is and with whole documents."""
         pieces = self.source.pieces(None if order is None else self.size, order, self.held_out)
         for batch in _batches(pieces if order is None else _shuffled(pieces, order)):
             texts = [piece.text for piece in batch if isinstance(piece, Piece)]
@@ -68,7 +74,7 @@ class Stream:
                     yield tokens
 
     def forever(self, seed: int) -> Iterator[Tokens]:
-        """One reading after another, each in an order of its own."""
+        """Reads the source again and again, each time in another order. Raises DijiangError if there are no tokens."""
         for reading in itertools.count():
             before = self.taken
             yield from self.once(random.Random(f"{seed} {self.number} {reading}"))
@@ -78,7 +84,7 @@ class Stream:
             self.holds = self.holds or self.taken
 
     def tell(self) -> None:
-        """What a user should know of the source, on stderr."""
+        """Says on stderr how often the source was read, if more than once, and how many chats were left out."""
         notes = []
         if self.holds and self.taken > self.holds:
             times = self.taken / self.holds
@@ -96,7 +102,7 @@ class Stream:
 
 
 def ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What starts and ends a document: the tokens that the tokenizer puts around a text, or else its end-of-text."""
+    """The tokens before and after a document: those that the tokenizer puts around a text, or else its end-of-text."""
     bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
     before, after = full[:at], full[at + len(bare) :]
@@ -106,7 +112,7 @@ def ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 
 def _shuffled(pieces: Iterable[Piece | Chat], order: random.Random) -> Iterator[Piece | Chat]:
-    """In random order, as far as SHUFFLE_CHARS allow."""
+    """The pieces in an order that is random within a buffer of SHUFFLE_CHARS characters."""
     buffer: list[Piece | Chat] = []
     held = 0
     for piece in pieces:
@@ -123,14 +129,14 @@ def _shuffled(pieces: Iterable[Piece | Chat], order: random.Random) -> Iterator[
 
 
 def _chars(piece: Piece | Chat) -> int:
-    """What a piece takes of a buffer: its text, and about what the objects around it do."""
+    """Characters that a piece counts for: those of its text, and an allowance for the Python objects around it."""
     if isinstance(piece, Piece):
         return len(piece.text) + 200
     return sum(len(str(message.get("content"))) + 500 for message in piece.messages)
 
 
 def _batches(pieces: Iterable[Piece | Chat]) -> Iterator[list[Piece | Chat]]:
-    """Small at first, so that a short run does not wait for what it won't need."""
+    """The pieces in batches, small ones first, so that a short run does not wait for text that it won't need."""
     batch: list[Piece | Chat] = []
     held, limit = 0, BATCH_CHARS // 64
     for piece in pieces:
@@ -144,7 +150,7 @@ def _batches(pieces: Iterable[Piece | Chat]) -> Iterator[list[Piece | Chat]]:
 
 
 def _context(ids: list[int], targets: list[int] | None = None) -> Tokens:
-    """All tokens are targets, or those that ``targets`` marks; packing takes the first of a context or row."""
+    """A context whose targets are all tokens, or those with 1 in ``targets``. Packing later unmarks its first token."""
     marks = np.full(len(ids), REAL | TARGET, np.uint8)
     if targets is not None:
         marks[np.asarray(targets) == 0] = REAL
@@ -152,7 +158,10 @@ def _context(ids: list[int], targets: list[int] | None = None) -> Tokens:
 
 
 def mixed(streams: Sequence[Stream], seq_len: int, seed: int) -> Iterator[Tokens]:
-    """Contexts of all streams: the next is from the one that has given the least for its weight."""
+    """Contexts of all streams, without end: the next one comes from the stream that has given least for its weight.
+
+    Raises DijiangError if all sources together hold less than a row of ``seq_len`` tokens.
+    """
     contexts = {stream: stream.forever(seed) for stream in streams}
     while True:
         yield next(contexts[min(streams, key=lambda stream: stream.taken / stream.source.weight)])
@@ -163,6 +172,7 @@ def mixed(streams: Sequence[Stream], seq_len: int, seed: int) -> Iterator[Tokens
 
 
 def too_short(streams: Sequence[Stream], tokens: int, seq_len: int) -> DijiangError:
+    """The error for sources that hold less than one row."""
     names = ", ".join(stream.source.name for stream in streams)
     return DijiangError(
         f"{names} has {tokens} tokens, less than one row of {seq_len}: give more text or a smaller --seq-len"

@@ -1,7 +1,7 @@
-"""Where text comes from: files, folders, globs and Hub data sets, read as a stream of pieces.
+"""Reads text and chats from files, folders, globs and Hub data sets, as a stream of pieces.
 
-A text is cut into pieces, so that neither a book of gigabytes nor the shuffling of many needs memory; a chat stays
-whole.
+A document is cut into pieces, so that neither a document of gigabytes nor shuffling needs much memory. A chat stays
+whole. Tokens are made in `mixture`.
 """
 
 import csv
@@ -22,20 +22,20 @@ from typing import IO, Any, NamedTuple
 from ..errors import DijiangError
 from ..source.hub import TIMEOUT, hub_errors
 
-HELD_OUT = {"valid", "validation", "val", "test", "dev", "eval", "evaluation"}  # in names of files and splits
-COLUMNS = ("text", "messages", "tools")
-UNREADABLE = (OSError, ValueError, EOFError, NotImplementedError, zlib.error, csv.Error)  # what the readers raise
+HELD_OUT = {"valid", "validation", "val", "test", "dev", "eval", "evaluation"}  # words of names
+COLUMNS = ("text", "messages", "tools")  # the columns that are read
+UNREADABLE = (OSError, ValueError, EOFError, NotImplementedError, zlib.error, csv.Error)  # what READERS may raise
 
 
 class Sources(tuple[str, ...]):
-    """Names of corpora, as on the command line: ``Sources(["books/*.txt@3", "owner/name"])``.
+    """Names of corpora as on the command line: ``Sources(["books/*.txt@3", "owner/name"])``.
 
-    The type tells them from a list of documents.
+    The type tells names from a list of documents.
     """
 
 
 class Piece(NamedTuple):
-    """Part of a document, or all of it."""
+    """A document or a part of one. first, last: whether the document starts, and ends, with this piece."""
 
     text: str
     first: bool = True
@@ -43,7 +43,7 @@ class Piece(NamedTuple):
 
 
 class Chat(NamedTuple):
-    """A conversation, and where it is from."""
+    """A conversation as chat templates take it. where: the file or data set, for error messages."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
@@ -52,10 +52,11 @@ class Chat(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus, and its share of the tokens relative to the others'.
+    """A corpus.
 
     name: a file, a folder, a glob, or a Hub data set (``owner/name`` or ``owner/name:config``).
-    texts: the documents themselves, instead.
+    weight: the corpus's share of the tokens relative to other corpora.
+    texts: the documents themselves, in place of what ``name`` says.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Source:
         Args:
             size: None keeps documents whole.
             order: shuffles files and the shards of a data set; None keeps their order.
-            held_out: take the files (or the split) set aside for evaluation, where there are any.
+            held_out: whether to take the files or the split set aside for evaluation, if there are any.
 
         Raises:
             DijiangError: no such data, no column of text in it, or a file that can't be read.
@@ -85,7 +86,7 @@ class Source:
             yield from _documents(_hub_rows(self.name, order, held_out), self.name, size)
 
     def files(self, held_out: bool = False) -> list[Path] | None:
-        """The files to read, sorted; None of a Hub data set. Raises DijiangError where there are none."""
+        """The files to read, sorted; None for a Hub data set. Raises DijiangError if there are none."""
         path = Path(self.name).expanduser()
         if path.is_file():
             if _kind(path) not in READERS:
@@ -108,7 +109,10 @@ class Source:
 
 
 def parse_source(text: str) -> Source:
-    """``name`` or ``name@weight``; what exists under the whole text is a name. Raises DijiangError."""
+    """The source that ``name`` or ``name@weight`` means. A text that names existing files is all name.
+
+    Raises DijiangError for a weight that is no positive number.
+    """
     name, at, weight = text.rpartition("@")
     if not at or os.path.exists(os.path.expanduser(text)) or _matches(text):
         return Source(text)
@@ -122,7 +126,7 @@ def parse_source(text: str) -> Source:
 
 
 def hub_names(corpus: Sequence[str]) -> list[str]:
-    """Those of its sources that are data sets on the Hub; none of documents that were given."""
+    """The data sets on the Hub that a corpus names; none if it consists of documents."""
     found = [parse_source(text).name for text in corpus] if isinstance(corpus, Sources) else []
     return [name.partition(":")[0] for name in found if not os.path.exists(name) and _is_hub_name(name)]
 
@@ -141,7 +145,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that tells the format, of compressed files too."""
+    """The suffix that tells a file's format, without .gz."""
     return Path(path.name.removesuffix(".gz")).suffix
 
 
@@ -176,7 +180,7 @@ def _open(file: Path) -> IO[str]:
 
 
 def _json_rows(file: Path) -> Iterator[Any]:
-    """Of JSON lines, or of one list or object, whatever the file is called."""
+    """The rows of JSON lines, or of one JSON list or object, whatever the suffix of the file."""
     with _open(file) as stream:
         start = stream.readline()
         try:
@@ -193,7 +197,7 @@ def _json_rows(file: Path) -> Iterator[Any]:
 
 
 def _csv_rows(file: Path) -> Iterator[Any]:
-    csv.field_size_limit(sys.maxsize)  # it is 131,072 characters otherwise
+    csv.field_size_limit(sys.maxsize)  # the default is 131,072 characters
     with _open(file) as stream:
         yield from csv.DictReader(stream)
 
@@ -205,7 +209,7 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
         names = table.schema_arrow.names
         wanted = [name for name in names if name in COLUMNS]
         if not wanted:
-            yield dict.fromkeys(names)  # it names them all
+            yield dict.fromkeys(names)  # an empty row, for an error that names all columns
         for batch in table.iter_batches(batch_size=256, columns=wanted):
             yield from batch.to_pylist()
 
@@ -219,6 +223,7 @@ READERS: dict[str, Callable[[Path], Iterator[Any]] | None] = {
 
 
 def _documents(rows: Iterable[Any], where: str, size: int | None) -> Iterator[Piece | Chat]:
+    """The documents of rows, in pieces, and their chats. Raises DijiangError for a row that has neither column."""
     for row in rows:
         if not isinstance(row, dict):
             raise DijiangError(f"{where} holds a {type(row).__name__}, no object with 'text' or 'messages'")
@@ -249,20 +254,20 @@ def _hub_rows(name: str, order: random.Random | None, held_out: bool) -> Iterato
     from huggingface_hub import HfApi
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as errors it raises as well
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # `datasets` also raises what it logs
     path, _, config = name.partition(":")
     with hub_errors(f"datasets/{path}"):
-        HfApi().dataset_info(path, timeout=TIMEOUT)  # it says why a data set can't be reached, `datasets` does not
+        HfApi().dataset_info(path, timeout=TIMEOUT)  # unlike `datasets` it says why a data set can't be reached
         try:
             splits = datasets.load_dataset(path, config or None, streaming=True)
             aside = [split for split in splits if _set_aside(str(split))]
             others = [split for split in splits if split not in aside]
             rows = splits[(aside or others if held_out else others or aside)[0]]
             if order is not None:
-                rows = rows.shuffle(seed=order.randrange(2**32), buffer_size=1)  # its shards; pieces are shuffled later
+                rows = rows.shuffle(seed=order.randrange(2**32), buffer_size=1)  # shards; `mixture` shuffles pieces
             yield from rows
         except ValueError as error:
-            if isinstance(error, OSError):  # of the connection
+            if isinstance(error, OSError):  # `hub_errors` handles errors of the connection
                 raise
             reason = " ".join(str(error).split())[:200]
             raise DijiangError(f"can't read the data set {name}: {reason}") from error

@@ -1,9 +1,9 @@
-"""Text in, rows of tokens out: shuffled, mixed, packed, and kept on disk.
+"""Makes rows of tokens from text: shuffled, mixed, packed, and kept on disk.
 
-For training, documents are cut into pieces of a few rows before shuffling, so that a run of few tokens sees all of a
-corpus of long books, and packed end to end; each piece is a context of its own, where positions restart. Several
-corpora share the tokens by weight, and one that runs out is read again. For evaluation every document starts a row of
-its own. Everything is a stream: memory does not grow with the number of tokens.
+For training, documents are cut into pieces of a few rows before shuffling, so that a run of few tokens sees all parts
+of a corpus of long books. The pieces are packed end to end, and each is a context of its own, in which positions
+restart. Several corpora share the tokens by weight, and one that runs out is read again. For evaluation every document
+starts a row of its own. Rows that are kept on disk are written one by one, so memory does not grow with their number.
 """
 
 import itertools
@@ -21,21 +21,22 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint.shards import write_json
 from ..errors import DijiangError
 from ..files import new_folder
+from ..progress import count_bar
 from .mixture import REAL, START, TARGET, Stream, Tokens, ends, mixed, too_short
 from .readers import Source, Sources, parse_source
 
-PIECE_ROWS = 4  # a piece of text is about as many rows
-CHARS_PER_TOKEN = 4  # roughly; only sizes the pieces
-LOST_ROWS = 10_000  # without a target, one after another: there won't be any
+PIECE_ROWS = 4  # a piece of text is about as long as 4 rows
+CHARS_PER_TOKEN = 4  # a rough mean, which only the length of pieces depends on
+LOST_ROWS = 10_000  # after as many rows in succession without a target, the data is taken to have none
 
 
 @dataclass(frozen=True)
 class Rows:
     """Rows of tokens, in memory or mapped from a file.
 
-    ids: [n, seq_len] int32, padded on the right.
-    marks: [n, seq_len] uint8, bits of REAL, START (of a context) and TARGET (of the loss); 0 is padding.
-    whole: each row is a text as encoders take it, and positions are the model's own business.
+    ids: [n, seq_len] int32, token ids, padded on the right.
+    marks: [n, seq_len] uint8, bits of REAL, START (of a context) and TARGET (of the loss); 0 for padding.
+    whole: whether each row is one text for an encoder, which numbers positions itself.
     """
 
     ids: Tensor
@@ -46,8 +47,11 @@ class Rows:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """All [seq_len] int64. position_ids restart with every context, attention_mask marks real tokens, loss_mask
-        those that count as targets: none is the first of its context. ``whole`` rows have the mask alone."""
+        """A row as arguments of the model and the loss, each [seq_len] int64.
+
+        position_ids restart with every context. attention_mask is 1 for real tokens. loss_mask is 1 for targets, and
+        the first token of a context is none. ``whole`` rows have input_ids and attention_mask alone.
+        """
         marks = self.marks[index]
         if self.whole:
             return {"input_ids": self.ids[index].long(), "attention_mask": (marks & REAL > 0).long()}
@@ -62,12 +66,12 @@ class Rows:
 
     @property
     def mask(self) -> Tensor:
-        """[n, seq_len], 1 for real tokens."""
+        """Real tokens, [n, seq_len]: 1 for each, 0 for padding."""
         return (self.marks & REAL > 0).long()
 
     @property
     def lengths(self) -> Tensor:
-        """[n] real tokens a row."""
+        """The number of real tokens in each row, [n]."""
         return self.marks.count_nonzero(1)
 
     @property
@@ -80,7 +84,7 @@ class Rows:
         return any(bool((marks[:, 1:] & START).any()) for marks in self.marks.split(4096))
 
     def split(self, counts: Sequence[int]) -> list["Rows"]:
-        """Consecutive parts of so many rows each."""
+        """Consecutive parts of the rows, with ``counts`` rows each."""
         parts = zip(self.ids.split(list(counts)), self.marks.split(list(counts)), strict=True)
         return [Rows(ids, marks, self.whole) for ids, marks in parts]
 
@@ -94,22 +98,22 @@ def token_rows(
     held_out: bool = False,
     shuffle_seed: int | None = 0,
     whole: bool = False,
-    progress: Callable[[int], None] = lambda count: None,
     folder: Path | None = None,
 ) -> Rows:
-    """About ``tokens`` tokens of a corpus as rows of seq_len; for training always as many rows as hold them.
+    """About ``tokens`` tokens of a corpus, in rows of ``seq_len``.
+
+    For training the number of rows depends on ``tokens`` alone, since a corpus that runs out is read again.
 
     Args:
         data: a file, a folder, a glob or a Hub data set (``owner/name`` or ``owner/name:config``); `Sources` of them,
             each with ``@weight`` behind it if it should give more or fewer tokens than others; or the documents.
-        held_out: take the files (or the split) set aside for evaluation, where there are any.
-        shuffle_seed: decides the order of everything. None keeps the corpus' order and gives every document rows of
-            its own, for evaluation: then the rows end with the corpus.
-        whole: every row is a text of its own between the tokens that the tokenizer puts around one, for encoders. What
-            is longer than a row is several texts.
-        progress: called with every number of tokens gathered.
-        folder: where the rows are kept, mapped into memory and not loaded. If it has them already, from the same
-            request, they are taken as they are, and the corpus is not touched.
+        held_out: whether to take the files or the split set aside for evaluation, if there are any.
+        shuffle_seed: decides the order of everything. None is for evaluation: it keeps the order of the corpus, gives
+            every document rows of its own, and ends with the corpus.
+        whole: for encoders. Every row is one text between the tokens that the tokenizer puts around a text, and a
+            text that is longer than a row becomes several.
+        folder: where the rows are kept, and mapped into memory from. If the folder already has rows of the same
+            request, these are taken, and the corpus is not read. None keeps the rows in memory.
 
     Raises:
         DijiangError: no such data, no text in it, less than one row, or ``folder`` holds rows of another request.
@@ -133,13 +137,14 @@ def token_rows(
         packed = _whole(contexts, tokenizer, seq_len)
     else:
         packed = _with_targets(_packed(contexts, tokenizer, seq_len, alone=shuffle_seed is None))
-    rows = _counted(itertools.islice(packed, wanted), progress)
-    if folder is None:
-        found = _rows(list(rows), seq_len, whole)
-    else:
-        with new_folder(folder) as new:
-            _write(rows, new, request)
-        found = _stored(folder, request)
+    with count_bar("reading text (tokens)", wanted * seq_len) as advance:
+        rows = _counted(itertools.islice(packed, wanted), advance)
+        if folder is None:
+            found = _rows(list(rows), seq_len, whole)
+        else:
+            with new_folder(folder) as new:
+                _write(rows, new, request)
+            found = _stored(folder, request)
     if len(found) < wanted and found.tokens < seq_len:
         raise too_short(streams, found.tokens, seq_len)
     for stream in streams:
@@ -148,7 +153,7 @@ def token_rows(
 
 
 def check_data(data: str | Sequence[str]) -> None:
-    """Raises DijiangError where there is no such file or folder, or no file of text in it. Asks no Hub."""
+    """Raises DijiangError if a file or folder does not exist, or has no text. Data sets on the Hub are not checked."""
     for source in _sources(data):
         if source.texts is None:
             source.files()
@@ -165,9 +170,10 @@ def _sources(data: str | Sequence[str]) -> list[Source]:
 def _packed(
     contexts: Iterable[Tokens], tokenizer: PreTrainedTokenizerBase, seq_len: int, alone: bool
 ) -> Iterator[Tokens]:
-    """Rows of seq_len, filled with one context after another, or each ``alone``; padded where they end early.
+    """Rows of seq_len tokens, filled with one context after another, and padded where they end early.
 
-    A context that goes on in the next row starts anew there. One that would only get a scrap of a row starts the next.
+    The part of a context that goes on in the next row is a context of its own there. A context that would only get
+    less than an eighth of a row starts the next row instead, and with ``alone`` every context starts a row.
     """
     row, used = _empty(tokenizer, seq_len), 0
     for context in contexts:
@@ -194,7 +200,10 @@ def _empty(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Tokens:
 
 
 def _whole(contexts: Iterable[Tokens], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Iterator[Tokens]:
-    """A row for each context, or several for a long one, whose last scrap goes."""
+    """A row for each context, between the tokenizer's special tokens.
+
+    A long context gets several rows, and its last part is dropped if it fills less than an eighth of a row.
+    """
     before, after = ends(tokenizer)
     room = seq_len - len(before) - len(after)
     if room < 1:
@@ -212,7 +221,7 @@ def _whole(contexts: Iterable[Tokens], tokenizer: PreTrainedTokenizerBase, seq_l
 
 
 def _with_targets(rows: Iterable[Tokens]) -> Iterator[Tokens]:
-    """Without the rows that have nothing to learn from, such as a part of a chat before its answers."""
+    """The rows with a target. Others, such as a part of a chat before its answers, have nothing to learn from."""
     lost = 0
     for row in rows:
         if (row.marks & TARGET).any():
@@ -235,7 +244,7 @@ def _rows(rows: Sequence[Tokens], seq_len: int, whole: bool = False) -> Rows:
 
 
 def _write(rows: Iterable[Tokens], folder: Path, request: dict[str, Any]) -> None:
-    """Their arrays one after another in ids.bin and marks.bin, 5 bytes a token, and what they are in rows.json."""
+    """Writes the rows' arrays to ids.bin and marks.bin, 5 bytes per token, and the request to rows.json."""
     count = 0
     with open(folder / "ids.bin", "wb") as ids, open(folder / "marks.bin", "wb") as marks:
         for row in rows:
@@ -246,7 +255,7 @@ def _write(rows: Iterable[Tokens], folder: Path, request: dict[str, Any]) -> Non
 
 
 def _stored(folder: Path, request: dict[str, Any]) -> Rows:
-    """What `_write` wrote, mapped into memory. Raises DijiangError where it was asked for something else."""
+    """The rows that `_write` wrote, mapped into memory. Raises DijiangError if they are of another request."""
     kept = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     count = kept.pop("rows")
     other = [key for key in request if kept.get(key) != request[key]]

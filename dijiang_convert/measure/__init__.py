@@ -1,1 +1,1 @@
-"""What a model does, in figures: beside its original, by position, in time and memory."""
+"""Measures models: beside their originals, by position in a text, in time and memory. Nothing is trained here."""

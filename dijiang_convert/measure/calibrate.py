@@ -1,14 +1,17 @@
-"""`dijiang convert --calibrate`: which heads need exact keys most, measured on a little text.
+"""`dijiang convert --calibrate`: measures on a little text which heads need exact keys most.
 
-Few heads look far back, and they need many rows; most need hardly any (arXiv 2410.10819). To tell them apart, the
-output of each key/value head's queries is made a mixture of the table's and softmax attention's. What the model loses
-falls as the share of softmax grows from 0 to 1, and the integral of the derivative by a head's own share is what exact
-keys are worth in that head, of all that is lost (integrated gradients, arXiv 1703.01365). So memory, of which a row
-costs the same everywhere, is shared out by it; and of ``--layers auto:N`` the N layers whose heads are worth most stay
-softmax altogether.
+Few heads look far back, and these need many rows of memory; most heads need hardly any (arXiv 2410.10819). To tell
+them apart, the output of each key/value head is made a mixture of the table's attention and softmax attention. As the
+share of softmax grows from 0 to 1 in all heads, the loss falls to 0. The worth of a head is its part in that fall: the
+integral of the loss's derivative by the head's own share (integrated gradients, arXiv 1703.01365). Memory, of which a
+row costs the same in every head, is shared out by worth, and with ``--layers auto:N`` the N layers whose heads are
+worth most stay softmax.
 
-What is lost is the divergence from the original on text, and as much again on a passage at its end that repeats an
-earlier one: copying from far back is what a fixed table is worst at, and text alone asks for it too rarely to tell.
+The loss is the KL divergence from the original: one half comes from text, the other half from a passage at its end that
+repeats an earlier one. A table of fixed size is worst at copying from far back, and plain text asks for that too rarely
+to measure it.
+
+Shape legend: B batch, H query heads, G key/value heads, N tokens, D head_dim, V value head_dim.
 """
 
 import math
@@ -35,27 +38,31 @@ from ..training.attention import attention, original
 from ..training.logits import counted, distillation_loss, live_teacher
 from ..training.plan import source_context
 
-ROW = 2048  # tokens
-SEEN = 16  # times as much text is looked through for the longest documents
-REPEATED = 1 / 8  # of a text repeat a passage of it
-# The share of softmax at which derivatives are taken, and their weights: the trapezoidal rule. (At 1 they are 0.)
+ROW = 2048  # tokens of a text at most
+SEEN = 16  # the longest documents are chosen from this many times as much text as is measured on
+REPEATED = 1 / 8  # share of a text, at its end, that repeats a passage of it
+# Shares of softmax at which derivatives are taken, with their weights in the trapezoidal rule. At share 1 the
+# divergence has its minimum, and the derivative is 0.
 POINTS = ((0.0, 0.25), (0.5, 0.5))
-# Of the mean memory a head gets at least the first, and at most the second. (With a quarter at least hardly less is
-# lost, and there are a third more tables.)
+# Bounds of a head's memory, as multiples of the mean. With a lower bound of 1/4 hardly less is lost, and there are a
+# third more tables.
 LEAST, MOST = 1 / 2, 8
 NAME = "dijiang_calibration"
 
+# For each attention module, [G], the share of softmax in each key/value head.
 _SHARES: ContextVar[dict[nn.Module, Tensor]] = ContextVar("shares")
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration measured, with small tables, and what it chose.
+    """What a calibration measured, with `small_tables`, and what it chose.
 
-    tokens: of how much text. kl: KL(original ‖ model) in nats a token on it; repeated_kl: on passages that repeat an
-    earlier one. worth: of exact keys in each key/value head, by layer; about 1 in all. softmax: the layers that stay
-    so; memory: rows of each head of the others, () where none has any.
+    tokens: predicted tokens that were measured.
+    kl: KL(original ‖ model) in nats per token of text. repeated_kl: the same in passages that repeat an earlier one.
+    worth: for each layer, the worth of exact keys in each of its key/value heads. All of them sum to about 1.
+    softmax: the layers that stay softmax.
+    memory: rows of memory of each head of the other layers; () where the recipe has none to share out.
     """
 
     tokens: int
@@ -67,15 +74,16 @@ class Calibration:
 
 
 def calibrate(folder: Path, data: str | Sequence[str], softmax: int = 0, tokens: int = 2 * ROW) -> Calibration:
-    """Measures the converted checkpoint in ``folder``, which has an equal memory in all heads.
+    """Measures the converted checkpoint in ``folder``, whose heads all have the same memory.
 
     Args:
-        data: a file, a folder, a glob or a Hub data set; `Sources` of several, or the documents themselves.
-        softmax: how many layers are to stay softmax.
-        tokens: how much text.
+        data: a file, a folder, a glob or a Hub data set; `Sources` of several; or the documents themselves.
+        softmax: how many layers stay softmax.
+        tokens: about how many tokens of text to measure on.
 
     Raises:
-        DijiangError: texts that are too short for anything to leave the table, or a model that loses nothing.
+        DijiangError: the texts are too short for any key to leave the table, the model loses nothing, or its outputs
+            are not finite.
     """
     silence()
     model: Any = load_converted(folder).eval().requires_grad_(False)
@@ -96,15 +104,20 @@ def calibrate(folder: Path, data: str | Sequence[str], softmax: int = 0, tokens:
     of_heads = dict(zip(layers, map(tuple, (worth / count).tolist()), strict=True))
     best = sorted(of_heads, key=lambda index: sum(of_heads[index]), reverse=True)[:softmax]
     rest = [of_heads[index] for index in layers if index not in best]
-    is_shared = kernel.memory > 0 and kernel.decay != "retnet"  # whose heads are those of queries
+    is_shared = kernel.memory > 0 and kernel.decay != "retnet"  # retnet has a table for each query head
     shared = shared_memory(rest, kernel.memory) if is_shared else ()
     return Calibration(count, lost / count, repeated_lost / count, of_heads, tuple(sorted(best)), shared)
 
 
 def shared_memory(worth: Sequence[Sequence[float]], mean: int) -> tuple[tuple[int, ...], ...]:
-    """Rows of memory of each head of each layer, no more in all than ``mean`` each: the least at first, and then as
-    long as there are rows the head that is worth most a row gets as many again. So there are few sizes, and heads that
-    have one are computed together. Equal shares where no head is worth anything."""
+    """Shares out rows of memory by worth, ``mean`` rows per head on average at most.
+
+    Each head starts with the least. As long as rows are left, the head with the highest worth per row has its number
+    doubled. So there are few different sizes, and heads of one size are computed together. If no head is worth
+    anything, each gets ``mean``.
+
+    worth: of each head of each layer. The result has the same layout.
+    """
     flat = [max(each, 0.0) for heads in worth for each in heads]
     rows = [max(int(mean * LEAST), 1) if any(flat) else mean] * len(flat)
     left = mean * len(flat) - sum(rows)
@@ -117,8 +130,11 @@ def shared_memory(worth: Sequence[Sequence[float]], mean: int) -> tuple[tuple[in
 
 
 def _texts(data: str | Sequence[str], folder: Path, model: Any, held: int, tokens: int) -> list[Batch]:
-    """The longest of the first documents, or their first parts: ``tokens`` tokens, in batches of one. The last part of
-    each repeats a passage that lies more than ``held`` tokens before it; documents too short for that tell nothing."""
+    """The longest of the first documents, cut to one row: about ``tokens`` tokens, in batches of one text.
+
+    The end of each text repeats a passage that ends more than ``held`` tokens before it. Documents that are too short
+    for that are left out.
+    """
     length = min(source_context(model.config), ROW)
     rows = token_rows(data, load_tokenizer(folder), seq_len=length, tokens=SEEN * tokens, shuffle_seed=None)
     lengths = rows.lengths
@@ -127,7 +143,7 @@ def _texts(data: str | Sequence[str], folder: Path, model: Any, held: int, token
     texts, taken = [], 0
     for i in longest.tolist():
         passage = int(lengths[i] * REPEATED)
-        places = int(lengths[i]) - held - 2 * passage  # where a passage can begin
+        places = int(lengths[i]) - held - 2 * passage  # the number of places where the passage can begin
         if taken >= tokens or places < 1 or passage < 1:
             break
         text = {name: x[None, : lengths[i]].clone() for name, x in rows[i].items()}
@@ -145,8 +161,11 @@ def _texts(data: str | Sequence[str], folder: Path, model: Any, held: int, token
 
 @contextmanager
 def small_tables(modules: Iterable[Any]) -> Iterator[int]:
-    """Inside, the converted attention modules have a window and a memory of one block each: texts are short beside the
-    contexts that the model is made for, and so is the table. Yields how many keys that holds at most."""
+    """Inside the context, converted attention modules have a window and a memory of at most one block each.
+
+    The texts are short beside the contexts that the model is made for, so the table has to be small beside the texts.
+    Yields how many keys such a table holds at most.
+    """
     kernels = [module.dijiang for module in modules]
     before = [(each.kernel, each.memory) for each in kernels]
     try:
@@ -163,15 +182,21 @@ def small_tables(modules: Iterable[Any]) -> Iterator[int]:
 def _worth(
     model: Any, modules: list[nn.Module], text: Batch, advance: Callable[[int], None]
 ) -> tuple[float, float, Tensor]:
-    """KL on a text, KL on the passage at its end, and the worth of each head, [layers, heads]: its part in the fall of
-    both, each by what it was, as all heads turn to softmax. advance: is called after each pass."""
+    """Measures one text; ``advance`` is called after each pass.
+
+    Returns the KL per token on the text, the KL per token on the passage at its end, and [layers, G], the worth of each
+    head: its part in the fall of both KLs, each relative to its value without softmax, as all heads turn to softmax.
+    """
     heads, count = model.config.dijiang["kv_heads"], int(counted(text).sum())
     passage = int(text["input_ids"].shape[1] * REPEATED)
     with torch.no_grad():
         teacher = live_teacher(model, text, lambda: original(model))
 
     def lost(shares: Tensor, scales: tuple[float, float]) -> tuple[Tensor, list[float]]:
-        """The sum of both, each times its scale, and both as they are."""
+        """The sums of KL on text and on passage: both times their scales and added, and both as they are.
+
+        shares: [layers, G], the share of softmax in each head.
+        """
         sums, edge = [0.0, 0.0], count - passage
 
         def divergence(logits: Tensor, part: slice) -> Tensor:
@@ -195,7 +220,7 @@ def _worth(
     with torch.no_grad():
         _, (on_text, on_passage) = lost(worth, (1.0, 1.0))
     advance(1)
-    if on_text <= 0 or on_passage <= 0:  # but not where they are no numbers
+    if on_text <= 0 or on_passage <= 0:  # NaN passes, and `calibrate` reports it
         raise DijiangError("no head loses anything on this text: leave --calibrate and auto:N out")
     for share, weight in POINTS:
         shares = torch.full_like(worth, share, requires_grad=True)
@@ -209,8 +234,19 @@ def _worth(
 def calibration_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """A mixture of the table's attention and softmax attention, where shares of the latter are to be differentiated;
-    computed again for the backward pass, which would else keep all that lies between. Elsewhere `dijiang_attention`."""
+    """A mixture of the table's attention and softmax attention where the shares need a gradient, else the former alone.
+
+    The backward pass recomputes the mixture, since its intermediate tensors take much memory.
+
+    Args:
+        query: [B, H, N, D] queries.
+        key: [B, G, N, D] keys.
+        value: [B, G, N, V] values.
+        attention_mask: a mask of `dijiang_mask`.
+
+    Returns:
+        [B, N, H, V], the output, and None in place of attention weights.
+    """
     share = _SHARES.get().get(module)
     if share is None or not share.requires_grad:
         return dijiang_attention(module, query, key, value, attention_mask, **kwargs)
@@ -221,7 +257,7 @@ def calibration_attention(
 
 
 def _mixed(share: Tensor, module: nn.Module, *tensors: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """share: [G], of softmax in each key/value head."""
+    """The mixture, [B, N, H, V]. share: [G], the share of softmax in each key/value head."""
     out, _ = dijiang_attention(module, *tensors, **kwargs)
     del kwargs["dijiang"]
     softmax, _ = softmax_attention(module, *tensors, **kwargs)

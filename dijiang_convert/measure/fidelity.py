@@ -1,4 +1,7 @@
-"""How near a model's distribution of the next token is to its original's, by position."""
+"""Compares a model's distribution of the next token with its original's, by position.
+
+`likeness` does it for models that predict no next token.
+"""
 
 import torch
 from torch import Tensor
@@ -7,12 +10,17 @@ from transformers import PreTrainedModel
 from ..data.rows import Rows
 from ..progress import count_bar
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096  # most tokens of a forward pass, unless one row has more
 
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, rows: Rows, other: PreTrainedModel | None) -> dict[str, Tensor]:
-    """Sums over rows, by position: each value is [seq_len − 1]. Padding, on the right, does not count."""
+    """Sums over rows at each position, [seq_len − 1] each. Padding, on the right, does not count.
+
+    The sums are "count", of predicted tokens; "loss" of the model and "baseline_loss" of ``other``, in nats; "kl",
+    KL(other ‖ model) in nats; and "agreement", of tokens for which both have the same first choice. Without ``other``
+    the last three are 0.
+    """
     length = rows.ids.shape[1]
     names = ("loss", "count", "baseline_loss", "kl", "agreement")
     totals = {name: torch.zeros(length - 1, dtype=torch.float64) for name in names}

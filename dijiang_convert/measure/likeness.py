@@ -1,4 +1,7 @@
-"""How like the original a converted model is that predicts no next token: an encoder, or a decoder without a head."""
+"""Compares a model that predicts no next token (an encoder, or a decoder without a head) with its original.
+
+`fidelity` does it for models that predict the next token.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,16 +19,18 @@ from ..progress import count_bar
 from ..training.logits import body
 from ..training.outputs import embedding_cosine
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096  # most tokens of a forward pass, unless one row has more
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """How like another model's a model's output is.
+    """How similar the outputs of two models are.
 
-    hidden_error: squared error of the last hidden states over their squared norm; hidden_cosine: of a token's, the mean
-    over tokens; embedding_cosine: of their mean over a text, the mean over texts; top1_agreement: share of tokens (of
-    texts, for a classifier) for which both heads choose the same, None without a head.
+    hidden_error: squared error of the last hidden states over the squared norm of the other model's.
+    hidden_cosine: cosine of a token's hidden states, averaged over tokens.
+    embedding_cosine: cosine of a text's mean hidden states, averaged over texts.
+    top1_agreement: share of tokens (for a classifier, of texts) for which both heads have the same first choice; None
+        without a head.
     """
 
     hidden_error: float
@@ -36,7 +41,7 @@ class Likeness:
 
 @torch.no_grad()
 def likeness(model: PreTrainedModel, other: PreTrainedModel, rows: Rows | Images) -> Likeness:
-    """Compares the last hidden states of two models on whole rows or images, and what their heads choose."""
+    """Compares the last hidden states of two models on an encoder's rows or on images, and their heads' choices."""
     sums = defaultdict[str, float](float)
     with count_bar("comparing (rows)", len(rows)) as advance:
         for inputs in _batches(rows, model.device):
@@ -64,7 +69,7 @@ def likeness(model: PreTrainedModel, other: PreTrainedModel, rows: Rows | Images
 
 
 def _batches(rows: Rows | Images, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Of about `BATCH_TOKENS`."""
+    """The rows or images in batches of about `BATCH_TOKENS` tokens."""
     size = max(BATCH_TOKENS * len(rows) // max(rows.tokens, 1), 1)
     for start in range(0, len(rows), size):
         items = [rows[i] for i in range(start, min(start + size, len(rows)))]
@@ -72,7 +77,7 @@ def _batches(rows: Rows | Images, device: torch.device) -> Iterator[dict[str, Te
 
 
 def _outputs(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The last hidden states [B, N, hidden], and the head's choice for each token or text."""
+    """The last hidden states [B, N, hidden], and the head's first choice for each token [B, N] or text [B], if any."""
     found: list[Any] = []
     handle = body(model).register_forward_hook(lambda module, args, output: found.append(output.last_hidden_state))
     try:

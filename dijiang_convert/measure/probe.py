@@ -1,4 +1,8 @@
-"""What a model does on text that no stage trains on: perplexity by position and a few continuations, for the report."""
+"""Measures a model on text that no stage trains on, for the report: perplexity by position, and a few continuations.
+
+The text is set aside here as well, so that the rows to measure on and the rows to train on share none. Drawing is left
+to `report`.
+"""
 
 import dataclasses
 import json
@@ -24,16 +28,20 @@ from .fidelity import measure
 from .likeness import Likeness, likeness
 
 PROBES = "probes.json"
-MOST_TOKENS = 32_768
-SHARE = 20  # at most a token in so many: three forward passes of it are below 5 % of the run
-PARTS, PART_TOKENS = 16, 512  # of a row at most, and measured in each at least
+MOST_TOKENS = 32_768  # tokens to measure on, at most
+SHARE = 20  # at most one token in 20 of the run is measured on: three forward passes of these are below 5 % of the run
+PARTS, PART_TOKENS = 16, 512  # a row has at most 16 parts, and at least 512 tokens are measured in each
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 32, 48
-PIECE = 32  # so many tokens in a row are the same text wherever they are found
+PIECE = 32  # as many equal tokens, one after another, count as the same text
 
 
 @dataclass(frozen=True)
 class Probe:
-    """by_position: (end of a part of the row in tokens, perplexity in it); texts: what follows each prompt."""
+    """What `probe` measured.
+
+    perplexity: over all positions. by_position: (where a part of the row ends, in tokens; the perplexity in that part).
+    texts: the model's continuation of each prompt.
+    """
 
     perplexity: float
     by_position: list[tuple[int, float]]
@@ -42,7 +50,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows that no stage trains on, and prompts [prompts, tokens] from them; or images."""
+    """Text or images that no stage trains on.
+
+    rows: the rows or images to measure on. prompts: [prompts, tokens], token ids from the rows; empty for images.
+    """
 
     rows: Rows | Images
     prompts: Tensor
@@ -51,16 +62,19 @@ class HeldOut:
 def hold_out(
     data: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, rows: Sequence[Rows], tokens: int
 ) -> tuple[HeldOut | None, list[Tensor | None]]:
-    """Finds text to probe with: the data's held-out part, or else the last rows of the training text.
+    """Finds text to measure on: the held-out part of the data, or else the last rows of the training text.
 
-    Whichever it is, training rows and these share no text: from ``rows`` goes what does with rows that were set aside.
+    These rows and the training rows share no text. Rows of the held-out part that share text with training rows are
+    dropped; where the last training rows are taken, all training rows that share text with them are.
 
     Args:
-        rows: gathered for training, of any lengths. Those to probe with are as long as the longest.
-        tokens: of the whole plan.
+        data: as `token_rows` takes it.
+        rows: the rows of each stage, of any lengths. The rows to measure on are as long as the longest.
+        tokens: tokens of the whole plan.
 
     Returns:
-        None where there is too little text; and a mask [n] of the rows to train on for each of ``rows``, None for all.
+        What to measure on, or None if there is too little text; and for each of ``rows`` a mask [n] of those to train
+        on, or None for all.
     """
     longest = max(rows, key=_length)
     length, every = _length(longest), [None for _ in rows]
@@ -75,9 +89,9 @@ def hold_out(
         )  # fmt: skip
         known = torch.stack([in_common(each, aside)[1] for each in rows]).any(0)
         aside = select(aside, ~known)
-    except DijiangError:  # a held-out part of less than a row
+    except DijiangError:  # the held-out part is shorter than a row
         aside = select(longest, torch.zeros(len(longest), dtype=torch.bool))
-    if aside.tokens < count * length // 2:  # no such part, or too little of it
+    if aside.tokens < count * length // 2:  # the held-out part is missing or too short
         count = min(count, len(longest) // SHARE)
         aside = select(longest, torch.arange(len(longest)) >= len(longest) - count)
         left = [~in_common(each, aside)[0] for each in rows]
@@ -89,8 +103,10 @@ def hold_out(
 def kept_aside(
     path: Path, data: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, rows: Sequence[Rows], tokens: int
 ) -> tuple[HeldOut | None, list[Rows]]:
-    """`hold_out` with its answer kept in a file, so that a resumed run trains on the same rows; and the rows left to
-    train on."""
+    """`hold_out` with its result kept in the file ``path``, so that a resumed run trains on the same rows.
+
+    Returns what to measure on, or None, and the rows to train on for each of ``rows``.
+    """
     if not path.is_file():
         held, masks = hold_out(data, tokenizer, rows, tokens)
         found = None
@@ -107,7 +123,7 @@ def kept_aside(
 
 
 def images_aside(images: Images, tokens: int) -> HeldOut:
-    """Some of the held-out images, for a plan of so many tokens."""
+    """Cuts the held-out ``images`` to as many as suit a plan of ``tokens`` tokens."""
     images.items = images.items[: max(min(MOST_TOKENS, tokens // SHARE) // images.tokens_each, 1)]
     return HeldOut(images, torch.empty(0, 0))
 
@@ -117,7 +133,7 @@ def _length(rows: Rows) -> int:
 
 
 def _prompts(rows: Rows) -> Tensor:
-    """A few pieces of the text, spread over it."""
+    """At most PROMPTS short passages, spread evenly over the rows, [prompts, tokens]."""
     size = min(PROMPT_TOKENS, rows.ids.shape[1])
     pieces = rows.ids.unfold(1, size, size)
     whole = torch.arange(1, pieces.shape[1] + 1) * size <= rows.lengths[:, None]
@@ -126,20 +142,23 @@ def _prompts(rows: Rows) -> Tensor:
 
 
 def select(rows: Rows, chosen: Tensor) -> Rows:
-    """Those of the rows that ``chosen`` [n] marks."""
+    """The rows that ``chosen`` marks. chosen: [n], a boolean mask."""
     values: dict[str, Any] = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
     parts: dict[str, Any] = {name: value[chosen] for name, value in values.items() if isinstance(value, Tensor)}
     return dataclasses.replace(rows, **parts)
 
 
 def in_common(rows: Rows, others: Rows) -> tuple[Tensor, Tensor]:
-    """Which of both share text: `PIECE` tokens, taken one after the other from ``rows`` and at any offset from
-    ``others``, so that whatever is twice as long is found. Padding is no text. Returns masks [rows], [others]."""
+    """Masks, [rows] and [others], of the rows on each side that share text with the other side.
+
+    Passages of `PIECE` tokens are compared by their hashes, end to end from ``rows`` and at every offset from
+    ``others``. So all common text of twice that length is found. Padding is no text.
+    """
     length = min(PIECE, _length(rows), _length(others))
-    weights = torch.randint(2**62, (length,), generator=torch.Generator().manual_seed(0))  # of a hash, modulo 2^64
+    weights = torch.randint(2**62, (length,), generator=torch.Generator().manual_seed(0))  # a linear hash modulo 2^64
     theirs, real = _pieces(others.ids, others.lengths, length, 1, weights)
     found, known = list[Tensor](), torch.zeros_like(real)
-    for ids, lengths in zip(rows.ids.split(1024), rows.lengths.split(1024), strict=True):  # they may be many
+    for ids, lengths in zip(rows.ids.split(1024), rows.lengths.split(1024), strict=True):  # training has many
         mine, real_too = _pieces(ids, lengths, length, length, weights)
         hits = torch.isin(mine, theirs[real]) & real_too
         known |= torch.isin(theirs, mine[hits]) & real
@@ -148,14 +167,18 @@ def in_common(rows: Rows, others: Rows) -> tuple[Tensor, Tensor]:
 
 
 def _pieces(ids: Tensor, lengths: Tensor, length: int, step: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Hashes of each row's pieces [n, pieces], and which hold no padding."""
+    """Hashes of the passages of each row, [n, passages], and a mask of the passages without padding.
+
+    ids: [n, seq_len], token ids. lengths: [n], real tokens of each row. weights: [length], factors of the hash.
+    step: tokens from the start of one passage to that of the next.
+    """
     hashes = (ids.unfold(1, length, step) * weights).sum(-1)
     ends = torch.arange(hashes.shape[1]) * step + length
     return hashes, ends <= lengths[:, None]
 
 
 def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held: HeldOut) -> Probe:
-    """Measures a model on the rows and lets it continue the prompts, taking the likeliest token every time."""
+    """Measures a model on the rows, and lets it continue the prompts by greedy decoding."""
     model.eval()
     assert isinstance(held.rows, Rows)
     totals = measure(model, held.rows, None)
@@ -168,20 +191,24 @@ def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held: Held
 
 
 def probe_likeness(model: PreTrainedModel, folder: Path, held: HeldOut) -> Likeness | None:
-    """How like the original's a model's output is, where the original is in the checkpoint ``folder``: as long as no
-    stage has trained its base weights."""
+    """The likeness of a model to its original, which is the checkpoint in ``folder`` with softmax attention.
+
+    None if a stage has trained that checkpoint's base weights, so that the original is not in it any more.
+    """
     other = load_converted(folder, attention="softmax").eval()
     return None if was_trained(other) else likeness(model.eval(), other, held.rows)
 
 
 def was_trained(model: Any) -> bool:
-    """Whether base weights of a converted model are no more the original's."""
+    """Whether a stage has trained the base weights of a converted model, so that they are not the original's."""
     return any(step["train"] != "kernel" for step in model.config.dijiang["history"])
 
 
 def first_probes(folder: Path, tokenizer: PreTrainedTokenizerBase | None, held: HeldOut) -> dict[str, Probe | Likeness]:
-    """Of a checkpoint before training; and of the original, which the same model is with softmax attention as long as
-    no stage has trained its base weights."""
+    """Measures a checkpoint "before" training, and the "original" if the checkpoint still has its weights.
+
+    Models that predict no next token have one `Likeness` of the two, as "before". tokenizer: None for images.
+    """
     model = load_converted(folder)
     if not generates(model) or tokenizer is None:
         like = probe_likeness(model, folder, held)
@@ -199,7 +226,7 @@ def write_probes(path: Path, probes: Mapping[str, Probe | Likeness]) -> None:
 
 
 def read_probes(path: Path) -> dict[str, Probe | Likeness]:
-    """What `write_probes` kept, if it did."""
+    """What `write_probes` kept; nothing if there is no file."""
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {name: (Probe if "texts" in values else Likeness)(**values) for name, values in kept.items()}
 

@@ -1,7 +1,7 @@
-"""What a model can repeat: `dijiang eval --recall`.
+"""Measures how well a model repeats what it has read: `dijiang eval --recall`.
 
-A passage of random tokens is planted into a text, and again at its end. How much likelier its tokens became than
-without the first plant is what the model remembers of it; a model that copies perfectly makes each of them certain.
+A passage of random tokens is put into a text, and the same passage again at the end. How much likelier the second
+becomes through the first is what the model remembers. A model that copies perfectly makes every token certain.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from ..progress import count_bar
 
-PASSAGE = 32  # tokens
+PASSAGE = 32  # tokens of the passage
 DISTANCES = (256, 1024, 1900, 4000, 7500)  # tokens from a passage to its repetition
-TEXTS = 8
+TEXTS = 8  # texts that `dijiang eval` measures at most
 
 
 @dataclass(frozen=True)
 class Recall:
-    """gain: nats a token that the passage became likelier. accuracy: how often its next token is the first choice."""
+    """gain: nats per token by which the passage becomes likelier. accuracy: share of its tokens that are the
+    model's first choice."""
 
     gain: float
     accuracy: float
@@ -28,7 +29,10 @@ class Recall:
 
 @torch.no_grad()
 def recall(model: Any, texts: Tensor) -> dict[int, Recall]:
-    """By distance, of `DISTANCES` that fit into texts [n, N] of real tokens."""
+    """The recall at each of `DISTANCES` that fits into the texts.
+
+    texts: [n, N], token ids without padding.
+    """
     texts = texts.long()
     length, generator = texts.shape[1], torch.Generator().manual_seed(0)
     known = texts.unique()
@@ -54,7 +58,10 @@ def recall(model: Any, texts: Tensor) -> dict[int, Recall]:
 
 
 def _predict_passage(model: Any, text: Tensor) -> Tensor:
-    """Log-probabilities of the last tokens of one text, each given those before it: [PASSAGE, vocabulary]."""
+    """Log-probabilities [PASSAGE, vocabulary] of the last tokens of a text, each given all tokens before it.
+
+    text: [N], token ids.
+    """
     ids = text[None].to(model.device)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=PASSAGE + 1).logits[0, -PASSAGE - 1 : -1]
     return logits.double().log_softmax(-1).cpu()

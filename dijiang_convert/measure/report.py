@@ -1,6 +1,7 @@
-"""What a run leaves beside the weights: plots, and one HTML file that shows them with everything that was recorded.
+"""Writes what a run leaves beside the weights: plots, and one HTML file with the plots and all that was recorded.
 
-All of it is drawn from the result folder's own files and from what was measured. No path of this machine gets in.
+Everything comes from the files of the result folder and from the probes; nothing is measured here. No local path is
+written.
 """
 
 import base64
@@ -26,7 +27,8 @@ from .probe import Probe
 LOG = "training.jsonl"
 REPORT = "report.html"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
-MODELS = {"original": "s--", "before": "^-", "after": "o-"}  # and how they are drawn
+MODELS = {"original": "s--", "before": "^-", "after": "o-"}  # the models, and matplotlib's format of their lines
+# Columns of the table of the checkpoint's history.
 STAGE = ("stage", "objective", "train", "tokens", "seq_len", "first_loss", "last_loss")
 
 PAGE = Template("""\
@@ -61,15 +63,15 @@ def write_report(
 ) -> None:
     """Writes plots/loss.png, plots/transfer.png, plots/perplexity.png and report.html into a finetuned checkpoint.
 
-    A plot without figures (no attention transfer, no text to measure on) is left out.
+    A plot without data (no attention transfer, no text to measure on) is left out.
 
     Args:
-        folder: with config.json and training.jsonl.
-        probes: of "original", "before" and "after", as far as they were measured.
-        prompts: what their texts continue.
+        folder: the checkpoint, with config.json and training.jsonl.
+        probes: what was measured of "original", "before" and "after".
+        prompts: the prompts that the texts of the probes continue.
         recipe: kernel and stages as they ran.
-        facts: more lines for the table of versions.
-        note: why there are no probes, or not all.
+        facts: more rows for the table of versions.
+        note: a line on what was measured, or why it was not.
     """
     record = read_checkpoint(folder)["dijiang"]
     lines = read_log(folder / LOG)
@@ -139,13 +141,13 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _stages(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """(title, lines) of every stage that ran."""
+    """The stages that ran, as (title, lines of the log)."""
     groups = [list(group) for _, group in groupby(lines, key=lambda line: line["index"])]
     return [(f"{group[0]['index'] + 1}. {group[0]['stage']}", group) for group in groups]
 
 
 def _draw_losses(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss of every stage, as logged and as a running mean. Stages differ in what they measure: a panel for each."""
+    """Plots the loss as logged and as a running mean. Each stage has a panel, since stages have different losses."""
     from matplotlib.figure import Figure
 
     stages = _stages(lines)
@@ -161,7 +163,7 @@ def _draw_losses(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _draw_transfer(lines: Sequence[Mapping[str, Any]], layers: Sequence[int], path: Path) -> None:
-    """Error of every layer over the course of attention transfer, as a heat map for every such stage."""
+    """Plots the error of every layer over attention transfer, as a heat map for each such stage."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -185,7 +187,7 @@ def _draw_transfer(lines: Sequence[Mapping[str, Any]], layers: Sequence[int], pa
 
 
 def _draw_perplexity(probes: Mapping[str, Probe], path: Path) -> None:
-    """Perplexity by position."""
+    """Plots the perplexity by position of every probe."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4), layout="constrained")
@@ -200,7 +202,7 @@ def _draw_perplexity(probes: Mapping[str, Probe], path: Path) -> None:
 
 
 def _scale(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic y axis where values differ much, and numbers that read as such."""
+    """Formats the axes: y is logarithmic if values differ by more than a factor of 3, and ticks are plain numbers."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     if max(values) > 3 * min(values) > 0:
@@ -213,5 +215,5 @@ def _scale(axes: Any, values: Sequence[float]) -> None:
 
 
 def running_mean(values: Sequence[float], width: int = 10) -> list[float]:
-    """The mean of the last ``width`` values at each: rows of text differ more than a step changes."""
+    """The mean of the last ``width`` values at each place: losses vary more from row to row than by training."""
     return [sum(values[max(i - width + 1, 0) : i + 1]) / min(width, i + 1) for i in range(len(values))]

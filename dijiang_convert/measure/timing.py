@@ -1,6 +1,7 @@
-"""How long a pass takes, and what it holds in memory: what `dijiang bench` and the scripts in benchmarks/ measure with.
+"""Measures how long a pass takes and how much memory it holds, for `dijiang bench` and the scripts in benchmarks/.
 
-Softmax models run as transformers runs them: SDPA, and the cache that `generate()` makes.
+Softmax models run as transformers runs them, with SDPA and the cache that `generate()` makes. Repeating and comparing
+passes is left to the callers.
 """
 
 import os
@@ -20,8 +21,11 @@ T = TypeVar("T")
 
 
 class Pass(NamedTuple):
-    """Seconds of a prompt's pass, until its next token is known, and of each token decoded after that; the bytes of the
-    cache in the end. Encoders have no next token."""
+    """One timed pass, in seconds. Encoders have a prefill alone.
+
+    prefill: the forward pass over the prompt. first_token: from the start until the next token is known.
+    decode: the mean of each token decoded after that. cache_bytes: the cache in the end.
+    """
 
     prefill: float
     first_token: float | None = None
@@ -30,13 +34,14 @@ class Pass(NamedTuple):
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done what it was given."""
+    """The time of a clock in seconds, read once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def seconds(device: torch.device, call: Callable[[], Any]) -> float:
+    """Seconds that ``call`` and its work on the device take."""
     start = now(device)
     call()
     return now(device) - start
@@ -48,7 +53,10 @@ def random_ids(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
 
 @torch.inference_mode()
 def time_forward(model: PreTrainedModel, ids: Tensor, decode_tokens: int) -> Pass:
-    """A prompt [B, N] and some tokens more, greedily, by calling the model; the mean of its steps."""
+    """Times a prompt and ``decode_tokens`` greedy steps after its first token, by calling the model.
+
+    ids: [B, N], token ids of the prompt.
+    """
     if not generates(model):
         return Pass(seconds(model.device, lambda: model(input_ids=ids)))
     cache = DynamicCache(config=model.config.get_text_config())
@@ -63,8 +71,13 @@ def time_forward(model: PreTrainedModel, ids: Tensor, decode_tokens: int) -> Pas
 
 @torch.inference_mode()
 def time_decoding(model: PreTrainedModel, cache: DynamicCache, token: Tensor, tokens: int) -> list[float]:
-    """Seconds of each token after ``token`` [B, 1], which comes after what the cache holds. The device is waited for
-    after each, as `generate()` does to see whether it is the last."""
+    """Seconds of each of ``tokens`` greedy steps.
+
+    The clock waits for the device after each step, as `generate()` does to see whether the text is complete.
+
+    cache: holds all tokens before ``token``.
+    token: [B, 1], the token that the first step reads.
+    """
     steps, start = [], now(model.device)
     for _ in range(tokens):
         token = model(input_ids=token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
@@ -75,8 +88,11 @@ def time_decoding(model: PreTrainedModel, cache: DynamicCache, token: Tensor, to
 
 
 def time_generate(model: PreTrainedModel, ids: Tensor, decode_tokens: int, **options: Any) -> Pass:
-    """The same through `generate()`, as a user calls it, with all that it does beside calling the model; the mean of
-    its steps, so that what it prepares for the first of them counts. options: more of its arguments."""
+    """`time_forward` through `generate()`, with all that `generate()` does beside calling the model.
+
+    The mean over steps includes what it prepares for the first step. prefill and first_token are the same time.
+    options: more arguments of `generate()`.
+    """
     if not generates(model):
         return time_forward(model, ids, decode_tokens)
     clock, start = _Clock(), now(model.device)
@@ -91,7 +107,7 @@ def time_generate(model: PreTrainedModel, ids: Tensor, decode_tokens: int, **opt
 
 
 class _Clock(StoppingCriteria):
-    """Stops nothing. generate() asks it after each token."""
+    """Takes the time after each token, when `generate()` asks whether to stop, and never stops."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -102,17 +118,17 @@ class _Clock(StoppingCriteria):
 
 
 def with_cache(model: PreTrainedModel, cache: DynamicCache) -> dict[str, Any]:
-    """The arguments that hand a model its cache."""
+    """The keyword arguments that give a model its cache."""
     return {str(cache_argument(model.forward)): cache, "use_cache": True}
 
 
 def cache_bytes(cache: Any) -> int:
-    """What a cache of any kind holds in tensors."""
+    """Bytes of all tensors in a cache of any kind."""
     return sum(t.nbytes for layer in cache.layers for value in vars(layer).values() for t in _tensors(value))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those that a layer's attribute is or has, also in tuples of tuples."""
+    """The tensors in an attribute of a cache's layer: the attribute itself, or those in its nested tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):
@@ -125,9 +141,10 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 def peak_memory(device: torch.device, call: Callable[[], T]) -> tuple[T, int]:
-    """(what ``call`` returns, the bytes that its tensors take at most at a time beside those that were there before).
+    """What ``call`` returns, and the most bytes that its tensors take at a time, without those that were there before.
 
-    By torch's own allocator. On a CPU its profiler tells them, which slows the call: time another one.
+    torch's allocator counts them on a GPU, and torch's profiler on a CPU. The profiler slows ``call``, so a call that
+    is timed must be another one.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,10 +1,10 @@
-"""The child of a converted attention module: the kernel's parameters, and attention with them.
+"""The child of a converted attention module. It makes features and decays, and picks the code that computes attention.
 
-It picks a form once: `kernel` where the recipe has a window, else `linear`; and of these the one for a single token
-where a cache can be written to in place, else the one for any number of tokens.
+A recipe with a window uses `kernel` and `step`, one without a window `linear`. A single token whose cache can be
+written in place has a form of its own; all other calls share one. The source's module makes q, k and v.
 
-Shape legend: B batch, H query heads, G key/value heads, N new tokens, C tokens of a block, D head_dim, V value
-head_dim, F features, X numbers that a hidden state is made into.
+Shape legend: B batch, H query heads, G key/value heads, N new tokens, T slots (see `Layout`), C tokens of a block, D
+head_dim, V value head_dim, F features, X numbers of a token's gates (see `TokenGates`).
 """
 
 from collections.abc import Callable
@@ -30,10 +30,11 @@ from .table import Keys, KeyTokens, Logits, Queries, Table, in_pieces
 
 
 class Call(NamedTuple):
-    """What the attention module's caller knows and the attention function needs: `_hand_over` gathers it.
+    """What attention needs beside q, k, v and the padding mask, from `_hand_over` and `dijiang_attention`.
 
-    segments: [B, N], the document of each token where rows are packed (then there is no cache, and no padding).
-    logits: how the source makes them. causal: False for encoders.
+    cache: this layer's, or None. hidden_states: [B, N, hidden], the attention module's input. cos_sin: what the model's
+    rotary function takes, or None. segments: [B, N], the document of each token in packed rows, which have no cache and
+    no padding. logits: how the source makes logits. causal: False for encoders. heads: the key/value heads of the call.
     """
 
     cache: DiJiangCacheLayer | None
@@ -45,24 +46,22 @@ class Call(NamedTuple):
     heads: slice = slice(None)
 
     def of_heads(self, part: slice, kv_heads: int) -> "Call":
-        """The same for some of all key/value heads."""
+        """This call for some of the ``kv_heads`` key/value heads."""
         return self._replace(heads=part, logits=self.logits.of_heads(part, kv_heads))
 
 
 class DiJiangAttention(nn.Module):
-    """The child of a converted attention module: kernel parameters, and attention with them.
-
-    The tables have kv_heads heads; with a fixed decay a query head (``decay: retnet``) as many as queries.
-    """
+    """The parameters of one layer's kernel, and attention with them. Each key/value head has a table, which its query
+    heads share; with ``decay: retnet`` each query head has one."""
 
     def __init__(
         self, kernel: Kernel, layers: Layers, apply_rotary: Callable[..., Any] | None, memory: tuple[int, ...] = ()
     ) -> None:
-        """memory: see `Layers.memory_of`."""
+        """apply_rotary: the model's rotary function, or None if the layer has none. memory: see `Layers.memory_of`."""
         super().__init__()
         self.layers = layers
-        self.arguments: list[str] = []  # of the attention module's forward
-        self.borrows = False  # keys and values of an earlier layer
+        self.arguments: list[str] = []  # names of the parameters of the attention module's forward
+        self.borrows = False  # whether keys and values are those of an earlier layer
         self.apply_rotary = apply_rotary if kernel.rotary == "remove" else None
         self.resize(kernel, memory)
         heads, kv_heads = layers.heads, layers.kv_heads
@@ -72,7 +71,7 @@ class DiJiangAttention(nn.Module):
             self.decay = StateDecay(heads, kv_heads, self.k_features.features, kernel)
             if kernel.selective or kernel.decay_rank:
                 self.gates = TokenGates(kv_heads, layers.hidden_size, kernel)
-            if kernel.shift:  # share of the token before
+            if kernel.shift:  # μ, the share of the previous token's query and key
                 self.q_shift = nn.Parameter(torch.empty(heads, 1, layers.head_dim, dtype=torch.float32))
                 self.k_shift = nn.Parameter(torch.empty(kv_heads, 1, layers.head_dim, dtype=torch.float32))
         if kernel.gate:
@@ -82,12 +81,12 @@ class DiJiangAttention(nn.Module):
             self.norm_bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
 
     def resize(self, kernel: Kernel, memory: tuple[int, ...] = ()) -> None:
-        """Takes tables of another size, which no parameter depends on."""
+        """Changes the sizes of the table, on which no parameter depends. Arguments as of `__init__`."""
         self.kernel, self.memory = kernel, memory
         self.groups = Group.of(kernel, self.sizes.state_heads, memory)
 
     def reset_parameters(self) -> None:
-        """Sets what no checkpoint has set. Only `transformers.initialization` knows which that is."""
+        """Initialises parameters. Functions of `transformers.initialization` skip those that a checkpoint has set."""
         kernel = self.kernel
         if kernel.far:
             for part in self.children():
@@ -102,7 +101,7 @@ class DiJiangAttention(nn.Module):
 
     @property
     def sizes(self) -> Sizes:
-        """What a cache keeps for this layer."""
+        """The sizes by which a cache makes this layer's past."""
         layers = self.layers
         return Sizes(
             self.kernel, layers.heads, layers.kv_heads, layers.head_dim, layers.value_dim, self._sees_other_keys,
@@ -114,15 +113,16 @@ class DiJiangAttention(nn.Module):
         return self.kernel.far and (self.kernel.shift or self.apply_rotary is not None)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
-        """q [B, H, N, D], k [B, G, N, D], v [B, G, N, V], mask [B, N] or None if no token is padding → [B, H, N, V]."""
+        """Attention of new tokens, [B, H, N, V]. q: [B, H, N, D], k: [B, G, N, D], v: [B, G, N, V], as the source makes
+        them. mask: [B, N], False for padding, or None. Raises ValueError if ``call`` lacks hidden states for gates."""
         if not torch.is_autocast_enabled(q.device.type):
             return self._attend(q, k, v, mask, call)
-        with torch.autocast(q.device.type, enabled=False):  # which would make the state's products half precision
+        with torch.autocast(q.device.type, enabled=False):  # autocast would make the state's products half precision
             return self._attend(q, k, v, mask, call)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         cache = call.cache
-        if cache is not None and self.borrows:  # the module, which has no keys of its own, did not
+        if cache is not None and self.borrows:  # a module that borrows keys does not update the cache
             cache.update(k, v)
         far_q, far_k = q, k
         if self.kernel.far and self.apply_rotary is not None and call.cos_sin is not None:
@@ -148,8 +148,8 @@ class DiJiangAttention(nn.Module):
     # ------------------------------------------------------------------------------------------- any number of tokens
 
     def _prefill(self, cache: DiJiangCacheLayer, new: Tokens, call: Call) -> Tensor:
-        """Any number of tokens after those of the cache, which takes them over; or where it records them keeps them
-        aside until `crop` has confirmed them."""
+        """Attention of any number of tokens after those in the cache, [B, H, N, V]. The tokens enter the cache's past;
+        in a cache that records, they stay in `pending` until the first call after a `crop`."""
         if not cache.record_past:
             out, past, count = self._extend(cache.past, cache.count, new, call)
             cache.keep(past, count)
@@ -167,7 +167,7 @@ class DiJiangAttention(nn.Module):
     def _extend(
         self, past: Past | None, count: int | Tensor, new: Tokens, call: Call
     ) -> tuple[Tensor, Past, int | Tensor]:
-        """The output [B, H, N, V] for new tokens after a past of ``count``, and the past that they become part of."""
+        """Attention of new tokens after ``count`` others: the output [B, H, N, V], the past of all, their count."""
         new, trail = self._shifted(new, None if past is None else past.trail, call.segments)
         layout = self._layout(new, count, call)
         out, after = self._by_heads(past, new, layout, call)
@@ -176,12 +176,12 @@ class DiJiangAttention(nn.Module):
         return layout.outputs(out, new.length), after._replace(trail=trail), count
 
     def _by_heads(self, past: Past | None, new: Tokens, layout: Layout, call: Call) -> tuple[Tensor, Past]:
-        """The output in slots, [B, H, T, V], and the past without its trail; of heads that are alike together, but no
-        more at a time than stay in a CPU's cache."""
+        """Runs `_extend_table` or `_extend_state` on groups of heads: the output [B, H, T, V], and the past without its
+        trail. On a CPU groups are divided so that their features stay in a core's cache."""
         attend = self._extend_table if self.kernel.window else self._extend_state
         batch, heads = new.keys.k.shape[:2]
         parts = self.groups
-        if self.kernel.decay != "retnet":  # whose heads are those of queries
+        if self.kernel.decay != "retnet":  # groups are of key/value heads, retnet's of query heads
             numbers = batch * new.length * 2 * self.layers.head_dim
             parts = [part for group in parts for part in group.pieces(numbers, new.q)]
         if len(parts) == 1:
@@ -193,7 +193,7 @@ class DiJiangAttention(nn.Module):
             out, later = attend(earlier, tokens, layout, call.of_heads(group.part, heads), group.kernel)
             outputs.append(out)
             after.append(later)
-        out = torch.cat([out.transpose(1, 2) for out in outputs], 2)  # as the attention module wants its heads
+        out = torch.cat([out.transpose(1, 2) for out in outputs], 2)  # in memory [B, T, H, V], as modules want it
         return out.transpose(1, 2), Past.joined(after)
 
     def _layout(self, new: Tokens, count: int | Tensor, call: Call) -> Layout:
@@ -201,7 +201,7 @@ class DiJiangAttention(nn.Module):
         if call.segments is not None:
             return Layout.packed(call.segments, kernel.block, kernel.window)
         if not kernel.window:
-            count = 0  # the state takes tokens at any place
+            count = 0  # without a table, chunks may begin at any token
         if new.valid is None and not isinstance(count, Tensor):
             return Layout.plain(new.length, kernel.block, kernel.window, count, new.q.device)
         count = torch.as_tensor(count, device=new.q.device).expand(len(new.q))
@@ -210,13 +210,13 @@ class DiJiangAttention(nn.Module):
     def _extend_table(
         self, past: Past | None, new: Tokens, layout: Layout, call: Call, kernel: Kernel
     ) -> tuple[Tensor, Past]:
-        """`_extend` of heads that are alike, which have one table."""
+        """`_extend` in slots, for heads whose tables have one size: [B, H, T, V], and their past."""
         table, block = None if past is None else past.tables[0], kernel.block
         keys = new.keys.map(layout.keys, None if table is None else table.window)
         written = []
-        if kernel.far:  # all but the last blocks will leave the window, in the next ones
+        if kernel.far:  # the blocks that leave the window: all but those of the last window
             leaving = layout.blocks - 1
-            numbers = keys.k.shape[0] * keys.k.shape[1] * 2 * self.k_features.features * block  # and their decays
+            numbers = keys.k.shape[0] * keys.k.shape[1] * 2 * self.k_features.features * block  # features and decays
             for start, end in in_pieces(leaving, numbers, keys.k):
                 written.append(self._written(keys.between(start * block, end * block), None, block, call))
         queries, rows = self._queries(new, layout, call), Keys(keys.k, keys.v, written)
@@ -234,7 +234,7 @@ class DiJiangAttention(nn.Module):
         return out, Past((), state, None)
 
     def _both_sides(self, new: Tokens, call: Call) -> Tensor:
-        """All tokens of an encoder, [B, H, N, V]."""
+        """Attention of an encoder's tokens, [B, H, N, V], to those before and after them."""
         new, _ = self._shifted(new, None, call.segments)
         layout = self._layout(new, 0, call)
         queries, keys = self._queries(new, layout, call), new.keys.map(layout.queries)
@@ -261,7 +261,7 @@ class DiJiangAttention(nn.Module):
     # ------------------------------------------------------------------------------------------------------ one token
 
     def _decode(self, cache: DiJiangCacheLayer, new: Tokens, known: dict[str, Any], call: Call) -> Tensor:
-        """One token, written to the cache in place. known: what is made of parameters once for many tokens."""
+        """Attention of one token, [B, H, 1, V], which is written to the cache in place. known: see the cache's."""
         past, valid = cache.writable_past(), None if new.valid is None else new.valid[:, 0]
         new, trail = self._shifted(new, past.trail, None)
         features = None
@@ -280,7 +280,7 @@ class DiJiangAttention(nn.Module):
     def _decode_tables(
         self, past: Past, new: Tokens, features: Tensor | None, count: int | Tensor, call: Call
     ) -> tuple[Tensor, Past]:
-        """One token through the tables of all heads. features: [B, H, 1, F], of the query, or None without a state."""
+        """Attention of one token over all tables. features: [B, H, 1, F], the query's, or None without a state."""
         if len(self.groups) == 1:
             return self._decode_group(past, new, features, count, call, self.groups[0].kernel)
         sizes, heads = [group.heads for group in self.groups], self.layers.kv_heads
@@ -289,7 +289,7 @@ class DiJiangAttention(nn.Module):
         after: list[Past] = []
         for (part, kernel), earlier, tokens in zip(self.groups, past.split(sizes), new.split(sizes), strict=True):
             own = None if features is None else features[:, part.start * repeats : part.stop * repeats]
-            if after:  # the gates, which all share, are written
+            if after:  # the first group has written the gates, which all share
                 tokens = tokens._replace(keys=tokens.keys._replace(gates=None))
             out, later = self._decode_group(earlier, tokens, own, count, call.of_heads(part, heads), kernel)
             outputs.append(out)
@@ -299,20 +299,20 @@ class DiJiangAttention(nn.Module):
     def _decode_group(
         self, past: Past, new: Tokens, features: Tensor | None, count: int | Tensor, call: Call, kernel: Kernel
     ) -> tuple[Tensor, Past]:
-        """One token through the one table of heads that are alike."""
+        """Attention of one token for heads whose tables have one size."""
         valid = None if new.valid is None else new.valid[:, 0]
         table = self._advanced(past.tables[0], count, valid, call, kernel)
         out = attend_token(Queries(new.q, features), new.keys, table, count, valid, kernel, call.logits)
         return out, Past((table,), None, None)
 
     def _advanced(self, table: Table, count: int | Tensor, valid: Tensor | None, call: Call, kernel: Kernel) -> Table:
-        """The table with room for one more token: where its last block is full, the oldest one leaves the window."""
+        """The table with room for one more token: where the window's last block is full, its oldest block leaves."""
         block = kernel.block
         if not isinstance(count, Tensor):
             return self._advance(table, count, call, kernel) if count and count % block == 0 else table
         due = (count > 0) & (count % block == 0)
-        due = due if valid is None else due & valid  # padding takes no room
-        if torch.compiler.is_compiling():  # which looks at no value: the branch is in the graph
+        due = due if valid is None else due & valid  # padding takes no slot
+        if torch.compiler.is_compiling():  # a graph can't look at values, so it has both branches
             held = [x for x in table if x is not None]
 
             def some(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -338,12 +338,11 @@ class DiJiangAttention(nn.Module):
             written = written.map(lambda x: x[:, :, 0])
         return advance(table, written, count, kernel)
 
-    # --------------------------------------------------------------------------------------- what the state is written
+    # --------------------------------------------------------------------------------- what keys write to the state
 
     def _written(self, keys: KeyTokens, real: Tensor | None, block: int, call: Call) -> Written:
-        """What keys write to the state, [B, G, blocks, C, …] for T tokens, and its decay.
-
-        real: [B or 1, T], False for what is no key, or None. block: C, by which T is divided."""
+        """What T keys write to the state, and the state's decay, [B, G, T / C, C, …]. real: [B or 1, T], False in slots
+        without a key, or None if all have one. block: C."""
         repeats = self.layers.heads // self.layers.kv_heads if self.kernel.decay == "retnet" else 1
         seen = keys.k[:, ::repeats] if keys.far_k is None else keys.far_k
         decay, log_scale = self.decay(seen, keys.gates, call.heads)
@@ -356,7 +355,7 @@ class DiJiangAttention(nn.Module):
         return written.map(lambda x: x.unflatten(2, (-1, block)))
 
     def _gates(self, call: Call, known: dict[str, Any]) -> Tensor | None:
-        """What each token's hidden state does to the state, [B, 1, N, X], or None for nothing."""
+        """The gates of each token (see `TokenGates`), [B, 1, N, X], or None for a kernel without gates."""
         if not (self.kernel.far and (self.kernel.selective or self.kernel.decay_rank)):
             return None
         if call.hidden_states is None:
@@ -366,15 +365,15 @@ class DiJiangAttention(nn.Module):
         return self.gates(call.hidden_states, known.setdefault("gates", {}))
 
     def _repeated(self, x: Tensor) -> Tensor:
-        """Repeats key/value heads where every query head has a table of its own (a fixed decay a query head)."""
+        """x: [B, G, …], with ``decay: retnet`` repeated to [B, H, …], since each query head has its own table then."""
         repeats = self.layers.heads // self.layers.kv_heads if self.kernel.decay == "retnet" else 1
         return x if repeats == 1 else x.repeat_interleave(repeats, 1)
 
     # ---------------------------------------------------------------------------- queries and keys as features see them
 
     def _shifted(self, new: Tokens, trail: Tensor | None, segments: Tensor | None) -> tuple[Tokens, Tensor | None]:
-        """Adds a share of the token before to queries and keys; the first of a document has none before it. Returns the
-        last token's, too, without its share."""
+        """Adds μ times the previous token's query and key to those that features see; a document's first token has no
+        previous one. Also returns the trail: the last real token's query and key, [B, H + G, 1, D], without a share."""
         if not (self.kernel.far and self.kernel.shift):
             return new, None
         far_k = new.keys.far_k
@@ -390,7 +389,7 @@ class DiJiangAttention(nn.Module):
         return new._replace(far_q=far_q, keys=new.keys._replace(far_k=far_k)), last.clone()
 
     def _gated(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
-        """Group norm a head and the output gate SiLU(x W_G) of the published formulation."""
+        """out [B, H, N, V] after group norm of each head, times the gate SiLU(x W_G) of the published formulation."""
         assert hidden_states is not None
         out = F.layer_norm(out, out.shape[-1:])
         shape = (self.layers.heads, 1, self.layers.value_dim)

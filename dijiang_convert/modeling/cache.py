@@ -1,9 +1,9 @@
 """The cache of a converted layer: tensors of fixed size, whatever the length.
 
 `DiJiangCacheLayer` takes the place of a layer of `DynamicCache`, `StaticDiJiangCacheLayer` of one of `StaticCache`.
+Both only keep tensors and count tokens: the attention module computes what new tokens make of the past.
 
-Shape legend: B batch, G key/value heads, A query and key/value heads, D head_dim, V value head_dim, F features; L, M
-rows of a `Table`.
+Shape legend: B batch, A query and key/value heads, N new tokens, D head_dim.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from .past import Past, Sizes, Tokens
 
 
 class DiJiangCacheLayer(CacheLayerMixin):
-    """Holds the `Past` and how many tokens it is of.
+    """The `Past` of a layer, and how many tokens it holds.
 
-    `update` only counts: what new tokens do to the past is the attention module's work, since features are made there.
+    `update` only counts tokens: the attention module, which has the features, makes the new past and calls `keep`.
     """
 
     is_sliding = False
@@ -33,20 +33,20 @@ class DiJiangCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.past: Past | None = None
-        self.count: int | Tensor = 0  # real tokens in the past: one number, or [B] once there was padding
+        self.count: int | Tensor = 0  # real tokens in the past: one number, or [B] after padding
         self.seen = 0  # tokens so far, padding included
         self.pending: Tokens | None = None  # tokens that `crop` can take back, which are not in the past yet
-        self.is_confirmed = False  # whether `crop` has been called since they were fed
-        self.known: dict[str, Any] = {}  # what decoding makes of the layer's parameters
+        self.is_confirmed = False  # whether `crop` was called after the pending tokens came
+        self.known: dict[str, Any] = {}  # products of the layer's parameters that decoding uses again
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = self.values = key_states.new_empty(0)  # where models look for them there are none
+        self.keys = self.values = key_states.new_empty(0)  # callers may look for both: they are empty
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Counts the new tokens and returns them alone."""
+        """Counts the new tokens, and returns their keys and values without those of earlier tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.seen += key_states.shape[-2]
@@ -64,15 +64,16 @@ class DiJiangCacheLayer(CacheLayerMixin):
     # ------------------------------------------------------------------------------ what the attention module uses
 
     def takes_one(self, valid: Tensor | None) -> bool:
-        """Whether a single token can be written in place. valid: [B, 1] if it is padding in some rows."""
+        """Whether a single token can be written in place. valid: [B, 1], False for padding, or None without padding."""
         return self.past is not None and not self.record_past and valid is None and not torch.is_grad_enabled()
 
     def keep(self, past: Past, count: int | Tensor) -> None:
-        """Takes over what the past became, and how many tokens it is of."""
+        """Replaces the past. count: how many tokens it holds, one number or [B]."""
         self.past, self.count = past, count
 
     def writable_past(self) -> Past:
-        """The past to write to: a copy of what was made under torch.inference_mode() where that has ended."""
+        """The past to write to. Tensors of torch.inference_mode() are copied if that mode has ended, since PyTorch then
+        refuses to change such tensors in place."""
         assert self.past is not None
         if not torch.is_inference_mode_enabled() and self.past.first().is_inference():
             self.past = self.past.map(torch.clone)
@@ -106,11 +107,12 @@ class DiJiangCacheLayer(CacheLayerMixin):
         return self.record_past
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last ``-tokens_to_remove`` tokens exactly. Raises RuntimeError where they are part of the past
-        already: call `activate_past_recording` before feeding them."""
+        """Takes back the last ``-tokens_to_remove`` tokens, and confirms the pending tokens before them. Raises
+        ValueError for a positive number, and RuntimeError if there are not so many pending tokens: others are in the
+        past already."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number: how many tokens to remove")
-        if not self.is_initialized:  # a layer that was left out: early exit
+        if not self.is_initialized:  # early exit left this layer out
             return
         count, kept = -tokens_to_remove, 0 if self.pending is None else self.pending.length
         if count > kept:
@@ -124,16 +126,16 @@ class DiJiangCacheLayer(CacheLayerMixin):
         self.seen -= count
 
     def offload(self) -> None:
-        """Nothing: what is kept is small and stays where it is. (Softmax layers of the same cache are offloaded.)"""
+        """Does nothing: the past is small and stays on its device. (Softmax layers of the same cache are offloaded.)"""
 
     def prefetch(self) -> None:
-        """Nothing, as `offload`."""
+        """Does nothing, since `offload` moves nothing."""
 
 
 class StaticDiJiangCacheLayer(DiJiangCacheLayer):
-    """The same in tensors whose shape and place never change, and which every call writes to: for compiled decoding.
+    """A `DiJiangCacheLayer` for compiled decoding: every call writes to the same tensors.
 
-    Nothing is a Python number that changes from token to token. Tokens can't be taken back.
+    Counts of tokens are tensors, too, so a graph need not be compiled again. Tokens can't be taken back.
     """
 
     is_compileable = True
@@ -142,20 +144,20 @@ class StaticDiJiangCacheLayer(DiJiangCacheLayer):
     def __init__(self, sizes: Sizes, max_cache_len: int) -> None:
         CacheLayerMixin.__init__(self)
         self.sizes = sizes
-        self.max_cache_len = max_cache_len  # of softmax layers in the same cache, whose masks are sized by any layer
+        self.max_cache_len = max_cache_len  # length of softmax layers in the cache: any layer may be asked for it
         self.record_past, self.pending, self.past = False, None, None
         self.known: dict[str, Any] = {}
         self.count, self.seen = torch.tensor(0), torch.tensor(0)  # type: ignore[assignment]
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Makes everything, empty, for as many rows as new keys have, on their device and of their dtype."""
+        """Makes the empty past, with the batch size, the device and the dtype of ``key_states``."""
         super().lazy_initialization(key_states, value_states)
         self.batch_size = key_states.shape[0]
         self.past = self.sizes.empty(self.batch_size, key_states)
         self.count = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
         self.seen = self.seen.to(self.device)  # type: ignore[attr-defined]
-        if not torch.compiler.is_compiling():  # so that CUDA graphs may write to them
+        if not torch.compiler.is_compiling():  # lets CUDA graphs write to the tensors in place
             for x in self._tensors():
                 torch._dynamo.mark_static_address(x)
 
@@ -164,12 +166,13 @@ class StaticDiJiangCacheLayer(DiJiangCacheLayer):
         return [*self.past.tensors(), self.count, self.seen]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Counts the new tokens. Raises ValueError for another batch, and where a gradient is wanted of the past."""
+        """Counts the new tokens, and returns their keys and values. Raises ValueError for another batch size, for keys
+        that need a gradient, and in an export that would take the count for a constant."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.batch_size:
             raise ValueError(f"this static cache holds {self.batch_size} rows, not {key_states.shape[0]}: make another")
-        if isinstance(key_states, FakeTensor) and not isinstance(self.count, FakeTensor):  # constant in the program
+        if isinstance(key_states, FakeTensor) and not isinstance(self.count, FakeTensor):
             raise ValueError("a static cache that is part of an exported module needs torch.export with strict=True")
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise ValueError("a static cache is written in place and keeps no gradient: call under torch.no_grad()")
@@ -213,7 +216,7 @@ class StaticDiJiangCacheLayer(DiJiangCacheLayer):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.is_initialized:
             rows = beam_idx.to(self.device)
-            for x in self._tensors()[:-1]:  # all but `seen`
+            for x in self._tensors()[:-1]:  # the last is `seen`, one number for all rows
                 x.copy_(x.index_select(0, rows))
 
     def activate_past_recording(self) -> None:
@@ -227,32 +230,33 @@ class StaticDiJiangCacheLayer(DiJiangCacheLayer):
 
 
 def preceding(tokens: Tensor, first: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """At each place of tokens [B, A, N, D] the real token before it, and the last one of all [B, A, 1, D].
+    """The real token before each of ``tokens``, [B, A, N, D], and the last real token, [B, A, 1, D].
 
-    first: what came before them. valid: [B, N], False for padding, or None.
+    tokens: [B, A, N, D], queries and keys. first: [B, A, 1, D], the token before all of them. valid: [B, N], False for
+    padding, or None without padding.
     """
     every = torch.cat([first, tokens], 2)
     if valid is not None:
         places = torch.arange(1, every.shape[2], device=valid.device)
-        last = F.pad(torch.where(valid, places, 0).cummax(1).values, (1, 0))  # of real tokens so far
+        last = F.pad(torch.where(valid, places, 0).cummax(1).values, (1, 0))  # index of the last real token
         every = every.gather(2, last[:, None, :, None].expand_as(every))
     return every[:, :, :-1], every[:, :, -1:]
 
 
 def cache_layer(cache: Cache, layer_idx: int, sizes: Sizes) -> DiJiangCacheLayer:
-    """The DiJiang layer at ``layer_idx``, put in place of the plain and still empty one that generate() made.
+    """The DiJiang layer at ``layer_idx`` of a cache. It replaces a plain empty layer, as generate() makes them.
 
-    Raises ValueError where the layer holds tokens of another kind of cache, or is
-    of an unknown kind.
+    sizes: of the layer's past. Raises ValueError for a layer that holds a softmax model's tokens, that another version
+    of this code made, or that is of an unknown kind.
     """
-    while len(cache.layers) <= layer_idx:  # caches that grow their layers when first updated
+    while len(cache.layers) <= layer_idx:  # some caches add a layer at its first update
         cache.layers.append(DynamicLayer())
     layer = cache.layers[layer_idx]
     if isinstance(layer, DiJiangCacheLayer):
         return layer
     if type(layer).__name__ in (DiJiangCacheLayer.__name__, StaticDiJiangCacheLayer.__name__):
         raise ValueError("this cache was made by another DiJiang version: start from an empty cache")
-    has_place = type(layer).__name__ != "DummyLayer"  # which stands for a layer that takes keys and values of another
+    has_place = type(layer).__name__ != "DummyLayer"  # that stands for a layer which borrows keys and values
     if has_place and not isinstance(layer, DynamicLayer | StaticLayer):
         raise ValueError(
             f"a converted layer can't use {type(layer).__name__}: pass a DynamicCache, a StaticCache or none"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 if TYPE_CHECKING:
-    # Makes dynamic loading treat all files as one: they are hashed together. Each is named, since transformers too old
-    # for this code copies no others, and would fail over them before it can be told its age below.
+    # Dynamic loading hashes a file together with the files that it imports: so two versions of the code are told apart.
+    # Each file is named here, since old versions of transformers copy only these, and have to reach the check below.
     from .attention import DiJiangAttention  # noqa: F401
     from .cache import DiJiangCacheLayer  # noqa: F401
     from .decay import StateDecay  # noqa: F401
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 REQUIRES_TRANSFORMERS = "5.18.0"
 
-# Before anything else of transformers is named: an old one may not have it. Development versions count as released.
+# This comes before any other name of transformers, which an old version may lack. A development version counts as its
+# release.
 if [int(n) for n in transformers.__version__.split(".")[:2]] < [int(n) for n in REQUIRES_TRANSFORMERS.split(".")[:2]]:
     raise ImportError(
         f"this DiJiang checkpoint needs transformers >= {REQUIRES_TRANSFORMERS}, found {transformers.__version__}: "
@@ -40,27 +41,30 @@ if [int(n) for n in transformers.__version__.split(".")[:2]] < [int(n) for n in 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What replaces softmax in every converted layer. Raises ValueError for a combination that means nothing.
+    """The attention that replaces softmax in every converted layer: a recipe's kernel. Sizes are in tokens.
 
-    window: how many keys before a token keep their exact softmax weight at least: those of its own block and of
-        window / block blocks before it. 0 keeps none, not even the token's own.
-    sinks: how many of the first tokens keep a row of their own for ever, in 8 bits a number (encoders: as they are).
-    memory: how many of all other keys that left the window keep one, those with the best scores.
-    block: tokens that leave the window together.
-    far: a state of all keys that left the window. False has none: what is in no exact row is forgotten.
-    signed: features of y and −y (2·head_dim of them) instead of y alone.
+    window: the fewest tokens before a query that its window holds. The window is the query's own block and the
+        window / block blocks before it; 0 for none, so that not even the query's own key is exact.
+    sinks: how many of the first tokens keep a row of the table for ever, in 8 bits a number (encoders: unrounded).
+    memory: how many other keys keep a row once they have left the window: those with the best scores.
+    block: how many tokens leave the window together.
+    far: whether keys that leave the window enter a state. Without a state a key that has no row is forgotten.
+    signed: whether features are made of y and −y, 2·head_dim of them, or of y alone.
     frequency: start of the learned diagonal T, or "quasi-random" for the paper's fixed one.
-    projection: adds the learned W to T C.
-    learned_features: D, a, c and b are learned too; False leaves softmax(T C x̂) with no log-scale.
-    rotary: "keep" computes far features after rotary embedding, "remove" undoes it for them.
-    decay: "learned" a key/value head, "retnet" fixed a query head, or "none".
-    selective: a key's log-scale and decay depend on its token's hidden state too (as in selective state spaces).
-    decay_rank: each feature decays at a rate of its own besides, which the hidden state moves through so many numbers
-        (as in gated linear attention); 0 for one decay a head.
-    shift: far queries and keys have a learned share of the token before (a convolution of width 2, as linear attentions
-        that are trained from scratch have it).
-    normalize: False drops the denominator.
-    gate: group norm a head and an output gate SiLU(x W_G).
+    projection: whether a learned W is added to T C.
+    learned_features: whether D, a, b and c are learned; without them features are softmax(T C x̂) and have no log-scale.
+    rotary: features are made of queries and keys with rotary embedding ("keep") or without it ("remove").
+    decay: "learned" for each key/value head, "retnet" for RetNet's, fixed for each query head, or "none".
+    selective: whether a token's hidden state moves the decay and its key's log-scale (as in selective state spaces).
+    decay_rank: rank of the map from the hidden state to one more decay for each feature (as in gated linear attention,
+        arXiv 2312.06635); 0 for a decay of each head alone.
+    shift: whether features see queries and keys with a learned share of the previous token's added, a convolution of
+        width 2.
+    normalize: whether the weighted sum of values is divided by the sum of weights.
+    gate: whether the output has group norm a head and a gate SiLU(x W_G).
+    seed: of all that is drawn at random, a "quasi-random" T and the start of learned parameters.
+
+    Raises ValueError for a value out of range, and for values that exclude each other.
     """
 
     window: int = 128
@@ -124,14 +128,17 @@ class Kernel:
 class Layers:
     """Which layers are converted, and the shape of their attention.
 
-    attention_class, attention_name: the class of the source's attention modules, and the name that their parents have
-        for them. Those whose `layer_index` is in `layers` get the kernel.
+    attention_class, attention_name: the class of the source's attention modules, and the attribute of their parents
+        that holds them. Such modules get the kernel if `layers` has their `layer_index`.
+    layers: the numbers of the converted layers.
+    heads, kv_heads, head_dim, value_dim: query heads, key/value heads, and the width of a key and of a value.
+    hidden_size: width of the attention module's input.
     rotates: whether attention has rotary embedding, so that it depends on positions.
-    rotary_dim: how much of each head, the first part, the model's rotary function takes; 0 for none.
+    rotary_dim: how many numbers of each head, the first ones, the model's rotary function takes; 0 for none.
+    unrotated: those of `layers` that have no rotary embedding, in a model where other layers do.
     borrowing: those of `layers` that take keys and values of an earlier layer, and don't update the cache.
-    unrotated: those of `layers` that have no rotary embedding, in a model where others do.
-    memory: rows of memory of each key/value head of each of `layers`, where they share it unequally.
-    causal: whether a token sees those before it alone; False in encoders.
+    memory: for each of `layers`, the rows of memory of each key/value head, where heads have different numbers.
+    causal: whether a token sees only itself and those before it; False in encoders.
     """
 
     attention_class: str
@@ -155,7 +162,10 @@ class Layers:
 
 
 def read_section(config: transformers.PreTrainedConfig) -> tuple[Kernel, Layers]:
-    """The kernel and the layers that a converted model's config names. Raises ValueError for another version's."""
+    """The kernel and the layers that the section ``dijiang`` of a converted model's config names.
+
+    Raises ValueError for a section of another version, and for a memory that does not fit the layers or the kernel.
+    """
     section: dict[str, Any] = config.dijiang  # type: ignore[attr-defined]
     if "block" not in section["kernel"] or not set(section["kernel"]) <= {field.name for field in fields(Kernel)}:
         raise ValueError(
@@ -186,13 +196,14 @@ class DiJiangConfigMixin:
 
     def __post_init__(self, **kwargs: Any) -> None:
         if kwargs.get("attn_implementation") is None:
-            # Of a multimodal model the text part alone; the others keep what they choose themselves.
+            # In a multimodal model only the text part gets it; the other parts keep their own choice.
             text = [name for name in ("decoder", "generator", "text_config") if name in self.sub_configs]  # type: ignore[attr-defined]
             kwargs["attn_implementation"] = dict.fromkeys(["", *text], "dijiang") if text else "dijiang"
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
 
 def __getattr__(name: str) -> type:
+    """Builds `DiJiang<Name>Config` when it is first asked for."""
     base = getattr(transformers, name.removeprefix("DiJiang"), None) if name.startswith("DiJiang") else None
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedConfig)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

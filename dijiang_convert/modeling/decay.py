@@ -1,13 +1,15 @@
-"""What the state forgets: a decay of each head and one of each feature, which tokens' hidden states move.
+"""The decay of the state: how much of the state each token keeps, by head and by feature.
 
     log γ = −λ − δ_f,    λ = 4 σ(r − log 4 + w·x) of a head,    δ_f = ½ σ(p_f − log ½ + (B A x)_f) of a feature
 
-so that λ is about e^r and δ_f about e^{p_f} while they are small. x is the token's hidden state, scaled to length 1 a
-number. Without w, λ is e^r. The same hidden state adds u·x to the
-log-scale of its key.
+x is the token's hidden state, scaled to a root mean square of 1, and σ the logistic function: λ is about e^r and δ_f
+about e^{p_f} while both are small. The hidden state also adds u·x to the log-scale of the token's key. Without
+``selective`` λ is e^r and u is 0, without ``decay_rank`` δ_f is 0; ``decay: retnet`` has RetNet's fixed γ instead.
 
-Shape legend: B batch, H query heads, G key/value heads, N tokens, F features, X numbers that a hidden state
-is made into.
+This module only computes decays; `state` applies them. Rates that depend on the token are those of gated linear
+attention (arXiv 2312.06635).
+
+Shape legend: B batch, H query heads, G key/value heads, N tokens, D head_dim, F features, X numbers of a token's gates.
 """
 
 import math
@@ -21,13 +23,13 @@ from transformers import initialization as init
 from .configuration_dijiang import Kernel
 from .state import Decay, accumulated
 
-FASTEST_HEAD = 4.0  # −log of what a head's state keeps at least when a token enters: a single one can wipe it out
-FASTEST = 0.5  # the same of a feature's; summed up over a block it stays a power of e that float32 holds
+FASTEST_HEAD = 4.0  # largest λ: a single token can leave less than a fiftieth of a head's state
+FASTEST = 0.5  # largest δ_f: a sum over 64 tokens is at most 32, and float32 holds e^32 and e^−32
 
 
 class TokenGates(nn.Module):
-    """Makes a token's hidden state into X numbers: two of each key/value head if ``selective``, what it adds to the
-    log-scale of its key and to r; then ``decay_rank`` more, A x."""
+    """A token's gates: X numbers, projections of its hidden state x. With ``selective`` each key/value head has two of
+    them, u·x and w·x; the last ``decay_rank`` are A x."""
 
     def __init__(self, kv_heads: int, hidden_size: int, kernel: Kernel) -> None:
         super().__init__()
@@ -45,7 +47,8 @@ class TokenGates(nn.Module):
                 init.normal_(parameter, std=self.hidden_size**-0.5)
 
     def forward(self, hidden_states: Tensor, known: dict[str, Any] | None = None) -> Tensor:
-        """[B, N, hidden] → [B, 1, N, X]. known: where the weight is kept between calls, or None."""
+        """The gates, [B, 1, N, X], in the accumulation dtype. hidden_states: [B, N, hidden]. known: a dictionary that
+        keeps the weight between calls, or None."""
         x = accumulated(hidden_states)
         weight = None if known is None else known.get("weight")
         if weight is None:
@@ -57,7 +60,7 @@ class TokenGates(nn.Module):
 
 
 class StateDecay(nn.Module):
-    """The decays of a state, and what is added to the log-scales of its keys, from what `TokenGates` makes."""
+    """Turns the gates of `TokenGates` into decays of the state and additions to the log-scales of keys."""
 
     log_decay: Tensor
 
@@ -83,9 +86,12 @@ class StateDecay(nn.Module):
             init.constant_(self.feature_decay, math.log(1 / 256))
 
     def forward(self, k: Tensor, gates: Tensor | None, heads: slice = slice(None)) -> tuple[Decay, Tensor | None]:
-        """Of keys [B, G, N, D], of which only their number counts, and gates [B, 1, N, X]: decays [B, G, N, 1 or F], of
-        a fixed decay a query head [B, H, N, 1]; and what is added to log-scales, [B, G, N, 1], or None. heads: those
-        that k has."""
+        """The decay, [B, G, N, 1 or F] in each part ([B, H, N, 1] with ``decay: retnet``), and what is added to
+        log-scales, [B, G, N, 1], or None.
+
+        k: [B, G, N, D], keys, of which only the shape counts. gates: [B, 1, N, X], from `TokenGates`, or None. heads:
+        which of the layer's key/value heads k has.
+        """
         head, features, log_scale, moved = None, None, None, None
         if gates is not None and self.kernel.selective:
             both = gates[:, 0, :, : 2 * self.kv_heads].unflatten(-1, (-1, 2)).transpose(1, 2)
@@ -107,5 +113,5 @@ class StateDecay(nn.Module):
 
 
 def _bounded(x: Tensor, bound: float) -> Tensor:
-    """−bound · σ(x), which is −e^{x + log bound} where that is small."""
+    """−bound · σ(x), which is about −e^{x + log bound} where that is small."""
     return x.sigmoid() * -bound

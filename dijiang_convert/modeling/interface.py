@@ -1,6 +1,7 @@
-"""The attention function and the mask that transformers' interfaces call, of converted models.
+"""The attention function and the mask function "dijiang", which transformers' interfaces call in converted models.
 
-A mask is passed around as flash attention's is: [B, keys], True for real tokens, or None if all are.
+Both translate arguments, and leave attention to `attention` or to the source's softmax. A mask has the form of flash
+attention's: [B, keys], True for real tokens, or None if all are.
 
 Shape legend: B batch, H query heads, G key/value heads, N new tokens, D head_dim, V value head_dim.
 """
@@ -43,8 +44,15 @@ def dijiang_attention(
     dijiang: Call | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as `AttentionInterface` calls it: a thin dispatcher to the module's child, so that checkpoints of
-    several versions can share the name. Layers that were not converted get softmax attention."""
+    """Attention as `AttentionInterface` calls it, [B, N, H, V]; and None, for it has no weights to return.
+
+    The module's child computes it, so checkpoints of several versions can share the name "dijiang". A module without a
+    child, whose layer is not converted, gets `softmax_attention`.
+
+    query: [B, H, N, D], key: [B, G, N, D], value: [B, G, N, V]. attention_mask: from `dijiang_mask`, or the documents
+    of `packed_arguments`. dijiang: from `_hand_over`. Raises RuntimeError where that hook is missing, and
+    NotImplementedError for arguments that the kernel does not follow.
+    """
     if not hasattr(module, "dijiang"):
         return softmax_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if dijiang is None:
@@ -83,8 +91,9 @@ def softmax_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The source's attention from the mask that DiJiang models pass around (see `dijiang_mask`): PyTorch's SDPA, or the
-    model's own function where that can't do it (soft-capped logits, sinks)."""
+    """Softmax attention of a layer that is not converted, under the masks of a converted model: by PyTorch's SDPA or,
+    for soft-capped logits and sinks, by the model's own function. Arguments and result are those of
+    `dijiang_attention`, but keys and values are those of all tokens so far."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
     queries, keys = query.shape[2], key.shape[2]
@@ -94,7 +103,7 @@ def softmax_attention(
     if segments is not None:
         attention_mask = packed_mask(segments, visible if causal else bidirectional_mask_function)
     elif attention_mask is not None and attention_mask.dim() == 4:
-        if attention_mask.shape[2] == queries + 1:  # of a static cache, see `static_mask`
+        if attention_mask.shape[2] == queries + 1:  # the last row of `static_mask` is of no query
             attention_mask = attention_mask[:, :, :-1]
     elif causal:
         if attention_mask is not None:
@@ -119,7 +128,8 @@ def softmax_attention(
 
 
 def _sliding_window(module: nn.Module) -> int | None:
-    """The window of a sliding layer whose module does not say it in its call."""
+    """The sliding window that the config gives a layer, for modules that don't pass it to their attention function;
+    None for other layers."""
     config: Any = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
     if types is not None and types[module.layer_idx] != "sliding_attention":
@@ -138,12 +148,14 @@ def dijiang_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask as DiJiang attention wants it: [B, keys], True for real tokens, or None if all are. The keys are the
-    new ones; where softmax layers are left, all so far. (Of packed documents: see `packing`; of a cache that has places
-    for tokens to come: `static_mask`.)
+    """The padding mask of converted layers, as `AttentionMaskInterface` calls it: [B, keys], True for real tokens, None
+    if all are. The keys are the new tokens, or all so far if some layers are softmax. A static cache, which has slots
+    for later tokens, gets `static_mask`.
 
-    Layers that see less or more than all tokens before (sliding, chunked, images) get transformers' own mask,
-    [B, 1, N, keys], unless they were converted too."""
+    Sliding and chunked layers that are not converted, and images, get transformers' own mask, [B, 1, N, keys].
+
+    attention_mask: [B, tokens so far], 0 for padding, or None. The other arguments are transformers'.
+    """
     layers, local_size = converted_layers(config), kwargs.pop("local_size", None)
     sizes: dict[str, Any] = {
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
@@ -174,8 +186,12 @@ def static_mask(
     converted: bool,
     **arguments: Any,
 ) -> Tensor | None:
-    """The mask for a static cache: [B, 1, N + 1, keys], True where a new token sees a key, and in a last row which of
-    the new tokens are real (see `real_tokens`). That row alone, [B, 1, 1, N], where every layer is ``converted``."""
+    """The mask for a static cache, [B, 1, N + 1, keys]: True where a new token sees a key. Its last row has no query:
+    it ends with True for new tokens that are real (see `real_tokens`).
+
+    converted: whether all layers are. Then the mask is that end alone, [B, 1, 1, N], or None if all tokens are real.
+    The other arguments are those of `dijiang_mask`.
+    """
     real = None
     if attention_mask is not None:
         real = attention_mask[:, torch.arange(q_length, device=attention_mask.device) + q_offset]
@@ -191,9 +207,10 @@ def static_mask(
 
 
 def real_tokens(mask: Tensor, count: int) -> Tensor:
-    """Which of the ``count`` new tokens are not padding, [B, N], by a mask of `dijiang_mask`.
+    """Which of the ``count`` new tokens are not padding, [B, N].
 
-    Raises NotImplementedError for a mask that is no causal one."""
+    mask: from `dijiang_mask`. Raises NotImplementedError for any other mask of four dimensions.
+    """
     if mask.dim() == 4:
         if mask.shape[2] != count + 1 and mask.shape[2:] != (1, count):
             raise NotImplementedError(
@@ -205,17 +222,18 @@ def real_tokens(mask: Tensor, count: int) -> Tensor:
 
 
 def is_all(mask: Tensor) -> bool:
-    """Whether every token is real. False where that can't be asked: compiled graphs see no values."""
+    """Whether every token of a mask is real; False in a compiled graph, which can't look at values."""
     return not torch.compiler.is_compiling() and bool(mask.all())
 
 
 def converted_layers(config: Any) -> set[int]:
+    """The numbers of the layers that a config's section ``dijiang`` names; none for a config without this section."""
     section = getattr(config, "dijiang", None)
     return set() if section is None else set(section["layers"])
 
 
 def _local_layers(config: Any) -> set[int]:
-    """Those that see a part of the tokens before: all of them where the config does not tell layers apart."""
+    """The layers that see only a part of the tokens before; all layers if the config does not tell them apart."""
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return {i for i, kind in enumerate(types) if kind in ("sliding_attention", "chunked_attention")}
 

@@ -6,13 +6,15 @@
 |---|---|---|
 | sinks and memory, in 8 bits: of keys that left the window, the first ones and those with the best scores | s·q·k | v |
 | window: the keys of the query's own block and of P blocks before it | s·q·k | v |
-| state: a row for each feature, see `state` | log e^{g(q)} φ_f(q) + log_weight_f | value_f |
+| state: the rows that `state` keeps, one for each feature | log e^{g(q)} φ_f(q) + log_weight_f | value_f |
 
 The table moves in blocks of C tokens. When a block is full, the oldest block of the window leaves it: its keys enter
-the state, and the best of them and of the memory stay as exact rows. A key is scored once, as it leaves: the attention
-it received inside the window, times its recall error, which is how far what the state answers to it lies from its value
-(arXiv 2505.23666). Neither depends on the memory, so all blocks of a text are computed together (`attend_blocks`);
-only the state is summed up along them. `attend_token` and `advance` do the same for one token and for one block.
+the state, and the best of its keys and of the memory stay as exact rows. A key is scored once, as it leaves: by the
+attention that it received inside the window, times its recall error, the squared distance from its value to what the
+state answers to the key (arXiv 2505.23666). Neither factor depends on the memory, so all blocks of a text are computed
+together (`attend_blocks`), and only the state is a sum along the blocks. `step` has the same for one token.
+
+Nothing here has parameters: `feature_map` and `decay` make what enters, and `layout` puts tokens in blocks.
 
 Shape legend: B batch, H query heads, G key/value heads, X = B·G, R = H / G, D head_dim, V value head_dim, F features,
 n blocks, C tokens of a block, T = n·C, P blocks of the window before the query's own, L = (P + 1)·C, M rows of sinks
@@ -40,8 +42,8 @@ def attend_blocks(
 ) -> tuple[Tensor, Table]:
     """Attention of all tokens of a text, in products over blocks.
 
-    table: what came before the first of them, or None. Returns the output [B, H, T, V] in the accumulation dtype and
-    the table after the last token of each row, without what only features need (far_k and gates).
+    queries, keys: in the slots of ``layout``. table: of the tokens before, or None. Returns the output, [B, H, T, V],
+    in the accumulation dtype, and the table after each row's last token. The caller adds the table's far_k and gates.
     """
     queries, logits = logits.scaled(queries)
     biases = layout.window_bias(queries.q), layout.causal_bias(queries.q)
@@ -60,8 +62,10 @@ def attend_blocks(
 
 
 def attend_both_sides(queries: Queries, keys: Keys, layout: Layout, kernel: Kernel, logits: Logits) -> Tensor:
-    """The same without order, for encoders: P blocks on both sides are exact, the state is of all others, and the
-    memory is of the whole text. keys.k, keys.v: [B, G, T, D or V]; keys.written: of all blocks. Returns [B, H, T, V].
+    """Attention of an encoder's tokens, [B, H, T, V]: over the query's own block and P blocks on either side exactly,
+    over a state of all keys outside of these, and over a memory of the whole text.
+
+    keys: k, v: [B, G, T, D or V], without the P blocks before; written: of all n blocks, in one piece.
     """
     queries, logits = logits.scaled(queries)
     k, v = (F.pad(x, (0, 0, layout.before, layout.before)) for x in (keys.k, keys.v))
@@ -75,10 +79,10 @@ def attend_both_sides(queries: Queries, keys: Keys, layout: Layout, kernel: Kern
 
 
 class _Near(NamedTuple):
-    """The window's part of the table.
+    """The window's logits, and the attention that its keys receive. L is (2·P + 1)·C for encoders.
 
-    logits: [X, n, R·C, L], in pieces [blocks, R·C, L]. received: [B, G, n, L], the attention of a block's queries to
-    the keys of its window: the sum of their softmax over the window alone. pieces: how [X, n, …] is divided.
+    logits: [X, n, R·C, L], in pieces [blocks, R·C, L]. received: [B, G, n, L], the sum of a block's queries' weights,
+    in a softmax over the window alone; 0 without a memory. pieces: how [X, n, …] is divided.
     """
 
     logits: list[Tensor]
@@ -96,8 +100,9 @@ class _Near(NamedTuple):
         kernel: Kernel,
         logits: Logits,
     ) -> "_Near":
-        """block_bias: [B or 1, n, L], NEVER for keys that no query of a block sees. token_bias: [C, L], the same for
-        each query of a block, or None."""
+        """q: [B, H, T, D], queries. k: [B, G, P·C + T, D], keys (for encoders with P blocks more at the end).
+        block_bias: [B or 1, n, L], NEVER for keys that no query of a block sees. token_bias: [C, L], NEVER for keys
+        that come after a query, or None."""
         batch, kv_heads = k.shape[:2]
         own = layout.to_blocks(q, kv_heads)
         repeats = own.shape[2] // layout.block
@@ -105,7 +110,7 @@ class _Near(NamedTuple):
         rows = block_bias.shape[-1] + kernel.sinks + kernel.memory + 2 * q.shape[-1]
         pieces = _Pieces.of(len(own), layout.blocks, own.shape[2] * rows, q)
         hidden = block_bias[:, None].expand(batch, kv_heads, -1, -1).flatten(0, 1)[:, :, None]
-        counted = layout.real.view(-1, 1, layout.blocks, 1, layout.block)  # the queries whose attention counts
+        counted = layout.real.view(-1, 1, layout.blocks, 1, layout.block)  # padding gives no attention
         counted = counted.expand(batch, kv_heads, -1, repeats, -1).flatten(3).flatten(0, 1)[:, :, None]
         token_bias = None if token_bias is None else token_bias.repeat(repeats, 1)
 
@@ -122,10 +127,10 @@ class _Near(NamedTuple):
 
 
 class _Pieces(NamedTuple):
-    """How [X, n, …] is divided to be worked on, in pieces [blocks, …]: ``rows`` of X together, or where that is 0 a
-    ``run`` of a row's n.
+    """How tensors [X, n, …] are divided into pieces [blocks, …], which are computed one after the other: ``rows`` of X
+    with all their blocks or, where ``rows`` is 0, a ``run`` of one row's blocks.
 
-    By split and unbind, not by index: the gradient of an index is as large as all pieces together.
+    Pieces are made by split and unbind, since the gradient of an index is as large as all pieces together.
     """
 
     rows: int
@@ -133,7 +138,7 @@ class _Pieces(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, blocks: int, numbers: int, like: Tensor) -> "_Pieces":
-        """rows: X. blocks: n. numbers: logits that a block has."""
+        """rows: X. blocks: n. numbers: how many logits a block has. like: a tensor on the device that computes."""
         run = piece_size(blocks, numbers, like)
         return cls(0, run) if run < blocks else cls(piece_size(rows, blocks * numbers, like), 0)
 
@@ -143,15 +148,15 @@ class _Pieces(NamedTuple):
         return [piece for row in x.unbind(0) for piece in row.split(self.run)]
 
     def join(self, pieces: list[Tensor], blocks: int) -> Tensor:
-        """[X, n, …] of its pieces."""
+        """The inverse of `split`: [X, n, …]. blocks: n."""
         joined = torch.cat(pieces)
         return joined.view(-1, blocks, *joined.shape[1:])
 
 
 def _received(near: _Near, layout: Layout, cached: Tensor | None) -> Tensor:
-    """The attention that each key has received from all blocks that have it in their window, [B, G, slots].
+    """The attention that each key has received from all blocks that have it in their window, [B, G, P·C + T].
 
-    cached: [B, G, L], what the first of them had received before."""
+    cached: [B, G, L], what the keys of the table's window had received before, or None."""
     parts = near.received.unflatten(3, (-1, layout.block)).unbind(3)
     total = sum(F.pad(part, (0, 0, i, len(parts) - 1 - i)) for i, part in enumerate(parts))
     assert isinstance(total, Tensor)
@@ -161,9 +166,10 @@ def _received(near: _Near, layout: Layout, cached: Tensor | None) -> Tensor:
 
 
 def states_of_both_sides(written: Written, layout: Layout) -> State:
-    """The state that each block of an encoder reads: of all keys of its text but those of its window.
+    """The state that each block of an encoder reads, [B, G, n, …]: of all keys of its document but those of its window.
 
-    written: of all n blocks. Before and after a block are summed up apart, each with the decay of the keys between."""
+    written: what all n blocks write. The keys before and after the window are summed apart, each side with the decay of
+    its own keys."""
     sides = []
     for side, around in ((written, layout), (written.map(lambda x: x.flip(2, 3)), layout.flip())):
         side = side.map(lambda x: F.pad(x, (0, 0, 0, 0, layout.before // layout.block, 0))[:, :, : layout.blocks - 1])
@@ -184,7 +190,8 @@ def _attend(
     layout: Layout,
     logits: Logits,
 ) -> Tensor:
-    """One softmax over all rows of the table: [B, H, T, V]."""
+    """The output, [B, H, T, V]: one softmax over all rows of the table. v: [B, G, P·C + T, V], the values of the keys
+    from which `_Near` was made. states: [B, G, n, …], what each block reads."""
     batch, kv_heads = v.shape[:2]
     own = layout.to_blocks(queries.q, kv_heads)
     window = v.flatten(0, 1).unfold(1, near.received.shape[-1], layout.block).mT  # [X, n, L, V]
@@ -209,12 +216,14 @@ def _attend(
 
 
 def softmax_over_rows(part: dict[str, Tensor], logits: Logits) -> tuple[Tensor, Tensor]:
-    """The softmax of some queries [A, N, D] over their rows, times the values: [A, N, V]; and its first weights, those
-    of ``near``, [A, N, L]. A: any things apart.
+    """One softmax over the rows of A tables, for N queries of each: the output, [A, N, V], and the weights of the
+    window's keys, [A, N, L]. ``part`` has the window, and may have other parts of a table:
 
-    near [A, N, L] and window [A, L, V]: of the window. own, k, v, hidden: queries, rows of the memory, and what is
-    added to their logits, if anything. features [A, N, F], weight, value: of the state. sink: [A, N, 1]. All but the
-    first two may be missing."""
+    near: [A, N, L], logits of the window's keys. window: [A, L, V], their values.
+    own: [A, N, D], queries. k, v: [A, M, D or V], sinks and memory. hidden: [A, 1, M], NEVER for rows that are unseen.
+    features: [A, N, F], log features of queries. weight: [A, 1, F] and value: [A, F, V], the state's.
+    sink: [A, N, 1], a logit that has no value.
+    """
     rows, values = [part["near"]], [part["window"]]
     if "k" in part:
         memory = logits.of(part["own"], part["k"])
@@ -235,7 +244,8 @@ def softmax_over_rows(part: dict[str, Tensor], logits: Logits) -> tuple[Tensor, 
 def _table_after(
     keys: Keys, received: Tensor, states: State | None, memory: Memory | None, layout: Layout, kernel: Kernel
 ) -> Table:
-    """The table after each row's last token."""
+    """The table after each row's last token. received: [B, G, P·C + T], attention that keys have received. states: what
+    blocks read. memory: the rows that they read beside the window, or None."""
     most = kernel.sinks + kernel.memory
     k, v = layout.last_window(keys.k), layout.last_window(keys.v)
     score = received.new_full((*k.shape[:2], most), -torch.inf)

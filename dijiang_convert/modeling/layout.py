@@ -1,10 +1,12 @@
-"""Where tokens lie in blocks.
+"""The places of tokens in blocks, settled before attention sees the tokens.
 
-Blocks count from a row's first real token, or a document's where a row has several. So tokens are moved before
-attention sees them: padding goes, and each document begins a block of its own.
+Blocks count from the first real token of a row, or of each document in a packed row. So tokens are moved to slots:
+padding gets none, and each document begins a block. This module moves tensors and says which slots see each other; it
+computes no attention.
 
-Shape legend: B batch, A heads of any kind, N new tokens, n blocks, C tokens of a block, T = n·C slots, P blocks of the
-window, L = (P + 1)·C slots that a cache keeps: those of P blocks and of the block after them.
+Shape legend: B batch, H query heads, G key/value heads, X = B·G, R = H / G, A heads of any kind, N new tokens, n
+blocks, C tokens of a block, T = n·C slots, P blocks of the window before the query's own, L = (P + 1)·C slots of a
+window, D head_dim or any width.
 """
 
 from typing import NamedTuple
@@ -17,15 +19,15 @@ from .state import NEVER, accumulation_dtype
 
 
 class Layout(NamedTuple):
-    """The slots of new tokens. Slot 0 is the first of the block that the last cached token is in.
+    """The slots of new tokens. Slot 0 begins the block that holds the last cached token.
 
-    block, blocks: C, and n. before: P · C, the slots before slot 0 that keys have and queries don't.
+    block, blocks: C and n. before: P · C, the number of slots before slot 0, which only keys have.
     age: [B or 1, n], which block of its document a block is, counted from 0.
-    offset: how many tokens of block 0 are cached: one number, or [B] where rows differ.
-    real: [B or 1, T], which slots have a new token.
-    source: [B, T], the new token in each slot, or None where rows are alike: then tokens follow one another from slot
-        `offset` on. target: [B, N], the slot of each new token, or None as well.
-    last: the block of each row's last token: one number, or [B].
+    offset: how many tokens of block 0 are cached, one number or [B].
+    real: [B or 1, T], True for slots that have a new token.
+    source: [B, T], the new token in each slot, or None if in every row tokens follow one another from slot `offset` on.
+    target: [B, N], the slot of each new token, or None as `source`.
+    last: the block of each row's last token, one number or [B].
     """
 
     block: int
@@ -40,7 +42,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def plain(cls, length: int, block: int, before: int, count: int, device: torch.device) -> "Layout":
-        """Rows without padding, after ``count`` cached tokens each."""
+        """The layout of N = ``length`` tokens without padding, which follow ``count`` cached tokens in every row."""
         first = max(count - 1, 0) // block
         offset = count - first * block
         blocks = -(-(offset + length) // block)
@@ -51,11 +53,11 @@ class Layout(NamedTuple):
 
     @classmethod
     def padded(cls, valid: Tensor, block: int, before: int, count: Tensor) -> "Layout":
-        """Rows with padding anywhere, after ``count`` [B] cached tokens. valid: [B, N], False for padding."""
+        """The layout of rows with padding anywhere. valid: [B, N], False for padding. count: [B], cached tokens."""
         length = valid.shape[1]
         first = (count - 1).clamp(min=0) // block
         offset = count - first * block
-        rank = valid.long().cumsum(1)  # from 1 on
+        rank = valid.long().cumsum(1)  # of a real token in its row, from 1 on
         blocks = -(-(block + length) // block)  # offset is at most a block
         target = torch.where(valid, offset[:, None] + rank - 1, blocks * block)
         age = first[:, None] + torch.arange(blocks, device=valid.device)
@@ -64,15 +66,15 @@ class Layout(NamedTuple):
 
     @classmethod
     def packed(cls, documents: Tensor, block: int, before: int) -> "Layout":
-        """Rows of several documents and no cache. documents: [B, N], the number of each token's document.
+        """The layout of packed rows, which have no cache. documents: [B, N], the number of each token's document.
 
-        A compiled graph has room for as many documents in a row as it has blocks; more of them are an error.
+        A compiled graph has 2·⌈N / C⌉ + 1 blocks, enough for ⌈N / C⌉ + 1 documents a row; a row that needs more fails.
         """
         length = documents.shape[1]
         places = torch.arange(length, device=documents.device)
         starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-        position = places - torch.where(starts, places, 0).cummax(1).values  # in the document
-        index = (position % block == 0).long().cumsum(1) - 1  # of each token's block
+        position = places - torch.where(starts, places, 0).cummax(1).values  # of a token in its document
+        index = (position % block == 0).long().cumsum(1) - 1  # the block of each token
         if torch.compiler.is_compiling():
             blocks = 2 * -(-length // block) + 1
             torch._assert_async((index < blocks).all(), "a compiled graph takes no row with more documents than blocks")
@@ -87,7 +89,7 @@ class Layout(NamedTuple):
     def _from_targets(
         cls, target: Tensor, block: int, blocks: int, before: int, age: Tensor, offset: Tensor, last: Tensor
     ) -> "Layout":
-        """Tokens whose target lies behind the last slot are padding."""
+        """The layout that puts tokens into given slots. target: [B, N], a token's slot, or T for padding."""
         slots, length = blocks * block, target.shape[1]
         source = torch.full((target.shape[0], slots + 1), -1, dtype=torch.long, device=target.device)
         places = torch.arange(length, device=target.device).expand_as(target)
@@ -96,7 +98,7 @@ class Layout(NamedTuple):
         return cls(block, blocks, before, age, offset, source >= 0, source.clamp(min=0), target, last)
 
     def queries(self, new: Tensor) -> Tensor:
-        """[B, A, N, D] → [B, A, T, D]. What lies in slots without a new token means nothing."""
+        """new: [B, A, N, D] → [B, A, T, D], in slots. Slots without a new token hold arbitrary numbers."""
         if self.source is not None:
             return new.gather(2, self.source[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3]))
         assert isinstance(self.offset, int)
@@ -104,7 +106,7 @@ class Layout(NamedTuple):
         return _padded(new, *empty)
 
     def keys(self, new: Tensor, cached: Tensor | None) -> Tensor:
-        """[B, A, N, D] → [B, A, P · C + T, D], with the cached tokens [B, A, L, D] where they belong."""
+        """new: [B, A, N, D] → [B, A, P · C + T, D], in slots. cached: [B, A, L, D], the tokens before, or None."""
         placed = self.queries(new)
         if cached is None:
             return _padded(placed, self.before, 0)
@@ -114,34 +116,35 @@ class Layout(NamedTuple):
         return torch.cat([cached[:, :, : self.before], first, placed[:, :, self.block :]], 2)
 
     def outputs(self, x: Tensor, length: int) -> Tensor:
-        """[B, A, T, D] → [B, A, N, D], the inverse of `queries`."""
+        """x: [B, A, T, D] → [B, A, N, D], the inverse of `queries`. length: N."""
         if self.target is not None:
             return x.gather(2, self.target[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
         assert isinstance(self.offset, int)
         return x[:, :, self.offset : self.offset + length]
 
     def to_blocks(self, x: Tensor, kv_heads: int) -> Tensor:
-        """Query heads with their key/value head: [B, H, T, D] → [X, n, R · C, D]."""
+        """x: [B, H, T, D] → [X, n, R · C, D], the query heads of a key/value head side by side in each block."""
         x = x.view(x.shape[0], kv_heads, -1, self.blocks, self.block, x.shape[3])
         return x.transpose(2, 3).flatten(3, 4).flatten(0, 1)
 
     def from_blocks(self, x: Tensor, batch: int) -> Tensor:
-        """The inverse of `to_blocks`: [X, n, R · C, D] → [B, H, T, D]."""
+        """x: [X, n, R · C, D] → [B, H, T, D], the inverse of `to_blocks`. batch: B."""
         x = x.view(batch, x.shape[0] // batch, self.blocks, -1, self.block, x.shape[3])
         return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def causal_bias(self, like: Tensor) -> Tensor:
-        """[C, L], NEVER where a key of the window comes after the query."""
+        """What is added to logits, [C, L]: NEVER where a key of the window comes after the query, else 0."""
         place = torch.arange(self.block, device=like.device)
         return self._never(torch.arange(-self.before, self.block, device=like.device) > place[:, None], like)
 
     def window_bias(self, like: Tensor) -> Tensor:
-        """[B or 1, n, L], NEVER where a block of the window is not of the same document."""
+        """What is added to logits, [B or 1, n, L]: NEVER where a block of the window is of another document, else 0."""
         back = torch.arange(self.before // self.block, -1, -1, device=like.device)
         return self._never((back > self.age[..., None]).repeat_interleave(self.block, -1), like)
 
     def both_windows_bias(self, like: Tensor) -> Tensor:
-        """The same for a window on both sides, [B or 1, n, 2·P·C + C], and NEVER where there is no key."""
+        """What is added to logits of a window on both sides, [B or 1, n, (2·P + 1)·C]: NEVER where a slot is of another
+        document or has no key, else 0."""
         reach, blocks = self.before // self.block, self.blocks
         first = torch.arange(blocks, device=like.device) - self.age
         around = F.pad(first, (reach, reach), value=-1).unfold(1, 2 * reach + 1, 1)  # [B or 1, n, 2·P + 1]
@@ -154,29 +157,30 @@ class Layout(NamedTuple):
         return torch.zeros(hidden.shape, dtype=accumulation_dtype(like), device=like.device).masked_fill(hidden, NEVER)
 
     def places(self) -> Tensor:
-        """Which token of its document is in each slot, [B or 1, T]."""
+        """The place of each slot in its document, counted from 0, [B or 1, T]."""
         slot = torch.arange(self.block, device=self.age.device)
         return (self.age[..., None] * self.block + slot).flatten(1)
 
     def places_left(self) -> Tensor:
-        """The same for keys that leave the window, [B or 1, (n − 1)·C]: those of P + 1 blocks before."""
+        """The places of the keys that leave the window before each block but the first, [B or 1, (n − 1)·C]. They lie
+        P + 1 blocks before that block; where the document has no such keys, their places are negative."""
         return self.places()[:, self.block :] - self.before - self.block
 
     def flip(self) -> "Layout":
-        """Blocks from right to left."""
+        """The layout with its blocks from right to left, of which only `age` is made: nothing else is valid."""
         first = torch.arange(self.blocks, device=self.age.device) - self.age
-        length = (first[:, :, None] == first[:, None]).sum(-1)  # of each block's document, in blocks
+        length = (first[:, :, None] == first[:, None]).sum(-1)  # how many blocks each block's document has
         return self._replace(age=(length - 1 - self.age).flip(1))
 
     def last_block(self, x: Tensor) -> Tensor:
-        """What belongs to each row's last block: [B, A, n, …] → [B, A, …]."""
+        """x: [B, A, n, …] → [B, A, …], the part of each row's last block."""
         if not isinstance(self.last, Tensor):
             return x[:, :, self.last]
         index = self.last.view(-1, *[1] * (x.dim() - 1)).expand(-1, x.shape[1], 1, *x.shape[3:])
         return x.gather(2, index)[:, :, 0]
 
     def last_window(self, x: Tensor) -> Tensor:
-        """The slots that a cache keeps, which end with each row's last block: [B, A, P · C + T, D] → [B, A, L, D]."""
+        """x: [B, A, P · C + T, D] → [B, A, L, D], the window that ends with each row's last block; a cache keeps it."""
         length = self.before + self.block
         if not isinstance(self.last, Tensor):
             return x[:, :, x.shape[2] - length :]
@@ -185,6 +189,6 @@ class Layout(NamedTuple):
 
 
 def _padded(x: Tensor, before: int, after: int) -> Tensor:
-    """[B, A, T, D] with so many zeros before and after: one copy, where F.pad writes everything twice."""
+    """x [B, A, T, D] with ``before`` and ``after`` slots of zeros. It is one copy, where F.pad writes all twice."""
     parts = [x.new_zeros(*x.shape[:2], count, x.shape[3]) for count in (before, after)]
     return torch.cat([parts[0], x, parts[1]], 2) if before or after else x

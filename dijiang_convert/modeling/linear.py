@@ -1,10 +1,10 @@
-"""Attention without exact rows, for the recipes `pure` and `paper`: keys weigh φ(q)·φ(k), also those close by.
+"""Linear attention, for the recipes `pure` and `paper`: every key weighs φ(q)·φ(k), the nearest ones as well.
 
-    o_i = Σ_j φ(q_i)·φ(k_j) e^{g(k_j)} γ_ij v_j / (the same sum without v_j),    γ_ij what decayed between j and i
+    o_i = Σ_j φ(q_i)·φ(k_j) e^{b g(k_j)} γ_ij v_j / (the sum without v_j),    γ_ij: what decays from j to i
 
-A token enters the state at once, so there are no blocks to keep to: a text is worked on in chunks only for the sake of
-matrix products. Keys of a query's own chunk are rows of their own, with the logarithm of their weight as a logit, and
-those of other chunks are in the state, see `kernel`.
+A token enters the state at once. A text is computed in chunks only for the sake of matrix products: each key of a
+query's own chunk has a logit, the logarithm of its weight, and the keys of other chunks are read from the state. There
+is no window, no memory and no softmax over q·k; `kernel` has these.
 
 Shape legend: B batch, H query heads, G key/value heads, R = H / G, T slots, n chunks, C tokens of a chunk, V value
 head_dim, F features.
@@ -20,9 +20,10 @@ from .state import NEVER, Decay, State, Written, block_states, recurrent_dtype
 def attend_chunks(
     features: Tensor, written: Written, layout: Layout, state: State | None, normalize: bool
 ) -> tuple[Tensor, State]:
-    """All tokens of a text. features: [B, H, T, F], log φ(q). written: [B, G, n, C, …]. state: before the first token.
+    """Attention of all tokens of a text: the output, [B, H, T, V], and the state after each row's last token.
 
-    normalize: False drops the denominator. Returns the output [B, H, T, V] and the state after each row's last token.
+    features: [B, H, T, F], log φ(q). written: [B, G, n, C, …], what the keys write. state: before the first token, or
+    None. normalize: False leaves out the denominator.
     """
     q = _by_head(features, written, layout)
     if state is not None:
@@ -39,7 +40,7 @@ def attend_chunks(
 
 
 def attend_chunks_both_sides(features: Tensor, written: Written, layout: Layout, normalize: bool) -> Tensor:
-    """The same without order, for encoders: keys on either side, by what decayed between."""
+    """Attention of an encoder's tokens, [B, H, T, V], to the keys on both sides. Arguments as of `attend_chunks`."""
     q = _by_head(features, written, layout)
     own, far, values = [], [], [written.values]
     for flip in (False, True):
@@ -48,7 +49,7 @@ def attend_chunks_both_sides(features: Tensor, written: Written, layout: Layout,
             given, around = written.map(lambda x: x.flip(2, 3)), layout.flip()
         states = block_states([given.map(lambda x: x[:, :, :-1])], around.age, 0, None)
         passed = given.decay.map(lambda x: x.cumsum(3))
-        # Before its own token a query decays by it, after its own token it does not.
+        # The query's own token decays the sum of the keys before it, but not the sum of the keys after it.
         reads = Decay(
             *(x if x is None or y is None or not flip else x - y for x, y in zip(passed, given.decay, strict=True))
         )
@@ -62,7 +63,11 @@ def attend_chunks_both_sides(features: Tensor, written: Written, layout: Layout,
 
 
 def attend_one(features: Tensor, written: Written, state: State, normalize: bool) -> tuple[Tensor, State]:
-    """One new token of each row: features [B, H, 1, F], written [B, G, 1, …]. Returns [B, H, 1, V] and the state."""
+    """Attention of one new token: the output, [B, H, 1, V], and the state with the token.
+
+    features: [B, H, 1, F], log φ(q). written: [B, G, 1, …], what the key writes. state: before the token. normalize:
+    False leaves out the denominator.
+    """
     decay = written.decay.total()
     value = written.values.to(state.value.dtype).expand_as(state.value)
     state = state.then(State(written.logits()[:, :, 0], value), decay)
@@ -72,21 +77,22 @@ def attend_one(features: Tensor, written: Written, state: State, normalize: bool
 
 
 def _by_head(features: Tensor, written: Written, layout: Layout) -> Tensor:
-    """[B, H, T, F] → [B, G, n, R, C, F]."""
+    """features: [B, H, T, F] → [B, G, n, R, C, F], for the heads of ``written``."""
     batch, kv_heads = written.features.shape[:2]
     q = layout.to_blocks(features, kv_heads)
     return q.unflatten(0, (batch, kv_heads)).unflatten(3, (-1, layout.block))
 
 
 def _from_heads(out: Tensor, layout: Layout) -> Tensor:
-    """The inverse of `_by_head`."""
+    """out: [B, G, n, R, C, V] → [B, H, T, V], the inverse of `_by_head`."""
     return layout.from_blocks(out.flatten(3, 4).flatten(0, 1), out.shape[0])
 
 
 def _own_chunk(q: Tensor, k: Tensor, reads: Decay, passed: Decay) -> Tensor:
-    """Logits of the keys of a query's chunk: q [B, G, n, R, C, F], k [B, G, n, C, F] → [B, G, n, R, C, C].
+    """Logits of the keys of each query's own chunk, [B, G, n, R, C, C]: log Σ_f φ_f(q) φ_f(k), and the decay between.
 
-    reads, passed: what decayed since the chunk began, [B, G, n, C, 1 or F], as queries and as keys have it."""
+    q: [B, G, n, R, C, F], log features of queries. k: [B, G, n, C, F], of keys. reads, passed: [B, G, n, C, 1 or F],
+    log γ summed from the start of the chunk to each query and to each key."""
     if reads.features is not None and passed.features is not None:
         q, k = q + reads.features[:, :, :, None], k - passed.features
     top_q, top_k = (x.detach().amax(-1, keepdim=True) for x in (q, k))
@@ -99,7 +105,7 @@ def _own_chunk(q: Tensor, k: Tensor, reads: Decay, passed: Decay) -> Tensor:
 
 
 def _far(q: Tensor, states: State, reads: Decay) -> Tensor:
-    """Logits of the state before a query's chunk: [B, G, n, R, C, F]."""
+    """Logits of the state before each query's chunk, [B, G, n, R, C, F]. Arguments as of `_own_chunk`."""
     q = q + states.log_weight[:, :, :, None, None]
     for lost in reads:
         q = q if lost is None else q + lost[:, :, :, None]
@@ -107,8 +113,8 @@ def _far(q: Tensor, states: State, reads: Decay) -> Tensor:
 
 
 def _weighted(logits: list[Tensor], values: list[Tensor], normalize: bool) -> Tensor:
-    """Σ e^logit · value, over Σ e^logit if ``normalize``. logits: of rows, […, R, C, rows] or [B, G, R, rows]; values:
-    [B, G, …, rows, V]."""
+    """Σ e^logit · value, divided by Σ e^logit if ``normalize``, over the rows of all parts. logits: of each part,
+    [B, G, n, R, C, rows] or [B, G, R, rows]. values: of each part, [B, G, n, rows, V] or [B, G, rows, V]."""
     rows = torch.cat(logits, -1)
     weights = rows.softmax(-1) if normalize else rows.exp()
     parts = weights.split([x.shape[-1] for x in logits], -1)

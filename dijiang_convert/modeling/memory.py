@@ -1,7 +1,8 @@
-"""Which keys keep a row of their own once they have left the window, in 8 bits a number.
+"""The choice of the keys that keep a row once they have left the window: sinks and memory.
 
 A key is scored once, as it leaves, by the attention that it received inside the window and by its recall error (arXiv
-2505.23666). So which keys a block reads is a matter of sorting all scores once, and of what has left before it.
+2505.23666). No score depends on the choice, so one sort of a text's scores gives the rows of all blocks: for each, the
+best keys that left before it. The choice has no gradient, and nothing here computes attention.
 
 Shape legend: B batch, G key/value heads, X = B·G, K keys, D head_dim, V value head_dim, n blocks, C tokens of a block,
 P blocks of the window before the query's own, M rows of sinks and memory.
@@ -20,10 +21,11 @@ from .table import Keys, Table, rounded, unpacked
 
 
 def key_score(received: Tensor, written: list[Written], state: State | None, kernel: Kernel) -> Tensor:
-    """How much keys deserve an exact row as they leave the window, [B, G, K]: received · ‖recall − v‖².
+    """The scores by which keys get an exact row, [B, G, K]: received · ‖recall − v‖², recall being the state's answer.
 
-    received: [B, G, K]. written: what the keys write to the state, [B, G, blocks, C, …], in pieces. state: [B, G, all
-    blocks, …], that they enter. Without them the attention received is all that counts; without a memory no key does.
+    received: [B, G, K], attention that keys received in the window. written: what the keys write to the state,
+    [B, G, n, C, …], in pieces along n. state: [B, G, n, …], which each block enters, or None. Without a state the score
+    is the attention received; without a memory it is −inf, and sinks alone get rows.
     """
     if not kernel.memory:
         return torch.full_like(received, -torch.inf)
@@ -38,8 +40,11 @@ def key_score(received: Tensor, written: list[Written], state: State | None, ker
 
 
 class Memory(NamedTuple):
-    """Rows beside the window. chosen: [B, G, n, M], of K candidates k, v [B, G, K, D or V], the best last. seen:
-    [B or 1, G or 1, n, M], which of them a block reads. score: [B, G, K]."""
+    """The sinks and memory of each block, chosen from K candidates.
+
+    chosen: [B, G, n, M], which candidates a block reads, the best last. seen: [B or 1, G or 1, n, M], False for empty
+    rows. k, v: [B, G, K, D or V], the candidates. score: [B, G, K], theirs.
+    """
 
     chosen: Tensor
     seen: Tensor
@@ -48,8 +53,10 @@ class Memory(NamedTuple):
     score: Tensor
 
     def rows(self, x: Tensor, split: Callable[[Tensor], list[Tensor]]) -> Iterator[Tensor]:
-        """k or v of each block's rows, [X, n, M, D or V], in the pieces that ``split`` makes of [X, n, …]: one at a
-        time where there is no gradient, since that of a piece would be as large as all of k or v."""
+        """The rows of each block, [X, n, M, D or V], in the pieces that ``split`` makes of [X, n, …]. x: k or v.
+
+        A piece is gathered as it is asked for; with gradients all are gathered at once, since the gradient of each
+        gather is as large as x."""
         batch, kv_heads, candidates, dim = x.shape
         offset = torch.arange(batch * kv_heads, device=x.device).view(batch, kv_heads, 1, 1) * candidates
         index, x = (self.chosen + offset).flatten(0, 1), x.reshape(-1, dim)
@@ -64,18 +71,22 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def causal_memory(score: Tensor, keys: Keys, layout: Layout, table: Table | None, kernel: Kernel) -> Memory | None:
-    """The best keys of all that left the window before each block, and of the table's memory."""
+    """The rows of each block: the best of the keys that left the window before the block and of the table's rows. None
+    if there are no such keys.
+
+    score: [B, G, (n − 1)·C], of the keys that leave the window. keys: the text's. table: of the tokens before, or None.
+    """
     most, leaving = kernel.sinks + kernel.memory, score.shape[2]
     if not most or (table is None and not leaving):
         return None
     k, v = (rounded(x[:, :, :leaving]) for x in (keys.k, keys.v))
     block = torch.arange(layout.blocks - 1, device=k.device).repeat_interleave(layout.block)
-    if table is not None:  # its rows come first, the best of them before the others
+    if table is not None:  # the table's rows come first, the best before the others
         before = ((table.memory_k, k), (table.memory_v, v))
         k, v = (torch.cat([unpacked(x, y.dtype).flip(2), y], 2) for x, y in before)
         score, block = torch.cat([table.score.flip(2), score], 2), torch.cat([block.new_full((most,), -1), block])
     reads = torch.arange(layout.blocks, device=k.device)
-    first = (reads - layout.age + layout.before // layout.block)[:, None, :, None]  # that a block's document has
+    first = (reads - layout.age + layout.before // layout.block)[:, None, :, None]  # of a block's document
 
     def usable(block: Tensor) -> Tensor:
         return (block < reads[:, None]) & (block >= first)
@@ -84,7 +95,8 @@ def causal_memory(score: Tensor, keys: Keys, layout: Layout, table: Table | None
 
 
 def memory_of_text(score: Tensor, keys: Keys, layout: Layout, kernel: Kernel) -> Memory | None:
-    """The best keys of each block's text that it does not have in its window."""
+    """The rows of each block of an encoder: the best keys of its document outside its window; None for a kernel without
+    sinks and memory. score: [B, G, T], −inf for slots without a key."""
     most = kernel.sinks + kernel.memory
     if not most:
         return None
@@ -102,11 +114,11 @@ def memory_of_text(score: Tensor, keys: Keys, layout: Layout, kernel: Kernel) ->
 
 
 def _best(score: Tensor, block: Tensor, usable: Callable[[Tensor], Tensor], most: int) -> tuple[Tensor, Tensor]:
-    """For each block the ``most`` best of the keys that are usable in it, the best last, and of those with the same
-    score the earliest: their index [B, G, n, M], and which of these rows there are.
+    """For each block the M = ``most`` best keys that it may read, the best last: their index, [B, G, n, M], and True
+    for rows that have a key. Of keys with the same score the earlier is better.
 
-    score: [B, G, K], −inf for what is no key. block: [K], where each key belongs. usable: the same [B, G, 1, K], by
-    score → [B, G, n, K].
+    score: [B, G, K], −inf for what is no key. block: [K], the block of each key. usable: takes the blocks of keys,
+    [B, G, 1, K], and returns which blocks of the text may read them, [B, G, n, K].
     """
     score, order = score.sort(dim=-1, descending=True, stable=True)
     there = usable(block[order][:, :, None]) & (score > -torch.inf)[:, :, None]

@@ -1,10 +1,11 @@
-"""Models with DiJiang attention: any decoder of transformers whose attention goes through `AttentionInterface`.
+"""Models with DiJiang attention: any model of transformers whose attention goes through `AttentionInterface`.
 
-The source's own model class does all it did; only the attention function between q, k, v and the output changes.
-Each converted attention module gets one child, ``dijiang``, with the kernel's parameters. `DiJiang<Name>` exists for
-every model class `<Name>` of transformers: the class is built when it is asked for.
+The source's own model class does all it did, but for the attention function, which makes an output of q, k and v. Each
+converted attention module gets one child, ``dijiang``, with the kernel's parameters. `DiJiang<Name>` exists for every
+model class `<Name>` of transformers: the class is built when it is asked for. Nothing here is specific to an
+architecture, and nothing trains.
 
-Shape legend: B batch, H query heads, G key/value heads, N new tokens, D head_dim, V value head_dim.
+Shape legend: B batch, N new tokens.
 """
 
 import functools
@@ -27,8 +28,9 @@ from .configuration_dijiang import Kernel, Layers, read_section
 from .interface import is_all
 from .packing import CACHE_NAMES, find_segments, new_tokens, packed_arguments
 
-# Tokens of a prompt that the model works on at once when no gradient is needed: see `_in_segments`.
+# Tokens of a prompt that the model takes in one forward when no gradient is needed, which bounds memory.
 SEGMENT = 2048
+# Arguments that `_in_segments` divides or passes on.
 SEGMENTED_ARGUMENTS = {
     "input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep",
     "return_dict",
@@ -38,12 +40,15 @@ SEGMENTED_ARGUMENTS = {
 
 
 def attach(model: nn.Module, kernel: Kernel, layers: Layers) -> list[str]:
-    """Gives every converted attention module of ``model`` its child and its hook; returns their names."""
+    """Gives each attention module that ``layers`` names its child and its hook. Returns the names of these modules.
+
+    Raises ValueError where the model does not have one for each of the layers.
+    """
     converted = []
     for name, module in list(model.named_modules()):
         is_attention = (type(module).__name__, attention_name(name)) == (layers.attention_class, layers.attention_name)
         index = layer_index(name, module)
-        if hasattr(module, "dijiang"):  # of a head whose body is a converted model itself
+        if hasattr(module, "dijiang"):  # the model's body is a converted model itself
             converted.append(name)
         elif is_attention and index in layers.layers:
             apply_rotary = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
@@ -62,20 +67,21 @@ def attach(model: nn.Module, kernel: Kernel, layers: Layers) -> list[str]:
 
 
 def attention_name(name: str) -> str:
-    """What an attention module's parents call it: the last part of its name that is no number."""
+    """The last part of an attention module's name that is no number, as ``self_attn``."""
     return next((part for part in reversed(name.split(".")) if not part.isdecimal()), "")
 
 
 def layer_index(name: str, module: nn.Module) -> Any:
-    """Which layer an attention module belongs to: what it says itself, or else the last number in its name."""
+    """The number of an attention module's layer: its layer_idx, or else the last number in its name; None without."""
     numbers = [int(part) for part in name.split(".") if part.isdecimal()]
     said = getattr(module, "layer_idx", None)
     return said if said is not None or not numbers else numbers[-1]
 
 
 def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook of converted attention modules: adds what the attention function does not see to its keyword
-    arguments. (Arguments survive gradient checkpointing and threads; attributes of the module would not.)"""
+    """Forward pre-hook of converted attention modules: adds to the keyword arguments a `Call` with what attention
+    functions don't get: the cache, hidden states, cos and sin. (Arguments survive gradient checkpointing and threads;
+    attributes of the module would not.) Raises ValueError for a cache that the layer can't use."""
     given = {**dict(zip(module.dijiang.arguments, args, strict=False)), **kwargs}
     cache = cache_of(given)
     layer = None
@@ -92,30 +98,32 @@ def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 def cache_of(given: dict[str, Any]) -> Cache | None:
-    """The cache among a module's arguments: of its own attention, where there is one for an encoder's states too."""
+    """The cache among a module's arguments, or None; of an `EncoderDecoderCache` the part for self-attention."""
     cache = next((value for value in given.values() if isinstance(value, Cache)), None)
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def hidden_states_of(given: dict[str, Any]) -> Tensor | None:
-    """What an attention module makes queries from, [B, N, hidden], by whatever name."""
+    """The input of an attention module, [B, N, hidden]: its ``hidden_states``, else its first tensor of three
+    dimensions; None if it has neither."""
     tensors = (value for value in given.values() if isinstance(value, Tensor) and value.dim() == 3)
     return given["hidden_states"] if isinstance(given.get("hidden_states"), Tensor) else next(tensors, None)
 
 
 @functools.cache
 def parameter_names(forward: Callable[..., Any]) -> list[str]:
-    """What a method takes, without self."""
+    """The names of a method's parameters, without self."""
     return list(inspect.signature(forward).parameters)[1:]
 
 
 def cache_argument(forward: Callable[..., Any]) -> str | None:
-    """What a model's forward calls its cache: versions of transformers differ. None if it takes none."""
+    """The name of the cache among the parameters of a model's forward, which versions of transformers change; None if
+    the forward takes no cache."""
     return next((name for name in CACHE_NAMES if name in inspect.signature(forward).parameters), None)
 
 
 class DiJiangMixin:
-    """What a converted model adds to its source's class: the children, their initialisation, and the checks."""
+    """What a converted model adds to its source's class: kernels, their initialisation, and checks of checkpoints."""
 
     _keep_in_fp32_modules_strict: Any
 
@@ -125,14 +133,14 @@ class DiJiangMixin:
         kernel, layers = read_section(config)
         attach(self, kernel, layers)  # type: ignore[arg-type]
         self._initialize_kernels()
-        # The kernel's parameters and its state stay float32 whatever the model's dtype.
+        # Parameters of kernels stay float32 whatever the model's dtype.
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or []) | {"dijiang"}
 
     def _initialize_kernels(self) -> None:
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, DiJiangAttention):
                 module.reset_parameters()
-                for each in module.modules():  # the source's own initialisation must not touch them
+                for each in module.modules():  # the source's own initialisation must skip kernels
                     each._is_hf_initialized = True  # type: ignore[assignment]
 
     @torch.no_grad()
@@ -141,19 +149,21 @@ class DiJiangMixin:
         super().initialize_weights()  # type: ignore[misc]
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        """A tensor that is missing would silently be random: loading such a checkpoint is an error. (Others than the
-        kernels' that are there and not asked for were so in the source: a part that its class leaves out.)"""
+        """Raises ValueError for a checkpoint that lacks tensors, which transformers would fill with random numbers, or
+        that has unknown tensors of kernels. (Other unknown tensors are those that the source's class ignores.)"""
         super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
         missing, unexpected = set(loading_info.missing_keys), set(loading_info.unexpected_keys)
         missing -= set(self.all_tied_weights_keys)  # type: ignore[attr-defined]
         unexpected = {key for key in unexpected if ".dijiang." in key}
         if type(self).__name__ not in (self.config.architectures or []):  # type: ignore[attr-defined]
-            missing = {key for key in missing if ".dijiang." in key}  # another head on the same body lacks its own
+            missing = {key for key in missing if ".dijiang." in key}  # the checkpoint can't have another head's
         for kind, keys in (("lacks", missing), ("has unknown", unexpected)):
             if keys:
                 raise ValueError(f"the checkpoint {kind} {len(keys)} tensors, {min(keys)} first: it is damaged")
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """Puts the DiJiang layers into the cache that generate() makes or is given. Raises ValueError for assisted
+        decoding from a filled cache."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
         is_ours = self.config._attn_implementation == "dijiang"  # type: ignore[attr-defined]
         cache = next((model_kwargs[name] for name in CACHE_NAMES if name in model_kwargs), None)
@@ -164,13 +174,13 @@ class DiJiangMixin:
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             elif GenerationMode.ASSISTED_GENERATION in args and cache.get_seq_length() > 0:
-                # transformers feeds the whole prompt to it again
+                # transformers would feed the whole prompt to the filled cache again
                 raise ValueError("assisted decoding starts from an empty cache: leave the filled one out")
 
 
 def _register_body(model_class: Any, config: Any) -> None:
-    """Heads that serve many types ask AutoModel for their body by the config: it gets the converted one. (By the class
-    of this very config: dynamic loading gives models and configs modules of their own.)"""
+    """Registers the converted body with AutoModel, which heads of many model types ask for their body. The body goes
+    with the class of this very config: dynamic loading makes config classes of its own."""
     source_config = model_class.source_config
     body: Any = MODEL_MAPPING.get(source_config, None)
     if not isinstance(body, type) or issubclass(model_class, body):
@@ -179,17 +189,18 @@ def _register_body(model_class: Any, config: Any) -> None:
     converted = getattr(sys.modules[__name__], f"DiJiang{body.__name__}{suffix}")
     AutoModel.register(type(config), converted, exist_ok=True)
     if type(config).__module__.startswith("transformers_modules."):
-        converted.register_for_auto_class("AutoModel")  # so that what is loaded by it saves its code, too
+        converted.register_for_auto_class("AutoModel")  # a body that AutoModel loads saves its code, too
 
 
 def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` with the source's signature (Trainer and generate() read it), after looking at its arguments."""
+    """A forward that checks arguments, and tells packed rows and long prompts, before it calls the source's ``forward``.
+    The signature stays the source's, since Trainer and generate() read it."""
     names = list(inspect.signature(forward).parameters)
     cache_name = cache_argument(forward)
 
     @functools.wraps(forward)
     def checked_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if cache_name is not None:  # whichever of its names the caller knows
+        if cache_name is not None:  # callers may use either name of the cache
             kwargs = {cache_name if name in CACHE_NAMES else name: value for name, value in kwargs.items()}
         given = {**dict(zip(names[1:], args, strict=False)), **kwargs}
         ours = self.config._attn_implementation.startswith("dijiang")
@@ -212,11 +223,11 @@ def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse(model: Any, given: dict[str, Any]) -> None:
-    """Raises ValueError for arguments that linear attention can't follow."""
+    """Raises ValueError for arguments that DiJiang attention can't follow."""
     if given.get("output_attentions") or getattr(model.config, "output_attentions", False):
         raise ValueError("output_attentions: linear attention has no attention matrix to return")
     mask, tokens = given.get("attention_mask"), new_tokens(given)
-    # (A dictionary, a mask for each kind of layer, comes from generate() with a static cache.)
+    # generate() with a static cache gives a dictionary, which has a mask for each kind of layer.
     if isinstance(mask, Tensor) and mask.dim() != 2 and not (tokens is not None and _is_ours(mask, tokens.shape[1])):
         raise ValueError(f"attention_mask has {mask.dim()} dimensions: DiJiang attention takes [batch, length]")
 
@@ -226,23 +237,23 @@ def _is_causal(config: Any) -> bool:
 
 
 def _is_ours(mask: Tensor, count: int) -> bool:
-    """Whether a mask for ``count`` new tokens has been through `static_mask`, as generate() does it beforehand."""
+    """Whether a mask for ``count`` new tokens was made by `static_mask`, which generate() calls before the forward."""
     return mask.dim() == 4 and (mask.shape[2] == count + 1 or mask.shape[2:] == (1, count))
 
 
 def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
-    """Whether a call is one that `_in_segments` answers: tokens in, logits or hidden states out, no gradient."""
+    """Whether `_in_segments` can answer a call: long input_ids, logits or hidden states asked for, no gradient."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_causal(model.config):
         return False
-    if not model.can_generate() and model.base_model is not model:  # a head that judges the whole
+    if not model.can_generate() and model.base_model is not model:  # a classifier judges the whole text at once
         return False
     asked = {name for name, value in given.items() if value is not None and value is not False}
     tokens, keep, mask = given.get("input_ids"), given.get("logits_to_keep", 0), given.get("attention_mask")
     if tokens is None or tokens.shape[1] <= SEGMENT or asked - SEGMENTED_ARGUMENTS:
         return False
     if mask is not None and not (isinstance(mask, Tensor) and (mask.dim() == 2 or mask.shape[1:3] == (1, 1))):
-        return False  # of a static cache, where some layers are softmax
-    if model.config.get_text_config(decoder=True) is not model.config:  # positions of images are of the whole prompt
+        return False  # a static cache with softmax layers has a mask that can't be divided
+    if model.config.get_text_config(decoder=True) is not model.config:  # positions of images need the whole prompt
         return False
     if model._is_stateful:  # some recurrent layers can't go on with several tokens at once
         return False
@@ -253,8 +264,8 @@ def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
 
 
 def _in_segments(model: Any, forward: Callable[..., Any], given: dict[str, Any], cache_name: str) -> Any:
-    """A long prompt piece by piece, through the cache: the same numbers, and memory does not grow with its length.
-    (Not packed rows, which have no cache.)"""
+    """The result of ``forward`` for a long prompt, computed through the cache in chunks of SEGMENT tokens. The numbers
+    are the same, and the memory of activations does not grow with the prompt. given: the arguments of ``forward``."""
     tokens, mask, positions = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
     cache = given.get(cache_name)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if cache is None else cache
@@ -280,7 +291,8 @@ def _in_segments(model: Any, forward: Callable[..., Any], given: dict[str, Any],
 
 
 def _mask_of_unseen(given: dict[str, Any], config: Any) -> dict[str, Tensor]:
-    """A mask of real tokens alone, where transformers would look for packed rows in a graph that sees no values."""
+    """An attention_mask of ones for a compiled call without mask, positions and cache. Without a mask transformers
+    would look for packed rows, but a compiled graph can't look at values."""
     tokens = new_tokens(given)
     names = ("attention_mask", "position_ids", *CACHE_NAMES)
     if not torch.compiler.is_compiling() or not _is_causal(config) or tokens is None:
@@ -291,12 +303,13 @@ def _mask_of_unseen(given: dict[str, Any], config: Any) -> dict[str, Tensor]:
 
 
 def _position_ids(given: dict[str, Any], config: Any, accepted: bool, cache_name: str | None) -> dict[str, Tensor]:
-    """Positions from the padding mask where none are given: features of rotated keys depend on them."""
+    """Position ids by the padding mask, where a call has none: features of rotated keys depend on positions. accepted:
+    whether the forward takes position_ids."""
     mask = given.get("attention_mask")
     if given.get("position_ids") is not None or not accepted or not isinstance(mask, Tensor) or mask.dim() != 2:
         return {}
     if config.get_text_config(decoder=True) is not config or not config.dijiang["rotates"]:
-        return {}  # multimodal models have positions of images too, and learned positions are counted as they were
+        return {}  # multimodal models count images, too, and learned positions stay the source's
     tokens, cache = new_tokens(given), given.get(cache_name or "")
     if tokens is None or is_all(mask):
         return {}
@@ -307,7 +320,8 @@ def _position_ids(given: dict[str, Any], config: Any, accepted: bool, cache_name
 
 
 def __getattr__(name: str) -> type:
-    # DiJiangLlamaForCausalLMOfExaoneConfig is a class that several model types share, with the config of another one.
+    """Builds `DiJiang<Name>` when it is first asked for, or `DiJiang<Name>Of<Config>`: a model class that several model
+    types share, with the config class of one of them, as DiJiangLlamaForCausalLMOfExaoneConfig."""
     model, _, config = name.removeprefix("DiJiang").partition("Of")
     base = getattr(transformers, model, None) if name.startswith("DiJiang") else None
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
@@ -321,7 +335,7 @@ def __getattr__(name: str) -> type:
         "forward": _checked(base.forward),
     }
     globals()[name] = type(name, (DiJiangMixin, base), namespace)
-    # transformers renames checkpoint keys by class name or model type: ours are new to it, and follow the source's.
+    # transformers renames checkpoint keys by class name or model type: our names get the rules of the source's.
     for own, source in ((name, base.__name__), (config_class.model_type, source_config.model_type)):
         mapping = get_checkpoint_conversion_mapping(source)
         if mapping is not None:

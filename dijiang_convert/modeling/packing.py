@@ -1,9 +1,9 @@
-"""Packed rows: several documents one after the other in a row, each as if it were alone.
+"""Packed rows: several documents one after the other in a row, each computed as if it were alone.
 
-They are told apart as transformers does it, by position_ids that restart where no attention_mask is given; or by the
-bounds that flash attention takes. The document of each token travels to the attention function in the place of the
-mask, [batch, 1, 1, length] and counted from 1: every architecture hands masks of four dimensions down as they are, and
-gradient checkpointing keeps them.
+Documents are told apart as transformers does it, by position_ids that restart where no attention_mask is given, or by
+the bounds that flash attention takes (cu_seq_lens_q). The document of each token travels to the attention function in
+the mask's place, [B, 1, 1, N] and counted from 1: every architecture hands down masks of four dimensions as they are,
+and gradient checkpointing keeps them. `Layout.packed` then keeps the documents apart; this module only finds them.
 
 Shape legend: B batch, N tokens.
 """
@@ -21,20 +21,20 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-CACHE_NAMES = ("cache", "past_key_values")  # the newer one first
+CACHE_NAMES = ("cache", "past_key_values")  # of the cache argument, the newer name first
 FLASH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def new_tokens(given: dict[str, Any]) -> Tensor | None:
-    """The tokens [B, N] that a forward is given, or their embeddings [B, N, …]."""
+    """The tokens that a forward is given, [B, N], or their embeddings, [B, N, …]; None without either."""
     return given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
 
 
 def find_segments(given: dict[str, Any], causal: bool = True) -> Tensor | None:
     """The document of each token [B, N], counted from 0 in every row, or None where nothing is packed.
 
-    given: the arguments of a model's forward. causal: False for encoders, whose positions may restart for other
-    reasons: only bounds tell their documents. Raises ValueError for packed rows with an attention_mask or a cache, and
+    given: the arguments of a model's forward. causal: False for encoders, whose documents only bounds tell apart: their
+    positions may restart for other reasons. Raises ValueError for packed rows with an attention_mask or a cache, and
     for bounds that don't fit the row.
     """
     tokens = new_tokens(given)
@@ -68,7 +68,8 @@ def find_segments(given: dict[str, Any], causal: bool = True) -> Tensor | None:
 
 
 def _unseen(given: dict[str, Any], tokens: Tensor) -> Tensor | None:
-    """The same in a compiled graph, which can't ask whether positions restart: documents wherever there may be some."""
+    """The document of each token, [B, N], in a compiled graph, which can't look whether positions restart: so any call
+    that may be packed has documents. None for other calls."""
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     caches = any(given.get(name) is not None for name in CACHE_NAMES) or given.get("use_cache")
     if mask is not None or caches or positions is None or positions.dim() != 2:
@@ -77,7 +78,8 @@ def _unseen(given: dict[str, Any], tokens: Tensor) -> Tensor | None:
 
 
 def _between(bounds: Tensor, of_keys: Tensor | None, tokens: Tensor) -> Tensor:
-    """The document of each token from the index where each starts, and the length of all at the end."""
+    """The document of each token, [1, N]. bounds, of_keys: [documents + 1], where each document starts, and N at the
+    end; of_keys may be None. Raises ValueError for bounds that don't fit ``tokens``, or a batch of several rows."""
     length = tokens.shape[1]
     if tokens.shape[0] != 1 or bounds[-1] != length or (of_keys is not None and not torch.equal(bounds, of_keys)):
         raise ValueError(f"cu_seq_lens_q and cu_seq_lens_k must cover the {length} tokens of a batch of one row alike")
@@ -85,7 +87,7 @@ def _between(bounds: Tensor, of_keys: Tensor | None, tokens: Tensor) -> Tensor:
 
 
 def _restart(positions: Tensor, mask: Tensor) -> bool:
-    """Whether positions go back between two real tokens."""
+    """Whether positions, [B, N], stop growing between two real tokens. mask: [B, N or more], 0 for padding."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or positions.dim() != 2:
         return False
     real = mask[:, -positions.shape[1] :].bool()
@@ -93,7 +95,8 @@ def _restart(positions: Tensor, mask: Tensor) -> bool:
 
 
 def packed_arguments(given: dict[str, Any], segments: Tensor, config: Any, accepted: list[str]) -> dict[str, Any]:
-    """The arguments to run a forward with that takes ``accepted``: ``given`` with a mask that keeps documents apart."""
+    """The arguments ``given`` to a forward, with a mask that keeps documents apart. segments: [B, N], the document of
+    each token. accepted: the names of the forward's parameters."""
     arguments = {name: value for name, value in given.items() if name not in FLASH_ARGUMENTS}
     if "use_cache" in accepted:
         arguments["use_cache"] = False
@@ -103,7 +106,7 @@ def packed_arguments(given: dict[str, Any], segments: Tensor, config: Any, accep
     if config._attn_implementation.startswith("dijiang"):
         arguments["attention_mask"] = (segments + 1)[:, None, None]
     elif config._attn_implementation == "sdpa" and _is_full(config):
-        # (Else transformers makes a mask for each kind of layer.)
+        # In other models transformers makes a mask for each kind of layer.
         arguments["attention_mask"] = packed_mask(segments)
     return arguments
 
@@ -115,14 +118,14 @@ def _is_full(config: Any) -> bool:
 
 
 def packed_segments(mask: Tensor | None) -> Tensor | None:
-    """The documents [B, N] that a mask of `packed_arguments` carries, or None where it is one of padding."""
-    is_packed = mask is not None and mask.dim() == 4 and mask.dtype == torch.long  # others are of bool
+    """The document of each token, [B, N], from a mask of `packed_arguments`; None for any other mask."""
+    is_packed = mask is not None and mask.dim() == 4 and mask.dtype == torch.long  # other masks are bool
     return mask[:, 0, 0] if is_packed else None  # type: ignore[index]
 
 
 def packed_mask(segments: Tensor, visible: Any = causal_mask_function) -> Tensor:
-    """[B, 1, N, N], True where a query sees a key by ``visible`` (a mask function of transformers) and is of its
-    document."""
+    """The mask for softmax attention, [B, 1, N, N]: True where query and key are of one document and the query sees the
+    key by ``visible``, a mask function of transformers. segments: [B, N], the document of each token."""
     batch, length = segments.shape
     mask = sdpa_mask(
         batch_size=batch, q_length=length, kv_length=length, device=segments.device, allow_is_causal_skip=False,

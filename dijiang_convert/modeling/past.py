@@ -1,9 +1,10 @@
-"""What a layer keeps of a text, and the new tokens that it takes.
+"""What a layer keeps of a text, `Past`, with its `Sizes`, and the new `Tokens` of a call.
 
-Key/value heads may have tables of different sizes. Those side by side that are alike share one: they are a `Group`.
+Key/value heads may have memories of different sizes. Neighbouring heads with one size are a `Group`, and their tables
+are the tensors of one `Table`. This module only holds, divides and joins tensors.
 
-Shape legend: B batch, H query heads, G key/value heads, A query and key/value heads, N tokens, D head_dim, V value
-head_dim, F features, X numbers that a hidden state is made into.
+Shape legend: B batch, H query heads, G key/value heads, A query and key/value heads, N tokens, D head_dim, F features,
+X numbers of a token's gates.
 """
 
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from .table import KeyTokens, Table, in_pieces
 
 
 class Group(NamedTuple):
-    """Key/value heads side by side that have tables of one size. part: which of a layer's heads. kernel: the layer's,
-    with the memory that these heads have."""
+    """Neighbouring key/value heads whose tables have one size. part: which of a layer's heads. kernel: the layer's,
+    with the memory of these heads."""
 
     part: slice
     kernel: Kernel
@@ -31,7 +32,7 @@ class Group(NamedTuple):
 
     @classmethod
     def of(cls, kernel: Kernel, heads: int, memory: tuple[int, ...]) -> list["Group"]:
-        """memory: rows of each of the heads, or () where all have the kernel's."""
+        """The groups of a layer. memory: the rows of memory of each head, or () if all have the kernel's."""
         memory = memory or (kernel.memory,) * heads
         starts = [i for i in range(heads) if i == 0 or memory[i] != memory[i - 1]]
         return [
@@ -40,25 +41,27 @@ class Group(NamedTuple):
         ]
 
     def pieces(self, numbers: int, like: Tensor) -> list["Group"]:
-        """Parts of it that are worked on at a time, where a head is of so many numbers (see `in_pieces`)."""
+        """This group as smaller groups, computed one after the other. numbers: of one head. like: see `in_pieces`."""
         start = self.part.start
         found = in_pieces(self.heads, numbers, like)
         return [Group(slice(start + first, start + last), self.kernel) for first, last in found]
 
 
 class Past(NamedTuple):
-    """All that a layer keeps of a text: ``tables``, one a `Group`, or of a kernel without exact rows a ``state``; and
-    the ``trail``, [B, A, 1, D], the last token's query and key where the next token's features get a share of them.
+    """All that a layer keeps of a text.
 
-    The gates are the same for all heads: the first table has them."""
+    tables: one for each `Group`, of which the first has the gates, the same for all heads; () without a window. state:
+    of a kernel without a window, else None. trail: [B, A, 1, D], the last token's query and key, of which the next
+    token's features get a share; None for a kernel without ``shift``.
+    """
 
     tables: tuple[Table, ...]
     state: State | None
     trail: Tensor | None
 
     def split(self, sizes: list[int]) -> list["Past"]:
-        """By key/value heads, so many in each part, which has no heads of two tables; each has the gates. Without the
-        trail, which is of all heads."""
+        """The past divided by key/value heads. sizes: how many heads each part has; no part has heads of two tables.
+        Every part has the gates, and none the trail."""
         if self.state is not None:
             states = (State(*parts) for parts in zip(*(x.split(sizes, 1) for x in self.state), strict=True))
             return [Past((), state, None) for state in states]
@@ -72,7 +75,7 @@ class Past(NamedTuple):
 
     @classmethod
     def joined(cls, parts: list["Past"]) -> "Past":
-        """The inverse of `split`."""
+        """The inverse of `split`: neighbours with memories of one size share a table."""
         if not parts[0].tables:
             states = zip(*(part.state for part in parts if part.state is not None), strict=True)
             return cls((), State(*(torch.cat(same, 1) for same in states)), None)
@@ -91,7 +94,7 @@ class Past(NamedTuple):
         return Past(tables, state, None if self.trail is None else change(self.trail))
 
     def first(self) -> Tensor:
-        """One of the tensors, which are all made together."""
+        """One of the tensors, which stands for all, since they are made together."""
         if self.tables:
             return self.tables[0].received
         assert self.state is not None
@@ -103,15 +106,15 @@ class Past(NamedTuple):
         return found
 
     def copy_(self, other: "Past") -> None:
-        """Takes over the numbers of another past of the same sizes, in place."""
+        """Writes the numbers of another past of the same sizes into these tensors, in place."""
         for own, new in zip(self.tensors(), other.tensors(), strict=True):
             if own is not new:
                 own.copy_(new)
 
 
 class Sizes(NamedTuple):
-    """What the past of a layer is made of. heads, kv_heads, head_dim, value_dim: those that attention sees. far_k:
-    whether features see keys other than k. memory: see `Layers.memory_of`."""
+    """The sizes of a layer's past. heads, kv_heads, head_dim, value_dim: as in `Layers`. far_k: whether features are
+    made of other keys than k. memory: see `Layers.memory_of`."""
 
     kernel: Kernel
     heads: int
@@ -128,12 +131,12 @@ class Sizes(NamedTuple):
 
     @property
     def gates(self) -> int:
-        """X, how many numbers a token's hidden state is made into."""
+        """X, how many gates a token has."""
         return (2 * self.kv_heads if self.kernel.selective else 0) + self.kernel.decay_rank if self.kernel.far else 0
 
     @property
     def state_heads(self) -> int:
-        """How many heads have a state of their own."""
+        """How many heads have a table or a state of their own."""
         return self.heads if self.kernel.decay == "retnet" else self.kv_heads
 
     def empty(self, batch: int, like: Tensor) -> Past:
@@ -150,7 +153,7 @@ class Sizes(NamedTuple):
         return Past((), State(state.log_weight.to(recurrent_dtype(like)), state.value), trail)
 
     def _table(self, batch: int, group: Group, like: Tensor) -> Table:
-        """An empty table of some of the heads."""
+        """The empty table of a group of heads."""
         kernel, heads, dim = group.kernel, group.heads, self.head_dim
         most, held = kernel.sinks + kernel.memory, kernel.window + kernel.block
         received = torch.zeros(batch, heads, held, dtype=accumulation_dtype(like), device=like.device)
@@ -171,8 +174,8 @@ class Sizes(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """New tokens. q: [B, H, N, D]. far_q: the same as features see it. keys: the same tokens as keys. valid: [B, N],
-    False for padding, or None."""
+    """New tokens. q: [B, H, N, D], queries. far_q: [B, H, N, D], the queries that features are made of. keys: the same
+    tokens as keys. valid: [B, N], False for padding, or None without padding."""
 
     q: Tensor
     far_q: Tensor
@@ -184,11 +187,11 @@ class Tokens(NamedTuple):
         return self.q.shape[2]
 
     def real(self) -> Tensor:
-        """[B, N], False for padding."""
+        """`valid` as a tensor: [B, N], False for padding."""
         return self.q.new_ones(len(self.q), self.length, dtype=torch.bool) if self.valid is None else self.valid
 
     def split(self, sizes: list[int]) -> list["Tokens"]:
-        """By key/value heads, with their query heads, so many in each part."""
+        """The tokens divided by key/value heads, with their query heads. sizes: how many key/value heads a part has."""
         repeats = self.q.shape[1] // self.keys.k.shape[1]
         queries = zip(*(x.split([size * repeats for size in sizes], 1) for x in (self.q, self.far_q)), strict=True)
         return [

@@ -1,10 +1,12 @@
-"""The state of a layer: one row for each feature, the mean of the values that were written to it, and its weight.
+"""The state of a layer: a row for each feature, with a weight and the weighted mean of the values written to it.
 
-A key writes its value to every feature f with the weight e^{g(k)} φ_f(k), and all weights decay as later keys enter. So
-a row is an average, and reading it is attention: a query's logit for row f is log e^{g(q)} φ_f(q) + log_weight_f.
-Weights are kept as logarithms, which float32 holds however far apart they are, and averages don't drift.
+A key writes its value to every row f with the weight e^{b g(k)} φ_f(k), and all weights decay as later keys enter. So a
+state is read by attention: a query's logit for row f is log e^{g(q)} φ_f(q) + log_weight_f. Weights are kept as
+logarithms, which float32 holds however far apart they are, and means don't drift. `feature_map` makes the features and
+`decay` the decays.
 
-Shape legend: B batch, G key/value heads, n blocks, C tokens of a block, V value head_dim, F features.
+Shape legend: B batch, G key/value heads, n blocks, C tokens of a block, P blocks of the window before the query's
+own, V value head_dim, F features.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Stands for the logarithm of 0 where a difference of two of them must be a number.
+# Stands for the logarithm of 0. It is finite, so that the difference of two of them is a number.
 NEVER = -1e30
 
 
@@ -28,16 +30,16 @@ def accumulated(x: Tensor) -> Tensor:
 
 
 def recurrent_dtype(like: Tensor) -> torch.dtype:
-    """float64, for a log_weight that is added to with every token: in float32 its rounding would add up. (float32 on
-    MPS, which has no float64.)"""
+    """float64, the dtype of a log_weight to which single tokens are added: in float32 rounding errors would add up. On
+    MPS, which has no float64, it is float32."""
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 class State(NamedTuple):
-    """What is remembered of all keys that have entered.
+    """A state: its rows' weights, and the means of the values in them.
 
-    log_weight: [B, G, F] or [B, G, n, F], log of the sum of the weights of all keys. value: [..., F, V], the mean of
-    their values by these weights; it means nothing where log_weight is NEVER.
+    log_weight: [B, G, F] or [B, G, n, F], log of the sum of all keys' weights. value: [..., F, V], the mean of their
+    values by these weights; arbitrary where log_weight is NEVER.
     """
 
     log_weight: Tensor
@@ -51,7 +53,7 @@ class State(NamedTuple):
         return cls(log_weight, log_weight.new_zeros(batch, kv_heads, features, value_dim))
 
     def then(self, later: "State", decay: Tensor | None = None) -> "State":
-        """This state after it has decayed by e^decay [..., F or 1], together with what entered ``later``."""
+        """This state, decayed, with the keys of the state ``later``. decay: [..., 1 or F], log γ, or None."""
         log_weight = self.log_weight if decay is None else self.log_weight + decay
         total = torch.logaddexp(log_weight, later.log_weight)
         share = (later.log_weight - total).exp().to(self.value.dtype)
@@ -59,9 +61,11 @@ class State(NamedTuple):
 
 
 class Decay(NamedTuple):
-    """log γ ≤ 0 of each key, what the state keeps of itself when the key enters: of a head, [..., C, 1], and of each
-    feature besides, [..., C, F]. None is for all of it. Of what features lose, a whole block's sum is a power of e that
-    float32 holds: so it can be a factor."""
+    """log γ ≤ 0, the part of the state that is kept when a key enters, as the sum of two tensors; None for 0.
+
+    head: [..., C, 1], of all features of a head. features: [..., C, F], of each feature. The exponential of the sum of
+    ``features`` over a block fits in float32, so it can be a factor.
+    """
 
     head: Tensor | None = None
     features: Tensor | None = None
@@ -70,7 +74,7 @@ class Decay(NamedTuple):
         return Decay(*(None if x is None else change(x) for x in self))
 
     def total(self) -> Tensor | None:
-        """Of a whole block: [..., C, …] → [..., 1 or F]."""
+        """The sum of both over a block, [..., 1 or F], or None for 0."""
         head, features = (None if x is None else x.sum(-2) for x in self)
         if head is None or features is None:
             return features if head is None else head
@@ -80,8 +84,8 @@ class Decay(NamedTuple):
 class Written(NamedTuple):
     """What keys write to the state.
 
-    features: [..., C, F], log φ(k), or what differs from it by a number a key. log_scale: [..., C, 1], what is missing
-    to log e^{g(k)} φ(k); NEVER for what is no key. values: [..., C, V]. decay: of the state, as the keys enter.
+    features: [..., C, F], log φ(k). log_scale: [..., C, 1], b g(k) and what `selective` adds to it; NEVER for padding.
+    values: [..., C, V]. decay: of the state, as each key enters.
     """
 
     features: Tensor
@@ -93,14 +97,14 @@ class Written(NamedTuple):
         return Written(change(self.features), change(self.log_scale), change(self.values), self.decay.map(change))
 
     def logits(self) -> Tensor:
-        """log e^{g(k)} φ(k)."""
+        """Log weights of the keys, log e^{b g(k)} φ(k), [..., C, F]."""
         return self.features + self.log_scale
 
     def summary(self) -> tuple[State, Tensor | None]:
-        """What a block adds to a state, [..., F], and the decay of the state by the whole block, [..., 1 or F]."""
+        """The state of a block's keys alone, [..., F], and the decay of earlier keys by the block, [..., 1 or F]."""
         size = self.features.shape[-2]
         after = torch.ones(size, size, dtype=self.features.dtype, device=self.features.device).triu(1)
-        scale, (head, features) = self.log_scale, self.decay  # each key decays by those after it
+        scale, (head, features) = self.log_scale, self.decay  # each key decays by the keys after it
         scale = scale if head is None else scale + after @ head
         logits = self.features + scale if features is None else (after @ features).add_(scale).add_(self.features)
         top = logits.detach().amax(-2, keepdim=True)
@@ -111,19 +115,19 @@ class Written(NamedTuple):
 
 
 def recall(features: Tensor, state: State) -> Tensor:
-    """What a state answers to keys: log features [..., C, F] → mean values [..., C, V], 0 from an empty state."""
+    """A state's answer to keys, [..., C, V], or 0 from an empty state. features: [..., C, F], log φ(k)."""
     answer = (features + state.log_weight[..., None, :]).softmax(-1) @ state.value
     is_empty = state.log_weight.amax(-1) <= NEVER / 2
     return answer.masked_fill(is_empty[..., None, None], 0)
 
 
 def block_states(written: list[Written], age: Tensor, behind: int, start: State | None) -> State:
-    """The state that each of n blocks reads, [B, G, n, …]. Before block i + 1 is read block i of ``written`` enters.
+    """The state that each of n blocks reads, [B, G, n, …]. Entry i of ``written`` enters before block i + 1 reads.
 
     Args:
-        written: by n − 1 blocks, [B, G, n − 1, C, …], in pieces along n.
+        written: what n − 1 blocks write, [B, G, n − 1, C, …], in pieces along n.
         age: [B or 1, n], which block of its document each block is. A state holds keys of one document.
-        behind: how many blocks before block i + 1 begin between block i of ``written`` and it.
+        behind: how many blocks lie between the block that entry i is of and block i + 1: P with a window, else 0.
         start: the state that the first block reads, or None for an empty one.
     """
     states, decays = zip(*(piece.summary() for piece in written), strict=True)
@@ -134,11 +138,11 @@ def block_states(written: list[Written], age: Tensor, behind: int, start: State 
     if start is None:
         batch, kv_heads, _, features, values = states[0].value.shape
         start = State.empty(batch, kv_heads, features, values, log_weight)
-    if isinstance(log_weight.shape[2], torch.SymInt):  # exported for any length: the loop is in the graph
+    if isinstance(log_weight.shape[2], torch.SymInt):  # an export for any length has the loop in its graph
         return _scanned(start, State(log_weight, states[0].value), decay)
-    # By unbind, not by index: the gradient of an index is as large as all blocks together.
+    # Blocks are taken by unbind, since the gradient of an index is as large as all blocks together.
     value = [block for state in states for block in state.value.unbind(2)]
-    if not value:  # nothing is written, which is a sum of nothing: so what would write has a gradient, of zeros
+    if not value:  # nothing is written, and sums of no numbers give the parameters that would write a gradient of 0
         start = State(start.log_weight + log_weight.sum(), start.value + states[0].value.sum())
     read = [start]
     for entering in zip(log_weight.unbind(2), value, decay.unbind(2), strict=True):
@@ -147,6 +151,7 @@ def block_states(written: list[Written], age: Tensor, behind: int, start: State 
 
 
 def _scanned(start: State, entering: State, decay: Tensor) -> State:
+    """The loop of `block_states` as one operation of a graph."""
     from torch._higher_order_ops.scan import scan
 
     def step(state: tuple[Tensor, Tensor], block: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

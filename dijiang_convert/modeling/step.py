@@ -1,4 +1,6 @@
-"""Attention of one new token over the table, and the table's move by one block: see `kernel`, which says what both are.
+"""Decoding: attention of one new token over the table, and the table's move by one block. `kernel` describes both.
+
+The caller decides when the table moves, and keeps the table and the count of tokens.
 
 Shape legend: B batch, H query heads, G key/value heads, X = B·G, R = H / G, D head_dim, V value head_dim, C tokens of a
 block, P blocks of the window before the query's own, L = (P + 1)·C, M rows of sinks and memory.
@@ -28,8 +30,9 @@ def attend_token(
 ) -> Tensor:
     """Attention of one new token of each row, [B, H, 1, V]. Writes the token to the table, in place.
 
-    queries, token: of one slot. count: tokens before, one number or [B]. valid: [B], False for padding, or None.
-    A table whose last block is full must have been through `advance`.
+    queries: q [B, H, 1, D] and features [B, H, 1, F]. token: [B, G, 1, …], the same token as a key. table: with room
+    in its last block, as `advance` makes it. count: how many tokens are before, one number or [B]. valid: [B], False
+    for padding, or None without padding.
     """
     slot: Any = kernel.window + count % kernel.block
     for kept, new in zip(table.window, token, strict=True):
@@ -43,7 +46,7 @@ def attend_token(
     memory, window = slice(None), slice(None)
     if not isinstance(count, Tensor):
         memory, window = slice(best, None), slice(first, slot + 1)
-    kind = accumulation_dtype(q) if q.device.type == "cpu" else q.dtype  # products in half precision are slow there
+    kind = accumulation_dtype(q) if q.device.type == "cpu" else q.dtype  # CPUs are slow in half precision
     part = {
         "near": logits.of(q, table.k[:, :, window].flatten(0, 1)),
         "window": table.v[:, :, window].flatten(0, 1),
@@ -72,7 +75,8 @@ def attend_token(
 
 
 def _write(kept: Tensor, new: Tensor, place: int | Tensor, valid: Tensor | None) -> None:
-    """Puts new [B, A, 1, D] in the place of kept [B, A, L, D], in rows that are valid."""
+    """Writes a token to a slot of the window, in place. kept: [B, A, L, D], the window. new: [B, A, 1, D], the token.
+    place: the slot, one number or [B]. valid: [B], False for rows that stay, or None."""
     if not isinstance(place, Tensor):
         kept[:, :, place : place + 1] = new
         return
@@ -83,20 +87,21 @@ def _write(kept: Tensor, new: Tensor, place: int | Tensor, valid: Tensor | None)
 
 
 def visible_rows(count: Any, kernel: Kernel) -> tuple[Any, Any]:
-    """The first row of the memory, and the first of the window, that the token after ``count`` others sees: numbers, or
-    [B] for a count [B]."""
+    """The first row of the memory, and the first slot of the window, that the token after ``count`` others sees: two
+    numbers, or [B] each for a count [B]."""
     most = kernel.sinks + kernel.memory
-    left = count // kernel.block * kernel.block - kernel.window  # keys that have left the window, or are missing in it
+    left = count // kernel.block * kernel.block - kernel.window  # keys that left the window; below 0, its empty slots
     if isinstance(count, Tensor):
         return most - left.clamp(0, most), (-left).clamp_min(0)
     return most - min(max(left, 0), most), max(-left, 0)
 
 
 def advance(table: Table, written: Written | None, count: int | Tensor, kernel: Kernel) -> Table:
-    """The table once its full last block has made room for the next: the oldest block of the window leaves it.
+    """A new table whose last block is free: the oldest block of the window has left it.
 
-    written: what that block writes to the state, [B, G, C, …], or None without one. count: tokens so far, a whole
-    number of blocks. In texts that are shorter than the window nothing leaves yet.
+    table: with a full last block. written: [B, G, C, …], what the oldest block writes to the state, or None without a
+    state. count: how many tokens are in the text, one number or [B], multiples of C. In a text that is not longer than
+    the window the oldest block is still empty, and no key leaves.
     """
     most, size, state = kernel.sinks + kernel.memory, kernel.block, table.state
     first = torch.as_tensor(count, device=table.k.device).view(-1, 1, 1) - kernel.window - size  # of the leaving block
@@ -130,10 +135,10 @@ def advance(table: Table, written: Written | None, count: int | Tensor, kernel: 
 
 
 def _as_block(x: Tensor) -> Tensor:
-    """[B, G, …] → [B, G, 1, …]."""
+    """x: [B, G, …] → [B, G, 1, …], as one block."""
     return x[:, :, None]
 
 
 def _shifted(x: Tensor, size: int) -> Tensor:
-    """Without the first slots of [B, A, L, D], and with as many empty ones at the end."""
+    """x [B, A, L, D] without its first ``size`` slots, and with as many slots of zeros at the end."""
     return F.pad(x[:, :, size:], (0, 0, 0, size))

@@ -1,1 +1,4 @@
-"""One stage of a recipe after the other: objectives, the Trainer, what a run keeps and what it costs."""
+"""Training of converted models: the plan of a run, its cost, objectives, the Trainer, checkpoints and the log.
+
+Text is read by `data`, and models are measured by `measure`.
+"""

@@ -1,4 +1,7 @@
-"""What a converted model's attention computes while it trains: the kernel, or the softmax it came from."""
+"""Chooses what the attention of a converted model computes while it trains: its kernel, or the original's softmax.
+
+The choice is made in the model's config, where transformers looks attention functions up. Weights are not touched.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,9 +23,12 @@ RECOMPUTED = "dijiang_recomputed"
 
 @contextmanager
 def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Inside, the model runs another attention function; "softmax" makes it the model that its base weights are."""
+    """Inside the context, the model runs another attention function.
+
+    name: a function of `AttentionInterface`, or "softmax" for the original's attention.
+    """
     name = softmax_implementation(type(model)) if name == "softmax" else name
-    # Parts of a model may have configs of their own; what runs another function than the whole is left alone.
+    # Parts of a model may have configs of their own. A part that runs another function than the whole keeps it.
     config: Any = model.config
     parts = [getattr(config, part) for part in config.sub_configs if getattr(config, part, None) is not None]
     used = config._attn_implementation_internal
@@ -39,7 +45,10 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 @contextmanager
 def original(student: Any) -> Iterator[None]:
-    """Inside, a converted model, with adapters or without, is the softmax model it was: no adapters, no dropout."""
+    """Inside the context, a converted model computes softmax attention, without adapters and without dropout.
+
+    That is the original, as long as no stage has changed the base weights. student: the model, or a wrapper of it.
+    """
     training = student.training
     student.eval()
     adapted = next((module for module in student.modules() if isinstance(module, PeftModel)), None)
@@ -55,9 +64,11 @@ def original(student: Any) -> Iterator[None]:
 
 @contextmanager
 def recomputing(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, kernels are computed again in the backward pass instead of keeping what lies between their input and
-    output, which takes more memory than all the rest of a layer. For training without activation checkpointing, which
-    does the same for whole layers."""
+    """Inside the context, the backward pass recomputes each kernel from its inputs.
+
+    Autograd would keep a kernel's intermediate tensors, which take more memory than the rest of the layer. Activation
+    checkpointing recomputes whole layers, so training with it does not need this context.
+    """
     with attention(model, RECOMPUTED):
         yield
 
@@ -65,7 +76,7 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
 def recomputed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """`dijiang_attention` that keeps only its input for the backward pass."""
+    """`dijiang_attention`, with the same arguments, that keeps nothing but its inputs for the backward pass."""
     return checkpoint(
         dijiang_attention, module, query, key, value, attention_mask,
         use_reentrant=False, preserve_rng_state=False, **kwargs,

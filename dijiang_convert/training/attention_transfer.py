@@ -1,7 +1,10 @@
-"""Stage 1, attention transfer: every layer learns to give what its softmax attention gives.
+"""The objective attention transfer: every converted layer learns the output of its softmax attention.
 
-Both are computed on the same q, k, v; the softmax output is passed on, so that each layer sees the original's input
-and all learn at once, independently. Only the kernel's parameters train.
+A layer computes both attentions from the same queries, keys and values, and passes the softmax output on. So every
+layer sees the original's inputs, and all layers learn in one forward pass, independently of each other. Only the
+kernels' parameters train. The model's next-token loss plays no part here; that is `logits`.
+
+Shape legend: B batch, H query heads, G key/value heads, N tokens, D head_dim, V value head_dim.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,8 +27,11 @@ NAME = "dijiang_transfer"
 
 
 class _Collected(NamedTuple):
-    """One number a converted layer, and which tokens [B, N] are real. (Padding is on the right, so that the causal
-    model needs no mask for it, and rows may be packed.)"""
+    """What one forward pass collects.
+
+    losses: a scalar for each converted layer so far.
+    real: [B, N], 1 for real tokens, or None if all are. Causal models get no such mask: their padding is on the right.
+    """
 
     losses: list[Tensor]
     real: Tensor | None
@@ -38,9 +44,18 @@ _NOTE: ContextVar[Callable[[Tensor], None] | None] = ContextVar("note", default=
 def transfer_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Softmax attention that notes how far the module's kernel is from it.
+    """Softmax attention that also collects the error of the module's kernel, if the module has one.
 
-    The error's gradient is computed here too, so that only one layer's graph is alive at a time.
+    The error's gradient is computed here as well, so that only one layer's graph is alive at a time.
+
+    Args:
+        query: [B, H, N, D] queries.
+        key: [B, G, N, D] keys.
+        value: [B, G, N, V] values.
+        attention_mask: a mask of `dijiang_mask`.
+
+    Returns:
+        [B, N, H, V], the output of softmax attention, and None in place of attention weights.
     """
     call = kwargs.pop("dijiang", None)
     with torch.no_grad():
@@ -57,9 +72,12 @@ def transfer_attention(
 
 
 def normalized_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """‖o − ô‖² / ‖ô‖² a head and row over all real tokens, averaged over both. Shapes [B, N, H, V], mask [B, N].
+    """‖output − target‖² / ‖target‖², taken over the real tokens of each row and head, then averaged over both.
 
-    A row by itself: so the mean over a batch is the same however the batch is divided.
+    Every row is divided by its own norm, so the mean over a batch does not depend on how the batch is divided.
+
+    output, target: [B, N, H, V] outputs of attention.
+    mask: [B, N], 1 for real tokens, or None if all are.
     """
     output, target = output.float(), target.float()
     if mask is not None:
@@ -70,9 +88,12 @@ def normalized_error(output: Tensor, target: Tensor, mask: Tensor | None = None)
 
 
 def attention_transfer_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """The mean over layers of `normalized_error`. The model must be `transferring`, its base frozen."""
+    """The mean over converted layers of `normalized_error`. The model must be `transferring`, its base frozen.
+
+    inputs: a batch of items of `Rows` or `Images`.
+    """
     collected = _Collected([], inputs.get("attention_mask"))
-    model.eval()  # the original's dropout is no part of what there is to learn
+    model.eval()  # dropout would disturb the softmax output that kernels learn
     token = _COLLECTED.set(collected)
     try:
         hidden_states(model, **tokens(inputs))
@@ -86,8 +107,10 @@ def attention_transfer_loss(model: PreTrainedModel, inputs: dict[str, Any]) -> T
 
 @contextmanager
 def transferring(model: PreTrainedModel, note: Callable[[Tensor], None] | None = None) -> Iterator[None]:
-    """Inside, the model computes softmax attention and its kernels' error. ``note`` gets that of every layer
-    [layers], once a batch that is trained on."""
+    """Inside the context, the model computes softmax attention and collects the error of its kernels.
+
+    note: is called after each batch that is trained on, with [layers], the error of every converted layer.
+    """
     token = _NOTE.set(note)
     try:
         with attention(model, NAME):

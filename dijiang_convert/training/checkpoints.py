@@ -1,4 +1,7 @@
-"""The Trainer's checkpoints of a stage: only whole ones count, and a signal leaves one behind."""
+"""Checkpoints that the Trainer writes within a stage: only whole ones count, and a signal leaves one behind.
+
+What is in a checkpoint is the Trainer's business.
+"""
 
 import shutil
 import signal
@@ -15,24 +18,24 @@ from transformers import TrainerCallback
 
 from ..progress import console
 
-WHOLE = "whole"  # an empty file, written last: the Trainer writes its folders in place
+WHOLE = "whole"  # An empty file that marks a whole checkpoint. It comes last: the Trainer writes folders in place.
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that was written to its end."""
+    """The latest checkpoint in a stage's folder that was written to its end, or None."""
     whole = [path for path in folder.glob("checkpoint-*") if (path / WHOLE).is_file()]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def remove_broken(folder: Path) -> None:
-    """What a killed run left half-written or half-removed."""
+    """Removes every checkpoint but the last whole one: older ones, and what a killed run left in pieces."""
     for path in folder.glob("checkpoint-*"):
         if path != last_checkpoint(folder):
             shutil.rmtree(path)
 
 
 class Checkpoints(TrainerCallback):
-    """Marks a checkpoint as whole once every process has written its part; then the one before goes."""
+    """Marks a checkpoint as whole once every process has written its part, and then removes the one before."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -45,14 +48,14 @@ class Checkpoints(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM: the step under way is finished and saved. A second Ctrl-C stops at once."""
+    """Ends training after the current step, with a checkpoint, on Ctrl-C or SIGTERM. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.asked = self.stopped = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, signals are noted. (Python lets only the main thread handle them.)"""
+        """Inside the context, signals are noted. Other threads than the main one can't handle signals in Python."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -67,7 +70,7 @@ class StopOnSignal(TrainerCallback):
         if not self.asked:
             console.print("stopping after this step, to save it; Ctrl-C again stops at once")
         self.asked = True
-        # A launcher passes Ctrl-C on as SIGTERM: that is no second wish.
+        # A launcher passes the same Ctrl-C on as SIGTERM, so a SIGTERM is no second Ctrl-C.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -77,7 +80,7 @@ class StopOnSignal(TrainerCallback):
             control.should_log = control.should_save = control.should_training_stop = True
 
     def _anyone_asked(self) -> bool:
-        """Signals reach processes at different steps; all must stop at the same one."""
+        """Whether any process got a signal: signals reach processes at different steps, and all must stop at one."""
         here = PartialState()
         if here.num_processes == 1:
             return self.asked

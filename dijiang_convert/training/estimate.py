@@ -1,15 +1,16 @@
-"""What a run costs, told before it starts: steps and memory, from the config alone. (Time is tried, in `trial`.)
+"""Estimates what a run costs before it starts: steps and memory, from the config alone. `trial` measures the time.
 
-Memory is that of the largest moment, the end of a forward pass and the backward pass of one layer:
+The memory is that of the peak, which lies at the end of a forward pass and in the backward pass of one layer:
 
-    weights          as loaded, adapters and a teacher's own copy with them
-    training         gradients and Adam's two moments, 12 bytes a trained number
-    activations      tokens of a forward pass × numbers a token × bytes: what goes into and comes out of every layer's
-                     projections, or with activation checkpointing a hidden state a layer and one layer's projections;
-                     and the larger of one layer's kernel, which is computed again in the backward pass
-                     (`_kernel_numbers`), and a chunk of logits. Attention transfer has one layer's kernel at a time.
+    weights          those of the model as loaded, of its adapters, and of a second model as teacher
+    training         gradients and Adam's two moments, 12 bytes per trained parameter
+    activations      tokens of a forward pass × numbers per token × bytes per number. The numbers are the inputs and
+                     outputs of all projections; with activation checkpointing, a hidden state per layer and the
+                     projections of one layer. To them comes the larger of two: one layer's kernel, which the backward
+                     pass recomputes (`_kernel_numbers`), and a chunk of logits. Attention transfer keeps one layer's
+                     kernel and nothing else.
 
-`benchmarks/memory.py` compares it with what is measured. What Python and the libraries take is not counted.
+`benchmarks/memory.py` compares the estimate with measurements. What Python and the libraries take is not counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,17 +32,21 @@ from .adapters import lora_targets
 from .logits import CHUNK_ELEMENTS, LEAST_ROWS
 from .schedule import share_out
 
-# Fitted to what `benchmarks/memory.py` measures:
-BACKWARD = 1.4  # of what a layer keeps, while its backward pass runs
-FROZEN = 0.8  # of what projections keep where most of their weights don't train
-LOGIT_COPIES = {"distillation": 5, "cross_entropy": 2}  # tensors of a chunk of logits that are alive at once
+# These factors were fitted to what `benchmarks/memory.py` measures.
+BACKWARD = 1.4  # what a layer keeps grows by this factor while its backward pass runs
+FROZEN = 0.8  # what projections keep shrinks by this factor where most of their weights are frozen
+LOGIT_COPIES = {"distillation": 5, "cross_entropy": 2}  # float32 tensors of a chunk of logits that are alive at once
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """A stage before it runs. rows: of an optimizer step; seconds: None where it was not tried.
+    """What a stage will take.
 
-    memory_bytes: at the peak, the sum of weights, training (gradients and optimizer) and activations.
+    tokens: tokens that the stage trains on.
+    steps, rows: optimizer steps, and rows of each over all processes.
+    training_bytes: gradients and the optimizer's moments.
+    memory_bytes: the peak, which is the sum of weights, training and activations.
+    seconds: time of the whole stage, None where it was not measured.
     """
 
     name: str
@@ -63,11 +68,12 @@ class StageCost:
 
 
 def plan_costs(plan: Sequence[Stage], config: Any, copies: Sequence[bool], processes: int = 1) -> list[StageCost]:
-    """What each stage of a run takes, from the config of the converted checkpoint as transformers parses it.
+    """What each stage of a run will take.
 
     Args:
-        copies: which stages have a second, frozen model in memory.
-        processes: that share the rows of a step. Memory is that of one which holds a whole model.
+        config: the config of the converted checkpoint, as transformers parses it.
+        copies: for each stage, whether a second, frozen model is in memory.
+        processes: how many processes share the rows of a step. Memory is that of a process with the whole model.
     """
     model = skeleton(getattr(modeling_dijiang, config.architectures[0]), config)
     kernel, layers = read_section(config)
@@ -76,8 +82,11 @@ def plan_costs(plan: Sequence[Stage], config: Any, copies: Sequence[bool], proce
 
 
 def teacher_copies(plan: Sequence[Stage]) -> list[bool]:
-    """Which stages of a recipe need a teacher in memory beside the model. With adapters and kernels off it is its own,
-    as long as no stage before changed its base."""
+    """For each stage of a recipe, whether it needs a second model in memory as its teacher.
+
+    With adapters and kernels off, a model is its own teacher, unless the stage trains the base weights or an earlier
+    stage has changed them.
+    """
     trained = [{stage.train for stage in plan[:i]} for i in range(len(plan))]
     return [
         stage.objective == "distillation" and (stage.train == "full" or not before <= {"kernel"})
@@ -94,13 +103,13 @@ def stage_cost(
     teacher_copy: bool,
     processes: int = 1,
 ) -> StageCost:
-    """What a stage takes.
+    """What one stage will take.
 
     Args:
-        model: with its kernels, on the meta device.
-        width: bytes of a number of the base weights.
+        model: the converted model on the meta device.
+        width: bytes per number of the base weights.
         teacher_copy: whether a second, frozen model is in memory.
-        processes: that share the rows of a step.
+        processes: how many processes share the rows of a step.
     """
     batches = share_out(stage, processes)
     of_kernel = sum(p.numel() for name, p in model.named_parameters() if ".dijiang." in name)
@@ -132,14 +141,14 @@ def stage_cost(
 
 
 def _activations(model: PreTrainedModel, kernel: Kernel, layers: Layers, stage: Stage, tokens: int, width: int) -> int:
-    """Bytes of a forward pass over so many tokens."""
+    """Bytes that autograd keeps of a forward pass over ``tokens`` tokens, and the backward pass of one layer adds."""
     config: Any = model.config.get_text_config()
     depth = getattr(config, "num_hidden_layers", len(layers.layers))
     vocabulary = config.vocab_size if generates(model) else 0
     of_kernel = int(4 * BACKWARD * tokens * _kernel_numbers(kernel, layers))
     if stage.objective == "attention_transfer":
         return of_kernel
-    cuda = torch.cuda.is_available()  # where the Trainer computes in bfloat16 and checkpoints activations
+    cuda = torch.cuda.is_available()  # on a GPU the Trainer computes in bfloat16 and checkpoints activations
     width = 2 if cuda else 4 if stage.train == "full" else width
     projections = width * sum(sum(_features(m)) for name, m in model.named_modules() if "." in name)
     projections = int(projections * tokens * (1 if stage.train == "full" else FROZEN))
@@ -151,17 +160,20 @@ def _activations(model: PreTrainedModel, kernel: Kernel, layers: Layers, stage: 
 
 
 def _kernel_numbers(kernel: Kernel, layers: Layers) -> int:
-    """What autograd keeps of a layer's kernel for a token, as numbers: the tensors of `feature_map`, `state` and
-    `kernel` (without a window `linear`), counted; of the layer with the largest memory."""
+    """Numbers per token that autograd keeps of one layer's kernel, for the layer with the largest memory.
+
+    They were counted in the code of `feature_map`, `state` and `kernel`, or of `linear` where there is no window.
+    """
     query, key, value, dim = layers.heads, layers.kv_heads, layers.value_dim, layers.head_dim
     if kernel.decay == "retnet":
         key = query
     features = dim * (2 if kernel.signed else 1) if kernel.far else 0
     memory = max((sum(heads) // len(heads) for heads in layers.memory), default=kernel.memory)
     exact = kernel.sinks + memory + kernel.window + kernel.block if kernel.window else 0
-    # Of a query: its weights and what they are of, itself, and its features.
+    # A query head keeps its weights over the exact rows, its features twice, three queries and two outputs.
     numbers = query * (exact + 2 * features + 3 * dim + 2 * value)
-    # Of a key: features, their logarithms and decays; of a block: the rows that it reads, and the state.
+    # A key/value head keeps six tensors of features, its keys and values twice, and for each block of tokens the exact
+    # rows that the block reads and five states.
     numbers += key * (6 * features + 2 * dim + 2 * value)
     numbers += key * (exact * (dim + value) + 5 * features * value) // kernel.block
     if not kernel.window:
@@ -170,19 +182,19 @@ def _kernel_numbers(kernel: Kernel, layers: Layers) -> int:
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
-    """Numbers in and out of a linear layer; none for other modules."""
+    """Input and output size of a linear layer, (0, 0) for any other module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return tuple(module.weight.shape) if isinstance(module, Conv1D) else (0, 0)  # type: ignore[return-value]
 
 
 def free_memory() -> int:
-    """Bytes: of the GPU where there is one, else what the machine can give without swapping."""
+    """Free bytes of the GPU if there is one, else the bytes that the system can give without swapping."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
 
 
 def warning(costs: Sequence[StageCost], free: int) -> str | None:
-    """One line where a stage won't fit in ``free`` bytes, with what would help."""
+    """One line that says which stage won't fit in ``free`` bytes and what would help, or None if all fit."""
     worst = max(costs, key=lambda cost: cost.memory_bytes)
     if worst.memory_bytes <= free:
         return None
@@ -202,14 +214,14 @@ def warning(costs: Sequence[StageCost], free: int) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    """As many figures as an estimate has: 45 s, 12 min, 3.5 h."""
+    """A time as text, in as many figures as an estimate deserves: 45 s, 12 min, 3.5 h."""
     if seconds < 99:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
 
 
 def told(costs: Sequence[StageCost], free: int) -> Iterator[str]:
-    """The plan for a person, a line a stage, with a warning where it won't fit in ``free`` bytes."""
+    """The plan as lines for a person: one per stage, a warning if a stage won't fit in ``free`` bytes, and the time."""
     for cost in costs:
         line = (
             f"{cost.name}: {cost.objective.replace('_', ' ')} on {cost.tokens:,} tokens, {cost.steps:,} steps of "

@@ -1,4 +1,4 @@
-"""Losses whose gradient is computed with their value, piece by piece, so that no piece's graph outlives it."""
+"""Losses that compute their gradient together with their value, so that the graph of each part is freed at once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def gradients(loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """∂loss/∂inputs, zeros where loss does not depend on one; frees the graph. Safe under autocast."""
-    with torch.autocast(loss.device.type, enabled=False):  # which would run the backward pass in half precision
+    """∂loss/∂inputs, zeros for an input that the scalar ``loss`` does not depend on. Frees the graph."""
+    with torch.autocast(loss.device.type, enabled=False):  # autocast would run the backward pass in half precision
         return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
 
 
 def with_gradients(value: Tensor, inputs: Sequence[Tensor], known: Sequence[Tensor]) -> Tensor:
-    """``value`` (a number) as a function of ``inputs`` whose gradients are ``known``."""
+    """The scalar ``value`` as a function of ``inputs`` with ``known`` gradients, each of the shape of its input."""
     return _Known.apply(value, len(inputs), *inputs, *known)  # type: ignore[no-any-return]
 
 
@@ -26,6 +26,7 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> Any:
-        # Of a whole batch's sum, so that half precision does not round small ones away; the mean divides by ``outer``.
+        # `mean_loss` passes the gradients of a sum, since half precision could round those of a mean to 0. The factor
+        # ``outer`` makes them a mean's.
         scaled = tuple(known * outer[0].to(known.dtype) for known in ctx.known)
         return None, None, *scaled, *(None for _ in ctx.known)

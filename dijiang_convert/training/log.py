@@ -1,4 +1,4 @@
-"""The training log: one JSON object a line, for every step that the Trainer logs."""
+"""The training log: one JSON object per line, for every step that the Trainer logs. `measure.report` draws it."""
 
 import json
 import time
@@ -12,19 +12,19 @@ from ..recipe import Stage
 
 
 class StageCallback(TrainerCallback):
-    """Watches a stage, and in attention transfer every layer's error."""
+    """A callback of the Trainer that also gets the error of every layer in attention transfer."""
 
     def note_errors(self, errors: Tensor) -> None:
-        """Takes what every layer got wrong in one batch [layers]."""
+        """errors: [layers], the `normalized_error` of each converted layer on one batch of this process."""
 
 
 class TrainingLog(StageCallback):
     """Appends a stage's logged steps to a .jsonl file that all stages of a run share.
 
-    A line has stage, index (the stage's place in the plan), step, tokens (seen so far, in this stage), loss (the mean
-    since the line before), learning rates, grad_norm and seconds; with attention transfer also layer_errors, a number
-    a converted layer. A resumed stage goes on at the step it resumes from: lines beyond that are dropped, since their
-    steps are done again.
+    A line has stage, index (the stage's place in the plan), step, tokens (seen in this stage so far), loss (the mean
+    since the line before), learning rates, grad_norm and seconds. In attention transfer it also has layer_errors, one
+    number for each converted layer, from the main process's rows. When a stage is resumed, the lines of later steps
+    are dropped, since these steps are done again.
     """
 
     def __init__(self, path: Path, stage: Stage, index: int) -> None:
@@ -33,7 +33,7 @@ class TrainingLog(StageCallback):
         self.noted = 0
 
     def note_errors(self, errors: Tensor) -> None:
-        """The next line has the mean."""
+        """Adds errors [layers] to the mean that the next line will have."""
         self.errors = errors if self.errors is None else self.errors + errors
         self.noted += 1
 
@@ -70,7 +70,7 @@ class TrainingLog(StageCallback):
             file.write(json.dumps(line) + "\n")
 
     def _learning_rates(self, optimizer: Any) -> dict[str, float]:
-        """The optimizer's groups are the kernels, if they have parameters, and the rest, if it trains."""
+        """The rates of the optimizer's groups: the kernels, if they have parameters, then the rest, if it trains."""
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         if self.stage.train == "kernel" or len(rates) == 2:
             return {"kernel_learning_rate": rates[0]} | ({"learning_rate": rates[1]} if len(rates) == 2 else {})
@@ -78,7 +78,7 @@ class TrainingLog(StageCallback):
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a training log, none where there is no file. One that an interruption cut is left out."""
+    """The lines of a training log, none if there is no file. A line that an interruption cut short is left out."""
     if not path.is_file():
         return []
     lines = []

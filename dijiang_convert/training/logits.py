@@ -1,8 +1,11 @@
-"""Stage 2, logit distillation: the whole model learns the softmax model's distribution of the next token.
+"""The objectives distillation and cross-entropy: the whole model learns to predict the next token.
 
 Logits take more memory than anything else in training (tokens × vocabulary, several times in float32), so they are
-never there all at once: models run up to their last hidden state, and from there chunk by chunk. A chunk's gradient is
-computed right after its loss, and only the hidden states' (and a trained head's) is kept.
+never in memory all at once. A model runs up to its last hidden states, and its head then computes the logits chunk by
+chunk. The gradient of a chunk is computed right after its loss, and only the gradients of the hidden states and of a
+trained head are kept. Models that predict no next token have `outputs` instead.
+
+Shape legend: B batch, N tokens, n positions, in `mean_loss` those of a batch whose next token is a target.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +22,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..checkpoint.loading import generates
 from .gradients import gradients, with_gradients
 
-# Logits of a chunk, a few tensors of which are alive at a time. On the CPU allocations beyond 32 MB are returned to the
-# system and faulted in anew each time; a GPU wants large matrix products. Fewer rows than LEAST_ROWS are slow on both.
+# Elements of a chunk of logits; a few tensors of this size are alive at a time. A CPU returns allocations beyond 32 MB
+# to the system and faults them in anew each time, and a GPU wants large matrix products. On both, chunks of fewer
+# positions than LEAST_ROWS are slow.
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 LEAST_ROWS = 128
 
@@ -32,14 +36,23 @@ ChunkLoss = Callable[[Tensor, slice], Tensor]
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """KL(teacher ‖ student) a token, averaged over those that ``mask`` [B, N] marks. Logits [B, N, vocabulary]."""
+    """KL(teacher ‖ student) in nats, averaged over the positions that ``mask`` marks.
+
+    student, teacher: [B, N, vocabulary] logits.
+    mask: [B, N], 1 for positions that count.
+    """
     real = mask.bool()
     log_q, log_p = student[real].float().log_softmax(-1), teacher[real].float().log_softmax(-1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
 def cross_entropy(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Next-token loss, averaged over the targets that ``mask`` marks. Logits [B, N, vocabulary], others [B, N]."""
+    """Next-token loss in nats, averaged over the targets that ``mask`` marks.
+
+    logits: [B, N, vocabulary] logits.
+    input_ids: [B, N] token ids.
+    mask: [B, N], 1 for tokens that are targets.
+    """
     real = mask[:, 1:].bool()
     return F.cross_entropy(logits[:, :-1][real].float(), input_ids[:, 1:][real])
 
@@ -48,9 +61,12 @@ def cross_entropy(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def distillation_loss(student: Any, teacher: ChunkLoss, inputs: dict[str, Any], cross_entropy_weight: float) -> Tensor:
-    """KL to the teacher, with a share of next-token loss mixed in: what `kl_divergence` and `cross_entropy` give.
+    """KL to the teacher, with a share of next-token loss mixed in, averaged over the targets that loss_mask marks.
 
-    Both judge the prediction of every target that loss_mask marks. teacher: as `live_teacher` gives it.
+    The value is that of `kl_divergence` and `cross_entropy`.
+
+    student: as ``model`` of `mean_loss`. teacher: the loss that `live_teacher` returns. inputs: a batch of `Rows`.
+    cross_entropy_weight: the share of next-token loss, from 0 to 1.
     """
     labels = inputs["input_ids"][:, 1:][counted(inputs)]
 
@@ -65,7 +81,7 @@ def distillation_loss(student: Any, teacher: ChunkLoss, inputs: dict[str, Any], 
 
 
 def cross_entropy_loss(student: Any, inputs: dict[str, Any]) -> Tensor:
-    """Plain language modelling: what `cross_entropy` gives."""
+    """Next-token loss alone, with the value of `cross_entropy`."""
     labels = inputs["input_ids"][:, 1:][counted(inputs)]
     return mean_loss(
         student, inputs, lambda logits, part: F.cross_entropy(logits.float(), labels[part], reduction="sum")
@@ -75,8 +91,11 @@ def cross_entropy_loss(student: Any, inputs: dict[str, Any]) -> Tensor:
 def live_teacher(
     teacher: Any, inputs: dict[str, Any], within: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> ChunkLoss:
-    """KL to a model that runs here. ``within`` makes it the teacher, where it is the student otherwise; the head is
-    the same in both."""
+    """Runs the teacher on a batch and returns the loss KL(teacher ‖ student) of a chunk.
+
+    within: a context in which ``teacher`` is the teacher, where it is the student otherwise. The head runs outside of
+    it, since student and teacher have the same head then.
+    """
     with torch.no_grad(), within():
         hidden = hidden_states(teacher, **tokens(inputs))[:, :-1][counted(inputs)]
 
@@ -89,8 +108,13 @@ def live_teacher(
 
 
 def divergence_sum(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student), summed over positions, of logits [n, vocabulary]. Its gradient is q − p: written out, it
-    takes half the passes over the vocabulary."""
+    """KL(teacher ‖ student) in nats, summed over positions.
+
+    Its gradient, the student's distribution minus the teacher's, is written out: that takes half as many passes over
+    the vocabulary as autograd.
+
+    student, teacher: [n, vocabulary] logits.
+    """
     with torch.no_grad():
         log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
         p = log_p.exp()
@@ -100,12 +124,13 @@ def divergence_sum(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def mean_loss(model: Any, inputs: dict[str, Any], loss: ChunkLoss) -> Tensor:
-    """The mean of ``loss`` over all targets of a batch, 0 where there is none, without holding all their logits.
+    """The mean of ``loss`` over all targets of a batch, 0 if it has none, without holding all their logits.
 
-    model: the one whose forward pass synchronises gradients, where several processes share the batch.
+    model: where several processes share a step, the wrapper whose forward pass synchronises gradients.
+    inputs: a batch of `Rows`.
     """
     if any(isinstance(p, DTensor) for p in model.parameters()):
-        # Sharded over processes, the head's weights are whole only within the forward pass they belong to.
+        # The head's weights are sharded and whole only during the model's own forward pass, which makes all logits.
         logits = model(**tokens(inputs)).logits[:, :-1][counted(inputs)]
         return loss(logits, slice(None)) / max(len(logits), 1)
     hidden = hidden_states(model, **tokens(inputs))[:, :-1][counted(inputs)]
@@ -124,21 +149,21 @@ def mean_loss(model: Any, inputs: dict[str, Any], loss: ChunkLoss) -> Tensor:
 
 
 def parts(model: Any, hidden: Tensor) -> Iterator[slice]:
-    """Cuts hidden states [n, hidden] into chunks whose logits are small."""
+    """Slices of the positions of ``hidden`` whose logits make one chunk each. hidden: [n, hidden] hidden states."""
     vocabulary = inner_model(model).config.get_text_config().vocab_size
     rows = max(CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"]) // vocabulary, LEAST_ROWS)
     yield from (slice(start, start + rows) for start in range(0, len(hidden), rows))
 
 
 def tokens(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What of a batch the model gets. Padding is on the right: causal models need no mask for it, only losses do."""
-    if "position_ids" not in inputs:  # whole rows of an encoder, or images
+    """The part of a batch that the model gets. Causal models get no mask, since padding is on the right."""
+    if "position_ids" not in inputs:  # the batch is of an encoder's texts, or of images
         return inputs
     return {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
 
 
 def counted(inputs: dict[str, Any]) -> Tensor:
-    """[B, N − 1], True where the next token counts as a target."""
+    """A mask of positions, [B, N − 1], True where the next token is a target."""
     return inputs["loss_mask"][:, 1:].bool()
 
 
@@ -146,8 +171,10 @@ def counted(inputs: dict[str, Any]) -> Tensor:
 
 
 def hidden_states(model: Any, **inputs: Any) -> Tensor:
-    """The last hidden state [B, N, hidden], before the output head. The whole forward pass runs, so that whatever
-    wraps the model has its say, but its head sees one position."""
+    """The last hidden states [B, N, hidden], before the output head.
+
+    The forward pass of the whole model runs, so that its wrappers do their part, but the head gets one position.
+    """
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -163,10 +190,15 @@ def hidden_states(model: Any, **inputs: Any) -> Tensor:
 
 
 def head(model: Any, hidden: Tensor) -> Tensor:
-    """Logits [n, vocabulary] of hidden states [n, hidden], by the model's own code: its forward pass runs with a body
-    that gives them, so that scaling, soft-capping and whatever else lies behind it is the model's."""
+    """The logits [n, vocabulary] of ``hidden``, by the model's own code.
+
+    The model's forward pass runs with a body that returns ``hidden``, so that scaling, soft-capping and all else that
+    follows the body is applied.
+
+    hidden: [n, hidden] hidden states.
+    """
     model, inside = inner_model(model), body(model)
-    inside.forward = lambda *args, **kwargs: _Output(last_hidden_state=hidden[None])  # hides the class' own
+    inside.forward = lambda *args, **kwargs: _Output(last_hidden_state=hidden[None])  # hides the method of the class
     try:
         return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
     finally:
@@ -174,31 +206,31 @@ def head(model: Any, hidden: Tensor) -> Tensor:
 
 
 def head_parameters(model: Any) -> list[nn.Parameter]:
-    """What trains in the head: an embedding too where the two are tied."""
+    """The parameters of the head that train, among them an embedding that is tied to it."""
     named, inside = inner_model(model).named_parameters(remove_duplicate=False), body_name(model)
     found = {id(p): p for name, p in named if p.requires_grad and not name.startswith(f"{inside}.")}
-    return list(found.values())  # once each, though a head may have one under two names
+    return list(found.values())  # a parameter may have two names in the head and is returned once
 
 
 def body_name(model: Any) -> str:
-    """Of what lies before the head, as in gpt_neox or model.decoder; empty where there is no head."""
+    """The name of the `body` in the model, such as gpt_neox or model.decoder; empty if the model has no head."""
     inside = body(model)
     return next(name for name, module in inner_model(model).named_modules() if module is inside)
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel:
-    """transformers' model inside of peft's and other wrappers."""
+    """The model of transformers inside wrappers such as peft's and DDP."""
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def body(model: Any) -> nn.Module:
-    """What gives the last hidden state."""
+    """The module before the head, whose output is the last hidden states."""
     inner: Any = inner_model(model)
     return inner.get_decoder() if generates(inner) else inner.base_model
 
 
 class _Output(BaseModelOutput):
-    """A body's output of which only the last hidden state is known."""
+    """The output of a body: the last hidden states, and None for every other attribute."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

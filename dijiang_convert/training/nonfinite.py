@@ -1,4 +1,4 @@
-"""Where numbers stop being finite. Looked for only once a gradient's norm says that they did."""
+"""Finds the module where numbers stop being finite. The trainer asks only after a loss or a gradient was not finite."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,8 +10,10 @@ from torch.distributed.tensor import DTensor
 
 
 def find(model: nn.Module, rerun: Callable[[], Any]) -> str:
-    """Name of the module whose output is the first in a forward pass that is not finite; where all outputs are, of the
-    one whose parameters' gradient is the first in the backward pass. Every process must ask.
+    """The name of the first module in a forward pass whose output is not finite.
+
+    If all outputs are finite, it is the first module in the backward pass whose parameters' gradient is not, which is
+    the last by order of definition; and "the loss" if these gradients are finite as well. All processes must call this.
 
     rerun: repeats the forward passes of the failed step.
     """
@@ -45,7 +47,7 @@ def _first_output(model: nn.Module, rerun: Callable[[], Any]) -> str | None:
 
 
 def _gradients(model: nn.Module) -> list[str]:
-    """Parameters of whose gradient this process' shard is not finite."""
+    """The names of parameters whose gradient is not finite in the shard of this process."""
     found = []
     for name, parameter in model.named_parameters():
         gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
@@ -65,7 +67,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def plain_name(name: str) -> str:
-    """A module's name in the checkpoint, without what DDP and peft wrap around it."""
+    """A module's name in the checkpoint, without the names of the wrappers of DDP and peft."""
     name = name.removeprefix("module.").removeprefix("base_model.model.")
     for wrapper in (".modules_to_save.default", ".base_layer", ".lora_A.default", ".lora_B.default"):
         name = name.replace(wrapper, "")

@@ -1,4 +1,9 @@
-"""Stage 2 for models that predict no next token, encoders most of all: the same hidden states, the same embeddings."""
+"""The objective distillation for models that predict no next token, such as encoders.
+
+They learn the original's last hidden states, and the embeddings that these make; `logits` is for all other models.
+
+Shape legend: B batch, N tokens.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,8 +23,11 @@ def output_loss(
     inputs: dict[str, Any],
     within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Tensor:
-    """The normalised squared error of the last hidden states, and 1 − cosine of the embeddings they make, averaged over
-    rows. ``within`` makes ``teacher`` the original, where it is the student otherwise."""
+    """`normalized_error` of the last hidden states plus 1 − `embedding_cosine`, averaged over rows.
+
+    inputs: a batch of an encoder's `Rows`, or of `Images`.
+    within: a context in which ``teacher`` is the original, where it is the student otherwise.
+    """
     real = inputs.get("attention_mask")
     with torch.no_grad(), within():
         target = hidden_states(teacher, **tokens(inputs))
@@ -29,7 +37,11 @@ def output_loss(
 
 
 def embedding(hidden: Tensor, real: Tensor | None) -> Tensor:
-    """The mean of hidden states [B, N, hidden] over the tokens that ``real`` [B, N] marks, [B, hidden]."""
+    """The mean of the hidden states over real tokens, [B, hidden].
+
+    hidden: [B, N, hidden] hidden states.
+    real: [B, N], 1 for real tokens, or None if all are.
+    """
     if real is None:
         return hidden.float().mean(1)
     mask = real[..., None].float()
@@ -37,5 +49,9 @@ def embedding(hidden: Tensor, real: Tensor | None) -> Tensor:
 
 
 def embedding_cosine(found: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
-    """Of both models' embeddings, [B]."""
+    """The cosine of two models' embeddings, [B].
+
+    found, target: [B, N, hidden] hidden states.
+    real: [B, N], 1 for real tokens, or None if all are.
+    """
     return F.cosine_similarity(embedding(found, real), embedding(target, real), dim=-1)

@@ -1,4 +1,4 @@
-"""Whether a model keeps the documents of a packed row apart: what training on such rows relies on."""
+"""Checks that a model keeps the documents of a packed row apart. Training on packed rows relies on it."""
 
 import torch
 from torch import Tensor
@@ -6,16 +6,18 @@ from transformers import PreTrainedModel
 
 from ..errors import DijiangError
 
-DOCUMENT = 8  # tokens of each of the two documents tried
-TOLERANCE = 0.02  # of the spread of logits: far above rounding in half precision, far below what a text does
+DOCUMENT = 8  # tokens of each document in the rows that are tried
+# How far logits may differ, in standard deviations of all of them: half precision rounds by far less, and another
+# document that they can see changes them by far more.
+TOLERANCE = 0.02
 
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel) -> None:
-    """Tries it: two rows that end in the same document must end in the same logits, whatever came before.
+    """Runs two rows that end in the same document, after different ones: they must end in the same logits.
 
-    Raises DijiangError where they don't: some architectures hand positions to no mask (opt, where it is not converted),
-    others mix tokens outside of attention.
+    Raises DijiangError if they don't. Some architectures give positions to no mask (OPT, in layers that are not
+    converted), others mix tokens outside of attention.
     """
     training = model.training
     model.eval()

@@ -1,4 +1,7 @@
-"""The plan of a finetune run: which stages, in which order, how long, and whether the model can follow them."""
+"""The plan of a finetune run: which stages, in which order, how long, and whether the model can follow them.
+
+Only recipes and configs are read here; `estimate` tells what a plan costs.
+"""
 
 import copy
 import dataclasses
@@ -12,7 +15,7 @@ from ..recipe import Recipe, Stage, adjust_stages, scale_tokens
 
 def make_plan(
     recipe: Recipe,
-    names: Sequence[str] = (),
+    stages: Sequence[str] = (),
     skip: Sequence[str] = (),
     *,
     tokens: int | None = None,
@@ -24,30 +27,30 @@ def make_plan(
     """The stages to run.
 
     Args:
-        names: of the stages, in the order to run them, as often as they are named; the recipe's own order by default.
+        stages: names of the stages to run, in this order, as often as they are named; by default all of the recipe.
         skip: names of stages to leave out.
-        tokens: of the whole plan; shortens or stretches its stages in proportion.
+        tokens: tokens of the whole plan; all stages are scaled in proportion.
         train: "lora" or "full", for all stages that train more than the kernel.
-        seq_len: tokens a row, in all stages.
-        settings: ``key=value`` for every stage, ``stage.key=value`` for those of that name.
-        own_data: False where a corpus is given for the run: then stages don't read their own.
+        seq_len: tokens per row, in all stages.
+        settings: ``key=value`` for every stage, ``stage.key=value`` for the stages of that name.
+        own_data: whether stages keep the corpora of the recipe; False where the run has a corpus of its own.
 
     Raises:
         DijiangError: a stage that the recipe does not have, none left to run, or settings that mean nothing.
     """
     known = [stage.name for stage in recipe.stages]
-    for name in (*names, *skip):
+    for name in (*stages, *skip):
         if name not in known:
             raise DijiangError(f"the checkpoint's recipe has no stage {name!r}: valid are {', '.join(known)}")
-    chosen = [stage for name in names or dict.fromkeys(known) for stage in recipe.stages if stage.name == name]
+    chosen = [stage for name in stages or dict.fromkeys(known) for stage in recipe.stages if stage.name == name]
     plan = tuple(stage for stage in chosen if stage.name not in skip)
     if not plan:
         remedy = "--skip leaves none of them" if chosen else "give it some"
         raise DijiangError(f"recipe {recipe.name} has no stages to run: {remedy}")
     if train is not None:
         if all(stage.train == "kernel" for stage in plan):
-            names = ", ".join(dict.fromkeys(stage.name for stage in plan))
-            raise DijiangError(f"--{train} is of no use here: {names} trains the kernel alone; leave it out")
+            kernels = ", ".join(dict.fromkeys(stage.name for stage in plan))
+            raise DijiangError(f"--{train} is of no use here: {kernels} trains the kernel alone; leave it out")
         plan = tuple(s if s.train == "kernel" else dataclasses.replace(s, train=train) for s in plan)
     if seq_len is not None:
         plan = tuple(dataclasses.replace(s, seq_len=seq_len) for s in plan)
@@ -58,13 +61,13 @@ def make_plan(
 
 
 def check_context(plan: Sequence[Stage], config: Any) -> None:
-    """Whether rows are as long as the model can take them.
+    """Checks that no stage has longer rows than the model can take.
 
-    config: the converted checkpoint's, as transformers parses it.
+    config: the config of the converted checkpoint, as transformers parses it.
 
     Raises:
-        DijiangError: a stage that learns from the softmax model beyond that model's context, or one whose rows reach
-            beyond positions that are learned, as those of OPT and GPT-2.
+        DijiangError: a stage learns from the softmax model beyond that model's context, or its rows reach beyond the
+            positions of a model that has learned them one by one, as OPT and GPT-2 have.
     """
     context = source_context(config)
     for stage in plan:
@@ -84,12 +87,12 @@ def check_context(plan: Sequence[Stage], config: Any) -> None:
 
 
 def fit_rows(plan: Sequence[Stage], context: int) -> tuple[Stage, ...]:
-    """The stages with rows no longer than ``context``, which recipes don't know."""
+    """The stages with rows of at most ``context`` tokens: recipes are written without knowing a model's context."""
     return tuple(dataclasses.replace(stage, seq_len=min(stage.seq_len, context)) for stage in plan)
 
 
 def check_objectives(plan: Sequence[Stage]) -> None:
-    """Raises DijiangError for stages that train on the next token, which not every model predicts."""
+    """Raises DijiangError for stages that train on the next token. Call it for models that don't predict it."""
     for stage in plan:
         if stage.objective == "cross_entropy" or stage.cross_entropy_weight:
             what = "objective cross_entropy" if stage.objective == "cross_entropy" else "cross_entropy_weight"
@@ -97,7 +100,7 @@ def check_objectives(plan: Sequence[Stage]) -> None:
 
 
 def source_context(config: Any) -> int:
-    """Tokens that the original takes: what its config says, or what its rope scaling stretches that to."""
+    """The context of the original in tokens, stretched by its rope scaling; sys.maxsize if its config names none."""
     recorded = config.dijiang.get("source_context")
     if recorded is not None:
         return recorded
@@ -113,19 +116,19 @@ def source_context(config: Any) -> int:
 
 
 def has_rotary_positions(config: Any) -> bool:
-    """Whether attention rotates queries and keys. Other decoders here learn their positions, up to a last one."""
+    """Whether attention rotates queries and keys. Other decoders that convert learn positions, up to a last one."""
     return bool(config.dijiang["rotates"])
 
 
 def extended_config(content: Mapping[str, Any], config: Any, seq_len: int) -> dict[str, Any]:
-    """config.json after training on rows of ``seq_len``: it names the longer context, and rotary tables stay.
+    """config.json after training on rows of ``seq_len`` tokens: the context grows, and rotary tables stay as they are.
 
-    Some rope types derive their tables from max_position_embeddings where nothing else is given: the values that they
-    took so far are written down for them. (Dynamic scaling, which always does, is not converted.)
+    Some rope types derive their tables from max_position_embeddings where nothing else is given. For these, the values
+    that have been used so far are written down. (Dynamic scaling always derives its tables, and is not converted.)
 
     Args:
-        content: config.json as it is.
-        config: the same, as transformers parses it.
+        content: config.json before training.
+        config: the same config, as transformers parses it.
     """
     result = dict(content)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -147,7 +150,7 @@ def extended_config(content: Mapping[str, Any], config: Any, seq_len: int) -> di
 
 
 def _rope_sections(parameters: Any) -> list[dict[str, Any]]:
-    """One section, or one a kind of layer."""
+    """The sections of rope_parameters: one for all layers, or one for each kind of layer."""
     if not parameters:
         return []
     nested = [value for value in parameters.values() if isinstance(value, dict)]

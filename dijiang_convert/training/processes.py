@@ -1,11 +1,11 @@
-"""Several processes: what `accelerate launch` sets up, and what a converted model needs of it.
+"""Training in several processes: what `accelerate launch` sets up, and what a converted model needs besides.
 
-Data parallelism (DDP) copies the model; FSDP2 and DeepSpeed ZeRO-3 shard it. Under FSDP2 the kernels stay whole on
-every process: they are small, they must compute in float32 where the policy casts all it shards, and attention
-transfer asks for their gradients outside of any sharded module's backward pass. Their gradients are averaged here.
+Data parallelism (DDP) copies the model; FSDP2 shards it. Under FSDP2 the kernels stay whole on every process, for three
+reasons: they are small; they compute in float32, and FSDP2's mixed precision would cast what it shards; and attention
+transfer takes their gradients outside of any sharded module's backward pass. This module averages the kernels'
+gradients over the processes.
 """
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterable
 
@@ -21,18 +21,17 @@ from transformers import PreTrainedModel
 
 from ..errors import DijiangError
 
-KERNELS = r".*\.dijiang"
+KERNELS = r".*\.dijiang"  # regular expression of the kernels' module names
 
 
 def start() -> PartialState:
-    """Joins the processes that were launched together; without a GPU they train on CPUs.
+    """Joins the processes that `accelerate launch` has started. Without a GPU they train on CPUs.
 
-    Raises DijiangError for what `accelerate launch` was asked for and can't be had here.
+    Raises DijiangError where the launch asks for something that is not supported.
     """
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
-        raise DijiangError("the launch asks for DeepSpeed, which is not installed: pip install deepspeed, or use FSDP2")
-    if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
-        raise DijiangError("the launch asks for Megatron-LM: use DDP, FSDP2 or DeepSpeed")
+    for name in ("DeepSpeed", "Megatron-LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name.upper().replace('-', '_')}"):
+            raise DijiangError(f"the launch asks for {name}: use DDP or FSDP2")
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise DijiangError("the launch asks for FSDP 1: set fsdp_version: 2 in its configuration")
@@ -48,12 +47,12 @@ def start() -> PartialState:
 
 
 def is_sharded() -> bool:
-    """Whether no process will hold the whole model while it trains."""
-    return parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    """Whether the launch asks for FSDP, with which no process holds the whole model in training."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def keep_kernels_whole(accelerator: Accelerator) -> None:
-    """Before a model is prepared. Gradients of what is sharded are added up in float32."""
+    """Keeps FSDP2 from sharding kernels, and lets it reduce gradients in float32. Call it before preparing a model."""
     if accelerator.is_fsdp2:
         plugin = accelerator.state.fsdp_plugin
         plugin.ignored_modules = KERNELS
@@ -62,12 +61,12 @@ def keep_kernels_whole(accelerator: Accelerator) -> None:
 
 
 def prepare_teacher(accelerator: Accelerator, teacher: PreTrainedModel) -> PreTrainedModel:
-    """A frozen second model, sharded like the one that trains under FSDP2, else whole on every device."""
+    """Places a frozen second model: sharded under FSDP2, else whole on the device of each process."""
     return fsdp2_prepare_model(accelerator, teacher) if accelerator.is_fsdp2 else teacher.to(accelerator.device)
 
 
 def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Averages over processes the gradients that FSDP2 leaves alone."""
+    """Averages over processes the gradients of unsharded parameters, which FSDP2 does not reduce."""
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
     if gradients:
         flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -78,7 +77,7 @@ def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm of all gradients of all processes' shards; nothing is changed."""
+    """The norm of all gradients, over the shards of all processes. No gradient is changed."""
     norms = []
     for part in _by_sharding(parameters):
         norm = get_total_norm([p.grad for p in part if p.grad is not None])
@@ -87,22 +86,22 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, longest: float) -> None:
-    """Shortens gradients of that norm to ``longest``."""
+    """Scales gradients, whose norm is ``norm``, down to a norm of at most ``longest``."""
     for part in _by_sharding(parameters):
         clip_grads_with_norm_(part, longest, norm)
 
 
 def _by_sharding(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters with a gradient, sharded and whole ones apart: one operation can't take both."""
+    """The parameters with a gradient, sharded and whole ones apart: one operation of torch can't take both."""
     trained = [p for p in parameters if p.grad is not None]
     parts = [[p for p in trained if isinstance(p.grad, DTensor) is sharded] for sharded in (True, False)]
     return [part for part in parts if part]
 
 
 def gather(accelerator: Accelerator, wrapped: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
-    """The sharded model in one piece, on the main process' CPU; None on the others.
+    """The sharded model in one piece, on the main process's CPU; None on the other processes.
 
-    build: makes the same model anew, unsharded; called on the main process alone.
+    build: returns the same model, unsharded, to load the weights into. The main process alone calls it.
     """
     state = accelerator.get_state_dict(wrapped)
     if not accelerator.is_main_process:
@@ -113,8 +112,11 @@ def gather(accelerator: Accelerator, wrapped: nn.Module, build: Callable[[], nn.
 
 
 def supported(accelerator: Accelerator) -> bool:
-    """DDP on any device, FSDP2, DeepSpeed, or one process; and what was asked for, or it would be DDP in silence."""
+    """Whether this can train: one process, DDP on any device, or the FSDP2 that the launch asks for.
+
+    A launch that asks for sharding and does not get it is not supported: it would run as DDP without a word.
+    """
     kind = accelerator.distributed_type
     if is_sharded():
-        return kind in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        return kind == DistributedType.FSDP
     return kind == DistributedType.NO or kind.startswith("MULTI_")

@@ -1,4 +1,7 @@
-"""What a finetune run keeps beside its result until that is written, so that it can be resumed."""
+"""The folder OUT.run: what a finetune run keeps until its result is written, so that the run can be resumed.
+
+What a checkpoint of the Trainer or a result folder holds is decided elsewhere.
+"""
 
 import dataclasses
 import glob
@@ -20,15 +23,19 @@ from ..recipe import Stage
 from .checkpoints import remove_broken
 from .trainer import StageResult
 
-PLAN, RESULTS = "plan.json", "results.json"  # of a run's folder, and of the model after a stage
-MAY_CHANGE = ("learning_rate", "kernel_learning_rate", "warmup")  # when a run is resumed
+PLAN, RESULTS = "plan.json", "results.json"  # files of the run's folder, and of the folder of a model after a stage
+MAY_CHANGE = ("learning_rate", "kernel_learning_rate", "warmup")  # keys of a stage that may change in a resumed run
 
 
 class RunFolder:
     """The folder OUT.run: the plan, the model after the last finished stage, the Trainer's checkpoints of the next.
 
-    A kill at any moment leaves it usable: folders appear whole, and what replaces another is there before that goes.
-    All processes read it, the main one alone writes.
+    A run that is killed at any moment leaves a folder that can be used: its parts appear whole, and an old part goes
+    only once its replacement is there. All processes read the folder, and the main process alone writes to it.
+
+    target: the folder of the result. options: settings besides the plan that a resumed run must share. force: replaces
+    an unfinished run. Raises DijiangError for an unfinished run without ``resume`` or ``force``, and where there is
+    nothing to resume or the options are those of another run.
     """
 
     def __init__(
@@ -60,7 +67,7 @@ class RunFolder:
             raise DijiangError(f"nothing to resume: no {self.folder}; run without --resume") from None
 
     def _compare(self, before: dict[str, Any]) -> None:
-        """Learning rates may change, as a run that diverged needs it; anything else makes another run of it."""
+        """Raises DijiangError if more than MAY_CHANGE has changed: a run that diverged needs other learning rates."""
         if _fixed(before) != _fixed(self.content):
             raise DijiangError(
                 f"{self.folder} is from another run, of {_other(_fixed(before), _fixed(self.content))}: "
@@ -74,14 +81,14 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the result is in its place already, and only the run's folder was not removed."""
+        """Whether the result is in its place already, and this folder only waits to be removed."""
         same = self.latest is not None and len(self.results) == len(self.content["stages"])
         return same and _text(self.target / "config.json") == _text(self.latest / "config.json")  # type: ignore[operator]
 
     def begin(self) -> None:
-        """Makes the folder of a new run; one that is resumed has it, and loses what was half-written."""
+        """Makes the folder of a new run, or removes what was half-written from the folder of a resumed one."""
         here = PartialState()
-        here.wait_for_everyone()  # all have read
+        here.wait_for_everyone()  # until every process has read the folder
         if here.is_main_process:
             if not self.resumed:
                 (self.folder / PLAN).unlink(missing_ok=True)
@@ -98,19 +105,20 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        """Of all steps of all stages."""
+        """The training log of all stages."""
         return self.folder / "training.jsonl"
 
     def stage(self, index: int) -> Path:
+        """The folder of the Trainer in a stage."""
         return self.folder / f"stage-{index}"
 
     def wait_for(self, path: Path) -> None:
-        """Until the main process has put it there. (A barrier would give up after some minutes.)"""
+        """Waits until the main process has put ``path`` there. (A barrier would give up after some minutes.)"""
         while not (PartialState().is_main_process or path.exists()):
             time.sleep(0.5)
 
     def discard(self) -> None:
-        """Of a run that never began."""
+        """Removes the folder of a run that never began."""
         if PartialState().is_main_process:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -118,7 +126,7 @@ class RunFolder:
         return self.folder / f"after-{index}"
 
     def record(self, index: int, results: list[StageResult], write: Callable[[Path], None]) -> None:
-        """Keeps the model after a stage; what came before it is no longer needed."""
+        """Keeps the model after a stage, which ``write`` writes, and removes the model and checkpoints from before."""
         here = PartialState()
         if here.is_main_process:
             with new_folder(self._after(index), force=True) as folder:
@@ -131,7 +139,7 @@ class RunFolder:
         self.latest = self._after(index)
 
     def finish(self, target: Path, force: bool) -> None:
-        """Puts the model after the last stage in its place, with the log, and TensorBoard's files in runs/STAGE."""
+        """Puts the model after the last stage into ``target``, with the log, and TensorBoard's files in runs/STAGE."""
         here = PartialState()
         if here.is_main_process and not self.finished:
             assert self.latest is not None
@@ -147,7 +155,7 @@ class RunFolder:
         here.wait_for_everyone()
 
     def remove(self) -> None:
-        """Once nothing of it is needed any more."""
+        """Removes the folder, once nothing in it is needed any more."""
         here = PartialState()
         if here.is_main_process:
             gone = self.folder.with_name(f".{self.target.name}.run.partial")
@@ -157,13 +165,13 @@ class RunFolder:
 
 
 def _fixed(plan: dict[str, Any]) -> dict[str, Any]:
-    """What of a plan must be the same to resume it."""
+    """The part of a plan that must stay the same in a resumed run."""
     stages = [{key: value for key, value in stage.items() if key not in MAY_CHANGE} for stage in plan["stages"]]
     return {**plan, "stages": stages}
 
 
 def _other(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What tells two plans apart, first: an option, the number of stages, or a stage's key."""
+    """Names the first difference between two plans: an option, a key of a stage, or their stages."""
     for key in now:
         if key != "stages" and before.get(key) != now[key]:
             return f"another --{key.replace('_', '-')}"
@@ -180,7 +188,7 @@ def _text(path: Path) -> str | None:
 
 
 def _link(source: str, target: str) -> None:
-    """A second name for a file, or a copy where the file system has none."""
+    """Hard-links a file, or copies it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

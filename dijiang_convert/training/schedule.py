@@ -1,17 +1,20 @@
-"""How a stage's rows are shared out over optimizer steps, processes and forward passes."""
+"""Divides the rows of a stage over optimizer steps, processes and forward passes."""
 
 from dataclasses import dataclass
 
 from ..recipe import Stage
 
-LEAST_STEPS = 600  # short runs take smaller batches rather than fewer steps
-MICRO_BATCH_TOKENS = 16384  # of one forward pass; larger batches are accumulated
+LEAST_STEPS = 600  # a stage of few tokens takes smaller batches rather than fewer steps
+MICRO_BATCH_TOKENS = 16384  # most tokens of a forward pass, unless one row has more; gradients are accumulated
 
 
 @dataclass(frozen=True)
 class Batches:
-    """How a stage's rows are shared out: ``rows`` an optimizer step, over all processes, in ``accumulation`` forward
-    passes of ``micro`` rows on each."""
+    """How a stage's rows are divided.
+
+    Each of ``steps`` optimizer steps takes ``rows`` rows over all processes. Each process takes its share of them in
+    ``accumulation`` forward passes of ``micro`` rows.
+    """
 
     rows: int
     micro: int
@@ -20,7 +23,7 @@ class Batches:
 
 
 def share_out(stage: Stage, count: int = 1) -> Batches:
-    """The batches of a stage on ``count`` processes. A step's rows don't depend on it, unless they can't be divided."""
+    """The batches of a stage on ``count`` processes. Rows per step depend on ``count`` only to be divisible by it."""
     rows = max(min(stage.batch_tokens // stage.seq_len, stage.tokens // stage.seq_len // LEAST_STEPS), 1)
     rows = max(rows - rows % count, count)
     each = rows // count

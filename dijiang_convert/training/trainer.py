@@ -1,7 +1,8 @@
 """Runs one stage of a recipe on transformers' Trainer: which parameters train, how fast, on what loss.
 
-Under `accelerate launch` several processes share each optimizer step's rows. The result does not depend on how many:
-the rows of a step, their order, and the weight of each target in the loss are the same.
+Under `accelerate launch` several processes share the rows of each optimizer step. Their number does not change the
+result: the rows of a step, the order of rows, and the weight of each target in the loss stay the same. Which stages run
+is decided in `plan`.
 """
 
 import importlib.util
@@ -41,15 +42,15 @@ from .outputs import output_loss
 from .packing import check_packing
 from .schedule import Batches, share_out
 
-REFERENCE_WIDTH = 1024  # hidden_size that a recipe's learning_rate is given for; Adam wants it ∝ 1 / width
-LONGEST_GRADIENT = 1.0  # longer ones are clipped to this norm
+REFERENCE_WIDTH = 1024  # a recipe's learning_rate is for this hidden_size; Adam's best rate is about ∝ 1 / width
+LONGEST_GRADIENT = 1.0  # gradients of a larger norm are clipped to this norm
 
 Loss = Callable[[Any, dict[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """``losses`` is (tokens seen, loss) along the way."""
+    """What a stage did. losses: (tokens seen, loss) of each logged step. peak_memory_bytes: see `peak_memory`."""
 
     name: str
     tokens: int
@@ -62,7 +63,7 @@ class StageResult:
 
 
 def row_order(rows: int, count: int, seed: int) -> list[int]:
-    """Which rows to take, one after the other: all of them in random order, then in another, until there are enough."""
+    """The indices of ``count`` rows to train on: all rows in random order, then in another, until there are enough."""
     generator = torch.Generator().manual_seed(seed)
     rounds = [torch.randperm(rows, generator=generator) for _ in range(-(-count // rows))]
     return torch.cat(rounds)[:count].tolist()
@@ -76,20 +77,19 @@ def run_stage(
     teacher: PreTrainedModel | None,
     folder: Path,
     reload: Callable[[], PreTrainedModel] | None = None,
-    resume: bool = False,
     seed: int = 0,
     log: StageCallback | None = None,
 ) -> tuple[PreTrainedModel | None, StageResult]:
-    """Trains ``model`` on rows of text and returns it, adapters merged, with what happened.
+    """Trains ``model`` on rows of text or images, and returns it with its adapters merged, and what the stage did.
 
-    teacher: a frozen softmax model for distillation; None lets the model be its own, with adapters and kernels off.
-    folder: where the Trainer keeps its checkpoints, for ``resume``.
-    reload: gives ``model`` as it was once more; needed where it is sharded over processes. Then the result is on the
-        main process' CPU, and None on the others.
-    log: takes down every logged step.
+    teacher: a frozen softmax model for distillation; None makes the model its own, with adapters and kernels off.
+    folder: where the Trainer keeps its checkpoints; the stage goes on from the last whole one there.
+    reload: loads ``model`` again as it was; needed where processes shard it. The trained model is then on the main
+        process's CPU, and None on the other processes.
+    log: a callback that gets every logged step.
 
-    Raises DijiangError at the first gradient or loss that is not finite, KeyboardInterrupt after a signal. Both leave
-    a checkpoint of the last good step to resume from, if there was one to save.
+    Raises DijiangError at the first gradient or loss that is not finite, and KeyboardInterrupt after a signal. Both
+    leave the checkpoints written so far to resume from; after a signal that includes one of the last step.
     """
     start = time.perf_counter()
     dtype, count = model.dtype, PartialState().num_processes
@@ -114,7 +114,7 @@ def run_stage(
         callbacks=[progress, Checkpoints(folder), stop, *([log] if log else [])],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    latest = last_checkpoint(folder) if resume else None
+    latest = last_checkpoint(folder)
     with stop.listening(), _attention(stage, inner_model(trained), trainer.args, log):
         try:
             trainer.train(resume_from_checkpoint=str(latest) if latest else None)
@@ -141,7 +141,7 @@ def run_stage(
 
 
 def _plain(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its adapters merged, in the dtype it had; kernels stay float32."""
+    """The model with its adapters merged and nothing frozen, in ``dtype`` but for its kernels, which stay float32."""
     model = trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(True)
@@ -152,9 +152,9 @@ def _plain(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _prepare(model: PreTrainedModel, stage: Stage, seed: int) -> PreTrainedModel | PeftModel:
-    """Sets what trains. LoRA wraps the projections; the kernels train whole, as modules that peft saves."""
+    """Chooses what trains. LoRA wraps projections; beside it kernels train whole, as peft's modules_to_save."""
     if stage.train == "full":
-        model.float()  # optimizer steps are smaller than half precision can tell
+        model.float()  # half precision would round optimizer steps away
     transformers.set_seed(seed)  # adapters start at random
     model.train()
     if stage.train == "lora":
@@ -176,14 +176,17 @@ def _prepare(model: PreTrainedModel, stage: Stage, seed: int) -> PreTrainedModel
 def _attention(
     stage: Stage, model: PreTrainedModel, args: TrainingArguments, log: StageCallback | None
 ) -> AbstractContextManager[None]:
+    """The context in which the model trains, which chooses its attention function."""
     if stage.objective == "attention_transfer":
         return transferring(model, log.note_errors if log else None)
     return nullcontext() if args.gradient_checkpointing else recomputing(model)
 
 
 def _loss(stage: Stage, trained: Any, teacher: PreTrainedModel | None) -> Loss:
-    """The loss of a batch, a mean over its `targets`. The student it gets is what DDP and the like made of ``trained``:
-    gradients are synchronised only if its forward pass is the one that runs."""
+    """The loss of a batch, a mean over its `targets`, as a function of the student and the batch.
+
+    The student is ``trained`` inside of DDP's or another wrapper, whose forward pass alone synchronises gradients.
+    """
     if stage.objective == "attention_transfer":
         return attention_transfer_loss
     if stage.objective == "cross_entropy":
@@ -205,29 +208,29 @@ def _loss(stage: Stage, trained: Any, teacher: PreTrainedModel | None) -> Loss:
 
 
 def targets(stage: Stage, inputs: dict[str, Tensor]) -> Tensor:
-    """How many things a batch's loss is the mean of: tokens to predict, or rows where nothing is predicted."""
+    """The number of targets that a batch's loss is the mean over: tokens to predict, or rows if none is predicted."""
     if stage.objective == "attention_transfer" or "loss_mask" not in inputs:
         return torch.tensor(len(next(iter(inputs.values()))))
     return inputs["loss_mask"][:, 1:].sum()
 
 
 class _StageTrainer(Trainer):
-    """Trainer with the stage's loss, and a learning rate of their own for the kernels."""
+    """A Trainer with the stage's loss and a learning rate for kernels. It raises where numbers are not finite."""
 
     def __init__(self, stage: Stage, teacher: PreTrainedModel | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.stage = stage
-        self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides accumulated ones
+        self.model_accepts_loss_kwargs = False  # tells the Trainer to divide by the accumulated passes
         self.step_inputs: list[dict[str, Any]] = []
         if not processes.supported(self.accelerator):
-            raise DijiangError(f"can't shard or share a model on {self.args.device}: FSDP2 and DeepSpeed need GPUs")
+            raise DijiangError(f"can't shard or share a model on {self.args.device}: FSDP2 needs GPUs")
         processes.keep_kernels_whole(self.accelerator)
         if teacher is not None:
             teacher = processes.prepare_teacher(self.accelerator, teacher)
         self.loss = _loss(stage, self.model, teacher)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """A step's batches, with the number of their targets over all processes."""
+        """The batches of a step on this process, and the number of their targets over all processes."""
         self.step_inputs, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = torch.stack([targets(self.stage, inputs) for inputs in self.step_inputs]).sum()
         return self.step_inputs, self.accelerator.reduce(count.to(device))
@@ -235,28 +238,24 @@ class _StageTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss, weighed so that the mean over a step's forward passes and processes is one over its targets."""
+        """The loss, weighted so that its mean over the forward passes of a step is the mean over the step's targets."""
         loss = self.loss(model, inputs)
         passes = self.current_gradient_accumulation_steps * self.accelerator.num_processes
         loss = loss * (targets(self.stage, inputs).to(loss.device) * passes / num_items_in_batch.clamp(min=1))
         return (loss, None) if return_outputs else loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Runs before each optimizer step: one whose gradient is not finite is not taken."""
-        if self.is_deepspeed_enabled:  # clips, and steps, in its backward pass
-            norm = torch.as_tensor(super()._clip_grad_norm(model))
-        else:
-            if self.accelerator.is_fsdp2:
-                processes.average_whole_gradients(model.parameters())
-            norm = processes.gradient_norm(model.parameters())
+        """Runs before each optimizer step, and raises DijiangError before one whose gradient is not finite."""
+        if self.accelerator.is_fsdp2:
+            processes.average_whole_gradients(model.parameters())
+        norm = processes.gradient_norm(model.parameters())
         if not norm.isfinite():
             raise DijiangError(self._diverged(model, self.state.global_step + 1))
-        if not self.is_deepspeed_enabled:
-            processes.clip_gradients(model.parameters(), norm, self.args.max_grad_norm)
+        processes.clip_gradients(model.parameters(), norm, self.args.max_grad_norm)
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Of good weights alone: what the last step made of them is tried on its own rows first."""
+        """Saves good weights only: those after a step must give a finite loss on the rows of that step."""
         with torch.no_grad():
             loss = torch.stack([self.loss(model, self._prepare_inputs(inputs)) for inputs in self.step_inputs]).sum()
         if not self.accelerator.reduce(loss).isfinite():
@@ -276,7 +275,7 @@ class _StageTrainer(Trainer):
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """A run may be resumed with other learning rates than the checkpoint's."""
+        """Loads both, but keeps this run's learning rates, which may differ from those of the checkpoint."""
         optimizer: Any = self.optimizer
         rates = [group.get("initial_lr") for group in optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -322,15 +321,15 @@ def _arguments(stage: Stage, folder: Path, batches: Batches, seed: int) -> Train
         warmup_steps=round(stage.warmup * steps),
         max_grad_norm=LONGEST_GRADIENT,
         bf16=cuda and torch.cuda.is_bf16_supported(),
-        # (By the names that every transformers 5 knows.)
+        # Every release of transformers 5 knows these two arguments.
         gradient_checkpointing=cuda and stage.objective != "attention_transfer",
         gradient_checkpointing_kwargs={"use_reentrant": False} if cuda else None,
-        ddp_find_unused_parameters=False,  # looks in the output, and attention transfer's losses are not there
+        ddp_find_unused_parameters=False,  # it searches outputs; attention transfer's losses are in none
         ddp_broadcast_buffers=False,
         logging_steps=every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_steps=max(min(steps // 4, 500) // every, 1) * every,  # a loss is logged then: none is lost on resume
+        save_steps=max(min(steps // 4, 500) // every, 1) * every,  # a loss is logged at each save
         save_total_limit=None,  # `Checkpoints` removes older ones
         report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
         disable_tqdm=True,
@@ -339,14 +338,14 @@ def _arguments(stage: Stage, folder: Path, batches: Batches, seed: int) -> Train
         seed=seed,
         data_seed=seed,
     )
-    # Several GPUs are used by `accelerate launch`; one process takes one, and never torch's DataParallel.
+    # A process uses one GPU and never torch's DataParallel; `accelerate launch` starts a process for each GPU.
     arguments._setup_devices  # noqa: B018
     arguments._n_gpu = 1
     return arguments
 
 
 class _ProgressCallback(TrainerCallback):
-    """A bar with loss and speed on stderr, and the losses for the result."""
+    """Shows a bar with loss and speed on stderr, and collects the losses for `StageResult`."""
 
     def __init__(self, stage: Stage, steps: int, step_tokens: int) -> None:
         self.stage, self.steps, self.step_tokens = stage, steps, step_tokens
@@ -380,7 +379,7 @@ class _ProgressCallback(TrainerCallback):
 
 
 def peak_memory() -> int:
-    """Bytes at the peak so far: of the GPU where there is one, else of the process."""
+    """The peak so far, in bytes: what torch allocated on the GPU if there is one, else the resident process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024

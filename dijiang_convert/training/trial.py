@@ -1,4 +1,4 @@
-"""How long a run's stages take, by trying: two optimizer steps of each, on rows of random tokens."""
+"""Measures how long the stages of a run take, by two optimizer steps of each on random rows. Nothing is kept."""
 
 import tempfile
 import time
@@ -20,16 +20,18 @@ from .estimate import StageCost
 from .log import StageCallback
 from .trainer import run_stage
 
-TRIAL_SECONDS = 5.0  # of a step that is timed; shorter ones take more rows, up to those of a forward pass
+TRIAL_SECONDS = 5.0  # a shorter step is timed again with more rows, up to this time or the rows of a forward pass
 
 
 def timed(costs: Sequence[StageCost], plan: Sequence[Stage], folder: Path, copies: Sequence[bool]) -> list[StageCost]:
-    """The costs with seconds: every stage takes two real optimizer steps on rows of random tokens, and the second is
-    timed. First of one row; then, if that was quick, of as many as a forward pass takes.
+    """The costs with their seconds, from the second of two real optimizer steps of each stage.
+
+    The steps are of one row. If that is quick, they are repeated with as many rows as TRIAL_SECONDS allow.
 
     Args:
-        folder: the checkpoint, whose own weights stand for a teacher's.
-        copies: which stages have a second model in memory.
+        costs, plan: the stages, and what else they cost.
+        folder: the checkpoint, whose base weights also stand in for a teacher's.
+        copies: for each stage, whether it has a second model in memory.
     """
     result = []
     for cost, stage, copy in zip(costs, plan, copies, strict=True):
@@ -54,7 +56,7 @@ def _step_seconds(folder: Path, stage: Stage, rows: int, copy: bool) -> float:
 
 
 def random_rows(model: PreTrainedModel, seq_len: int, count: int) -> Rows | Images:
-    """Rows of any tokens, each one context; or images."""
+    """``count`` rows of random tokens, each one context, or random images for a model of images."""
     if model.main_input_name == "pixel_values":
         return random_images(model.config, count)
     config: Any = model.config.get_text_config()
@@ -65,7 +67,7 @@ def random_rows(model: PreTrainedModel, seq_len: int, count: int) -> Rows | Imag
 
 
 class Stopwatch(StageCallback):
-    """Times the second optimizer step, stops after it, and lets nothing be saved."""
+    """Times the second optimizer step, stops training after it, and keeps the Trainer from saving."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start = _now()

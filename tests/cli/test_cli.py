@@ -185,6 +185,8 @@ def test_push_json(hub: Hub, sources: Path) -> None:
 
 
 def test_push_on_convert(hub: Hub, source: Path) -> None:
+    assert json_of("convert", "source", "--push", "cli/converted", "--dry-run")["pushed"] is None
+    assert "cli/converted" not in hub.repos
     content = json_of("convert", "source", "--push", "cli/converted")
     assert content["pushed"].endswith("/cli/converted") and "config.json" in hub.files("cli/converted")
 

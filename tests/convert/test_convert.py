@@ -234,7 +234,6 @@ def test_force(sources: Path, tmp_path: Path) -> None:
         ({"layers": "9"}, "there is no layer 9"),
         ({"recipe": "no-such"}, "no recipe 'no-such'"),
         ({"settings": ["windw=3"]}, "did you mean window?"),
-        ({"push": "no-owner"}, "is not a repository name"),
         ({"revision": "main"}, "only the Hub has revisions"),
         ({"out": "."}, "give the name of a new one"),
     ],

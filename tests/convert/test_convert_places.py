@@ -20,6 +20,7 @@ from dijiang_convert.convert import convert
 from dijiang_convert.data.demo_text import documents
 from dijiang_convert.errors import DijiangError, Unsupported
 from dijiang_convert.finetune import finetune
+from dijiang_convert.push import push
 from tests.convert.converting import CPU, INDEX, WEIGHTS, digests, read_json
 from tests.hub import Hub
 from tests.sources_on_disk import edit_config, llama_config
@@ -84,9 +85,9 @@ def weight_requests(hub: Hub, since: int) -> list[str]:
 @pytest.mark.parametrize("name", ["llama", "llama-sharded", "llama-bin-sharded"])
 def test_a_dry_run_downloads_and_writes_nothing(name: str, hub: Hub, sources: Path, tmp_path: Path) -> None:
     revision, start = hub.add_repo(f"dry/{name}", sources / name), len(hub.requests)
-    result = convert(f"dry/{name}", tmp_path / "out", dry_run=True, push="dry/pushed")
+    result = convert(f"dry/{name}", tmp_path / "out", dry_run=True)
     assert weight_requests(hub, start) == [] and len(hub.requests) > start
-    assert list(tmp_path.iterdir()) == [] and "dry/pushed" not in hub.repos
+    assert list(tmp_path.iterdir()) == []
     assert result.dry_run and result.source_revision == revision and result.pushed is None
     full = convert(f"dry/{name}", tmp_path / "out")
     assert weight_requests(hub, start) != []
@@ -142,8 +143,8 @@ def test_a_hub_source_is_pinned(hub: Hub, sources: Path, tmp_path: Path) -> None
 
 
 def test_push(hub: Hub, sources: Path, tmp_path: Path) -> None:
-    result = convert(str(sources / "llama"), tmp_path / "out", push="convert/pushed")
-    assert result.pushed == f"{hub.url}/convert/pushed"
+    assert convert(str(sources / "llama"), tmp_path / "out").pushed is None
+    assert push(tmp_path / "out", "convert/pushed").url == f"{hub.url}/convert/pushed"
     held = hub.files("convert/pushed")
     assert held.keys() - {".gitattributes"} == {path.name for path in (tmp_path / "out").iterdir()}
     same = {name for name in held if name[0] != "." and held[name] == (tmp_path / "out" / name).read_bytes()}

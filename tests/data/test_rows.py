@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,10 @@ def test_less_than_a_row(tokenizer: Any, tmp_path: Path) -> None:
     assert "at least 2" in refusal(lambda: token_rows(["few words"], tokenizer, seq_len=1, tokens=9))
 
 
-def test_every_token_gathered_is_told(tokenizer: Any) -> None:
+def test_every_token_gathered_is_told(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
-    rows = token_rows(words(50), tokenizer, seq_len=32, tokens=1000, progress=told.append)
+    monkeypatch.setattr(data_module, "count_bar", lambda title, total: nullcontext(told.append))
+    rows = token_rows(words(50), tokenizer, seq_len=32, tokens=1000)
     assert sum(told) == rows.tokens and len(told) == len(rows)
 
 
@@ -244,7 +246,7 @@ def test_rows_of_another_request_are_refused(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, DijiangError])
 def test_half_a_set_of_rows_is_never_taken_for_a_whole_one(
-    error: type[BaseException], two: Sources, tokenizer: Any, tmp_path: Path
+    error: type[BaseException], two: Sources, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"seq_len": 32, "tokens": 3000, "folder": tmp_path / "run" / "rows"}
     count = 0
@@ -255,8 +257,9 @@ def test_half_a_set_of_rows_is_never_taken_for_a_whole_one(
         if count == 20:
             raise error
 
-    with pytest.raises(error):
-        token_rows(two, tokenizer, progress=stop, **options)
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(data_module, "count_bar", lambda title, total: nullcontext(stop))
+        token_rows(two, tokenizer, **options)
     assert list((tmp_path / "run").iterdir()) == []
     whole = token_rows(two, tokenizer, **options)
     assert torch.equal(whole.ids, token_rows(two, tokenizer, seq_len=32, tokens=3000).ids)

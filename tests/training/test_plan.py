@@ -117,10 +117,10 @@ def test_settings_reach_every_stage_of_their_name() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"names": ["extnd"]}, "no stage 'extnd': valid are transfer, distill, extend"),
+        ({"stages": ["extnd"]}, "no stage 'extnd': valid are transfer, distill, extend"),
         ({"skip": ["extnd"]}, "no stage 'extnd': valid are transfer, distill, extend"),
         ({"skip": ["transfer", "distill", "extend"]}, "no stages to run: --skip leaves none"),
-        ({"names": ["transfer"], "train": "full"}, "--full is of no use here: transfer trains the kernel alone"),
+        ({"stages": ["transfer"], "train": "full"}, "--full is of no use here: transfer trains the kernel alone"),
     ],
 )
 def test_a_plan_without_sense_is_one_line(options: dict[str, Any], expected: str) -> None:
