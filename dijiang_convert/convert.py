@@ -147,7 +147,7 @@ def convert(
             with bytes_bar("converting", size) as advance:
                 linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link)
             copy_companions(found.folder, folder)
-            content = converted_config(config, architecture, plan.recipe, found, dtype)
+            content = config_content(config, architecture, plan.recipe, found, dtype)
             write_json(folder / "config.json", content)
             write_code(folder)
             if plan.corpus is not None:
@@ -155,7 +155,7 @@ def convert(
 
                 calibration = calibrate(folder, plan.corpus, softmax)
                 architecture = _refined(folder, config, architecture, plan.recipe.kernel, calibration)
-                content = converted_config(config, architecture, plan.recipe, found, dtype)
+                content = config_content(config, architecture, plan.recipe, found, dtype)
                 content["dijiang"]["calibration"] = dataclasses.asdict(calibration)
                 write_json(folder / "config.json", content)
             write_card(folder)
@@ -236,7 +236,7 @@ def _refined(
     return dataclasses.replace(architecture, layers=dataclasses.replace(architecture.layers, memory=found.memory))
 
 
-def converted_config(
+def config_content(
     config: dict[str, Any], architecture: Architecture, recipe: Recipe, source: Source, dtype: str | None
 ) -> dict[str, Any]:
     """The source's config.json, with the classes that run the checkpoint and the section ``dijiang``."""

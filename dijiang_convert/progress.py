@@ -33,7 +33,7 @@ def count_bar(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def _bar(title: str, total: int | None, count: ProgressColumn) -> Iterator[Callable[[int], None]]:
-    """A bar where there is a terminal to draw it on."""
+    """Shows a bar if stderr is a terminal."""
     if not console.is_terminal:
         yield lambda done: None
         return

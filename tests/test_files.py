@@ -13,7 +13,8 @@ from dijiang_convert.checkpoint.shards import (
 )
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.files import new_folder, weight_files
-from tests.checkpoint.tensors import message, tree
+from tests.checkpoint.tensors import tree
+from tests.refusals import message
 
 
 def touch(folder: Path, *names: str, **indices: tuple[str, ...]) -> None:

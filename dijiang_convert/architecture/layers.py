@@ -1,4 +1,4 @@
-"""Which layers to convert: reads what `--layers` says. Whether a kernel can replace a layer is `trace`'s to say."""
+"""Which layers to convert: those that `--layers` names. `trace` checks whether a kernel can replace them."""
 
 from ..errors import DijiangError, Unsupported
 

@@ -104,8 +104,8 @@ class Notes:
         self.length = min(self.LENGTH, getattr(self.config, "max_position_embeddings", None) or self.LENGTH)
         self.names = {module: name for name, module in model.named_modules()}
         self.arguments: dict[nn.Module, dict[str, Any]] = {}  # of each module's last call
-        self.classes: set[type] = set()  # of attention modules that take any keyword
-        self.rotary_dim = 0  # of the rotary function since the last call
+        self.classes: set[type] = set()  # of attention modules that take any keyword argument
+        self.rotary_dim = 0  # what the rotary function took since the last call
         self.returns_cache = self.asked_for_causal = False
 
     def run(self) -> None:

@@ -19,7 +19,7 @@ from .readers import Chat, Piece, Source
 
 SHUFFLE_CHARS = 2**26  # characters in the shuffle buffer of a source
 BATCH_CHARS = 2**19  # characters that are tokenised together
-# Bits of a token's mark: it is no padding, it starts a context in a row, it is a target of the loss.
+# Bits of a token's mark: the token is no padding, starts a context in its row, is a target of the loss.
 REAL, START, TARGET = 1, 2, 4
 
 Array = np.ndarray[Any, Any]

@@ -257,7 +257,7 @@ def _hub_rows(name: str, order: random.Random | None, held_out: bool) -> Iterato
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # `datasets` also raises what it logs
     path, _, config = name.partition(":")
     with hub_errors(f"datasets/{path}"):
-        HfApi().dataset_info(path, timeout=TIMEOUT)  # unlike `datasets` it says why a data set can't be reached
+        HfApi().dataset_info(path, timeout=TIMEOUT)  # unlike `datasets`, HfApi says what is wrong
         try:
             splits = datasets.load_dataset(path, config or None, streaming=True)
             aside = [split for split in splits if _set_aside(str(split))]

@@ -167,7 +167,8 @@ class DiJiangAttention(nn.Module):
     def _extend(
         self, past: Past | None, count: int | Tensor, new: Tokens, call: Call
     ) -> tuple[Tensor, Past, int | Tensor]:
-        """Attention of new tokens after ``count`` others: the output [B, H, N, V], the past of all, their count."""
+        """Attention of new tokens after a past of ``count`` tokens, one number or [B]: the output, [B, H, N, V], the
+        past with the new tokens, and its count."""
         new, trail = self._shifted(new, None if past is None else past.trail, call.segments)
         layout = self._layout(new, count, call)
         out, after = self._by_heads(past, new, layout, call)
@@ -214,9 +215,9 @@ class DiJiangAttention(nn.Module):
         table, block = None if past is None else past.tables[0], kernel.block
         keys = new.keys.map(layout.keys, None if table is None else table.window)
         written = []
-        if kernel.far:  # the blocks that leave the window: all but those of the last window
+        if kernel.far:  # all blocks but those of the last window leave, and write to the state
             leaving = layout.blocks - 1
-            numbers = keys.k.shape[0] * keys.k.shape[1] * 2 * self.k_features.features * block  # features and decays
+            numbers = keys.k.shape[0] * keys.k.shape[1] * 2 * self.k_features.features * block  # log features, decays
             for start, end in in_pieces(leaving, numbers, keys.k):
                 written.append(self._written(keys.between(start * block, end * block), None, block, call))
         queries, rows = self._queries(new, layout, call), Keys(keys.k, keys.v, written)
@@ -234,7 +235,7 @@ class DiJiangAttention(nn.Module):
         return out, Past((), state, None)
 
     def _both_sides(self, new: Tokens, call: Call) -> Tensor:
-        """Attention of an encoder's tokens, [B, H, N, V], to those before and after them."""
+        """Attention of all tokens of an encoder, [B, H, N, V]."""
         new, _ = self._shifted(new, None, call.segments)
         layout = self._layout(new, 0, call)
         queries, keys = self._queries(new, layout, call), new.keys.map(layout.queries)
@@ -261,7 +262,7 @@ class DiJiangAttention(nn.Module):
     # ------------------------------------------------------------------------------------------------------ one token
 
     def _decode(self, cache: DiJiangCacheLayer, new: Tokens, known: dict[str, Any], call: Call) -> Tensor:
-        """Attention of one token, [B, H, 1, V], which is written to the cache in place. known: see the cache's."""
+        """Attention of one token, [B, H, 1, V], which is written to the cache in place. known: `cache.known`."""
         past, valid = cache.writable_past(), None if new.valid is None else new.valid[:, 0]
         new, trail = self._shifted(new, past.trail, None)
         features = None

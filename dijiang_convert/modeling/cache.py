@@ -157,7 +157,7 @@ class StaticDiJiangCacheLayer(DiJiangCacheLayer):
         self.past = self.sizes.empty(self.batch_size, key_states)
         self.count = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
         self.seen = self.seen.to(self.device)  # type: ignore[attr-defined]
-        if not torch.compiler.is_compiling():  # lets CUDA graphs write to the tensors in place
+        if not torch.compiler.is_compiling():  # CUDA graphs then write to the tensors in place
             for x in self._tensors():
                 torch._dynamo.mark_static_address(x)
 
@@ -244,7 +244,7 @@ def preceding(tokens: Tensor, first: Tensor, valid: Tensor | None = None) -> tup
 
 
 def cache_layer(cache: Cache, layer_idx: int, sizes: Sizes) -> DiJiangCacheLayer:
-    """The DiJiang layer at ``layer_idx`` of a cache. It replaces a plain empty layer, as generate() makes them.
+    """The DiJiang layer at ``layer_idx`` of a cache. It replaces a plain empty layer, as generate() makes it.
 
     sizes: of the layer's past. Raises ValueError for a layer that holds a softmax model's tokens, that another version
     of this code made, or that is of an unknown kind.
@@ -256,7 +256,7 @@ def cache_layer(cache: Cache, layer_idx: int, sizes: Sizes) -> DiJiangCacheLayer
         return layer
     if type(layer).__name__ in (DiJiangCacheLayer.__name__, StaticDiJiangCacheLayer.__name__):
         raise ValueError("this cache was made by another DiJiang version: start from an empty cache")
-    has_place = type(layer).__name__ != "DummyLayer"  # that stands for a layer which borrows keys and values
+    has_place = type(layer).__name__ != "DummyLayer"  # a dummy stands for a layer that borrows keys
     if has_place and not isinstance(layer, DynamicLayer | StaticLayer):
         raise ValueError(
             f"a converted layer can't use {type(layer).__name__}: pass a DynamicCache, a StaticCache or none"

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 REQUIRES_TRANSFORMERS = "5.18.0"
 
-# This comes before any other name of transformers, which an old version may lack. A development version counts as its
-# release.
+# The check comes before all other names of transformers, which an old version may lack. A development version counts
+# as its release.
 if [int(n) for n in transformers.__version__.split(".")[:2]] < [int(n) for n in REQUIRES_TRANSFORMERS.split(".")[:2]]:
     raise ImportError(
         f"this DiJiang checkpoint needs transformers >= {REQUIRES_TRANSFORMERS}, found {transformers.__version__}: "

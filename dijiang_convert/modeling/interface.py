@@ -186,11 +186,11 @@ def static_mask(
     converted: bool,
     **arguments: Any,
 ) -> Tensor | None:
-    """The mask for a static cache, [B, 1, N + 1, keys]: True where a new token sees a key. Its last row has no query:
-    it ends with True for new tokens that are real (see `real_tokens`).
+    """The mask for a static cache, [B, 1, N + 1, keys]: True where a new token sees a key. The last row is of no query:
+    its last N entries are True for new tokens that are real (see `real_tokens`).
 
-    converted: whether all layers are. Then the mask is that end alone, [B, 1, 1, N], or None if all tokens are real.
-    The other arguments are those of `dijiang_mask`.
+    converted: whether every layer is converted. Then the mask has these N entries alone, [B, 1, 1, N], or is None if
+    all are True. The other arguments are those of `dijiang_mask`.
     """
     real = None
     if attention_mask is not None:

@@ -57,8 +57,8 @@ class Layout(NamedTuple):
         length = valid.shape[1]
         first = (count - 1).clamp(min=0) // block
         offset = count - first * block
-        rank = valid.long().cumsum(1)  # of a real token in its row, from 1 on
-        blocks = -(-(block + length) // block)  # offset is at most a block
+        rank = valid.long().cumsum(1)  # how many real tokens a row has so far
+        blocks = -(-(block + length) // block)  # no offset is larger than a block
         target = torch.where(valid, offset[:, None] + rank - 1, blocks * block)
         age = first[:, None] + torch.arange(blocks, device=valid.device)
         last = (offset + rank[:, -1] - 1).clamp(min=0) // block
@@ -73,7 +73,7 @@ class Layout(NamedTuple):
         length = documents.shape[1]
         places = torch.arange(length, device=documents.device)
         starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-        position = places - torch.where(starts, places, 0).cummax(1).values  # of a token in its document
+        position = places - torch.where(starts, places, 0).cummax(1).values  # the place of each token in its document
         index = (position % block == 0).long().cumsum(1) - 1  # the block of each token
         if torch.compiler.is_compiling():
             blocks = 2 * -(-length // block) + 1

@@ -86,7 +86,7 @@ def causal_memory(score: Tensor, keys: Keys, layout: Layout, table: Table | None
         k, v = (torch.cat([unpacked(x, y.dtype).flip(2), y], 2) for x, y in before)
         score, block = torch.cat([table.score.flip(2), score], 2), torch.cat([block.new_full((most,), -1), block])
     reads = torch.arange(layout.blocks, device=k.device)
-    first = (reads - layout.age + layout.before // layout.block)[:, None, :, None]  # of a block's document
+    first = (reads - layout.age + layout.before // layout.block)[:, None, :, None]  # of each block's document
 
     def usable(block: Tensor) -> Tensor:
         return (block < reads[:, None]) & (block >= first)
@@ -122,7 +122,7 @@ def _best(score: Tensor, block: Tensor, usable: Callable[[Tensor], Tensor], most
     """
     score, order = score.sort(dim=-1, descending=True, stable=True)
     there = usable(block[order][:, :, None]) & (score > -torch.inf)[:, :, None]
-    rank = there.cumsum(-1, dtype=torch.int32)  # from 1 on
+    rank = there.cumsum(-1, dtype=torch.int32)  # among the keys that a block may read, from 1 on
     place = torch.where(there & (rank <= most), most - rank, most).long()
     index = place.new_zeros(*place.shape[:3], most + 1)
     index = index.scatter(-1, place, order[:, :, None].expand_as(place))[..., :most]

@@ -156,7 +156,7 @@ class DiJiangMixin:
         missing -= set(self.all_tied_weights_keys)  # type: ignore[attr-defined]
         unexpected = {key for key in unexpected if ".dijiang." in key}
         if type(self).__name__ not in (self.config.architectures or []):  # type: ignore[attr-defined]
-            missing = {key for key in missing if ".dijiang." in key}  # the checkpoint can't have another head's
+            missing = {key for key in missing if ".dijiang." in key}  # another head brings tensors of its own
         for kind, keys in (("lacks", missing), ("has unknown", unexpected)):
             if keys:
                 raise ValueError(f"the checkpoint {kind} {len(keys)} tensors, {min(keys)} first: it is damaged")
@@ -193,8 +193,8 @@ def _register_body(model_class: Any, config: Any) -> None:
 
 
 def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that checks arguments, and tells packed rows and long prompts, before it calls the source's ``forward``.
-    The signature stays the source's, since Trainer and generate() read it."""
+    """A forward that checks arguments, and prepares packed rows and long prompts, before it calls ``forward``, the
+    source's. The signature stays the source's, since Trainer and generate() read it."""
     names = list(inspect.signature(forward).parameters)
     cache_name = cache_argument(forward)
 

@@ -3,7 +3,8 @@
 Documents are told apart as transformers does it, by position_ids that restart where no attention_mask is given, or by
 the bounds that flash attention takes (cu_seq_lens_q). The document of each token travels to the attention function in
 the mask's place, [B, 1, 1, N] and counted from 1: every architecture hands down masks of four dimensions as they are,
-and gradient checkpointing keeps them. `Layout.packed` then keeps the documents apart; this module only finds them.
+and gradient checkpointing keeps them. This module finds documents and makes masks for softmax layers; in converted
+layers `Layout.packed` keeps documents apart.
 
 Shape legend: B batch, N tokens.
 """
@@ -21,7 +22,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-CACHE_NAMES = ("cache", "past_key_values")  # of the cache argument, the newer name first
+CACHE_NAMES = ("cache", "past_key_values")  # names of the cache argument, the newer first
 FLASH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 

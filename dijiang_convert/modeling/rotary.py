@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .state import accumulated
 
-_known: dict[tuple[Any, ...], "Turn | None"] = {}  # see `known_rotation`
+_known: dict[tuple[Any, ...], "Turn | None"] = {}  # the results of `known_rotation`
 
 
 def without_rotation(
@@ -25,9 +25,9 @@ def without_rotation(
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys without their rotary embedding, of the same shape and dtype.
 
-    apply_rotary: the model's function. q, k: [B, A, N, D], rotated. cos, sin: what the function rotated by. Both are
-    divided by cos² + sin², which scaled variants (YaRN) make other than 1. dim: how many numbers of each head, the
-    first ones, the function takes.
+    apply_rotary: the model's function. q, k: [B, A, N, D], rotated. cos, sin: [B or 1, N, width] in most models, by
+    which the function rotated. Both are divided by cos² + sin², which scaled variants (YaRN) make other than 1. dim:
+    how many numbers of each head, the first ones, the function takes.
     """
     looks = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and q.device.type == "cpu"
     turn = known_rotation(apply_rotary, cos, sin, dim) if looks else None

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Stands for the logarithm of 0. It is finite, so that the difference of two of them is a number.
+# NEVER stands for the logarithm of 0, and is finite, so that the difference of two of these is a number.
 NEVER = -1e30
 
 
@@ -142,7 +142,7 @@ def block_states(written: list[Written], age: Tensor, behind: int, start: State 
         return _scanned(start, State(log_weight, states[0].value), decay)
     # Blocks are taken by unbind, since the gradient of an index is as large as all blocks together.
     value = [block for state in states for block in state.value.unbind(2)]
-    if not value:  # nothing is written, and sums of no numbers give the parameters that would write a gradient of 0
+    if not value:  # nothing is written: sums of no numbers give all parameters a gradient of 0
         start = State(start.log_weight + log_weight.sum(), start.value + states[0].value.sum())
     read = [start]
     for entering in zip(log_weight.unbind(2), value, decay.unbind(2), strict=True):

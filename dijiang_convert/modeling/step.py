@@ -104,7 +104,8 @@ def advance(table: Table, written: Written | None, count: int | Tensor, kernel: 
     the window the oldest block is still empty, and no key leaves.
     """
     most, size, state = kernel.sinks + kernel.memory, kernel.block, table.state
-    first = torch.as_tensor(count, device=table.k.device).view(-1, 1, 1) - kernel.window - size  # of the leaving block
+    # The place of the leaving block's first token in the text; below 0 where no block leaves.
+    first = torch.as_tensor(count, device=table.k.device).view(-1, 1, 1) - kernel.window - size
     gone, place = first >= 0, first + torch.arange(size, device=table.k.device)
     score = table.received[..., :size]
     if written is not None and state is not None:

@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 from ..errors import DijiangError
 
 DOCUMENT = 8  # tokens of each document in the rows that are tried
-# How far logits may differ, in standard deviations of all of them: half precision rounds by far less, and another
-# document that they can see changes them by far more.
+# Logits may differ by this many of their standard deviations. Half precision rounds by far less, and a model that sees
+# the other document gives logits that differ by far more.
 TOLERANCE = 0.02
 
 

@@ -324,7 +324,7 @@ def _arguments(stage: Stage, folder: Path, batches: Batches, seed: int) -> Train
         # Every release of transformers 5 knows these two arguments.
         gradient_checkpointing=cuda and stage.objective != "attention_transfer",
         gradient_checkpointing_kwargs={"use_reentrant": False} if cuda else None,
-        ddp_find_unused_parameters=False,  # it searches outputs; attention transfer's losses are in none
+        ddp_find_unused_parameters=False,  # DDP would search outputs, which lack the losses of attention transfer
         ddp_broadcast_buffers=False,
         logging_steps=every,
         logging_first_step=True,

@@ -22,7 +22,8 @@ from dijiang_convert.checkpoint.shards import (
 )
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.files import link_file, new_folder, weight_files
-from tests.checkpoint.tensors import message, tree
+from tests.checkpoint.tensors import tree
+from tests.refusals import message
 
 
 def lay_out(tmp_path: Path, **options: Any) -> Path:

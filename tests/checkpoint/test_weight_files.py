@@ -22,7 +22,7 @@ from dijiang_convert.checkpoint.shards import (
     write_safetensors,
 )
 from dijiang_convert.errors import DijiangError
-from tests.checkpoint.tensors import message
+from tests.refusals import message
 
 
 def sample() -> dict[str, torch.Tensor]:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import pytest
-
-from dijiang_convert.errors import DijiangError
-
 INDEX = "model.safetensors.index.json"
 CODE = ("configuration_dijiang.py", "modeling_dijiang.py")
 TEXTS = ("config.json", "tokenizer.json", "merges.txt", "README.md", "LICENSE")
@@ -23,9 +19,3 @@ NUMBERS = itertools.count()  # for repositories of their own
 
 def size(folder: Path, *names: str) -> int:
     return sum((folder / name).stat().st_size for name in names)
-
-
-def message(call: pytest.ExceptionInfo[DijiangError]) -> str:
-    text = str(call.value)
-    assert text and "\n" not in text and text == text.strip()
-    return text

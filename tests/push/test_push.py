@@ -15,7 +15,8 @@ from safetensors.numpy import save
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.push import PushResult, push
 from tests.hub import Hub
-from tests.push.pushing import ALLOWED, INDEX, SHARDS, message, size
+from tests.push.pushing import ALLOWED, INDEX, SHARDS, size
+from tests.refusals import message
 
 
 def test_push_creates_the_repository_with_one_commit(checkpoint: Path, hub: Hub) -> None:

@@ -15,7 +15,8 @@ from safetensors.numpy import save
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.push import push
 from tests.hub import Hub
-from tests.push.pushing import ALLOWED, NUMBERS, SHARDS, message, size
+from tests.push.pushing import ALLOWED, NUMBERS, SHARDS, size
+from tests.refusals import message
 
 MOMENTS = (
     ("arrived", "/api/repos/create"),

@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from safetensors.numpy import save
 
-from dijiang_convert.errors import DijiangError
 from dijiang_convert.source.resolve import Source
 
 CONFIG = json.dumps({"model_type": "gpt_neox", "hidden_size": 8})
@@ -22,13 +20,6 @@ WEIGHTS = save({"embed.weight": np.ones((4, 8), dtype=np.float32)})
 
 
 BASE: dict[str, str | bytes] = {"config.json": CONFIG, "tokenizer.json": "{}"}
-
-
-def message(call: pytest.ExceptionInfo[DijiangError]) -> str:
-    """The error's text, which must be one line."""
-    text = str(call.value)
-    assert text and "\n" not in text and text == text.strip()
-    return text
 
 
 def resolve_elsewhere(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

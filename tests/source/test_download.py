@@ -20,7 +20,8 @@ from dijiang_convert.source.download import cache_folder
 from dijiang_convert.source.resolve import check_space, download, read_config, resolve
 from tests.hub import Hub
 from tests.hub.store import Blob
-from tests.source.repositories import BASE, message, names, resolve_elsewhere
+from tests.refusals import message
+from tests.source.repositories import BASE, names, resolve_elsewhere
 from tests.sources_on_disk import llama_config, write_source
 
 LARGE = random.Random(0).randbytes(20_000)  # of weights; nothing here looks inside

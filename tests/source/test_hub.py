@@ -14,7 +14,8 @@ from dijiang_convert.source import hub as hub_module
 from dijiang_convert.source.hub import hub_errors
 from dijiang_convert.source.resolve import download, read_config, resolve
 from tests.hub import Hub
-from tests.source.repositories import BASE, CONFIG, WEIGHTS, message, resolve_elsewhere
+from tests.refusals import message
+from tests.source.repositories import BASE, CONFIG, WEIGHTS, resolve_elsewhere
 
 
 def test_missing_repository() -> None:

@@ -11,7 +11,8 @@ import pytest
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.source.resolve import ALIASES, Source, download, is_hub_id, read_config, resolve
 from tests.hub import Hub
-from tests.source.repositories import BASE, CONFIG, WEIGHTS, message, names
+from tests.refusals import message
+from tests.source.repositories import BASE, CONFIG, WEIGHTS, names
 
 
 def index_of(*shards: str) -> str:
