@@ -229,7 +229,7 @@ def _check_types(record: Any, where: str) -> None:
         value, kind = getattr(record, field.name), field.type
         good = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)  # type: ignore[arg-type]
         if not good or isinstance(value, bool):
-            raise DijiangError(f"{where}: {field.name} is {value!r}, not {kind.__name__}")  # type: ignore[union-attr]
+            raise DijiangError(f"{where}: {field.name} is {value!r}, not {getattr(kind, '__name__', 'text or a list')}")
 
 
 def _check_data(data: Any, where: str) -> None:

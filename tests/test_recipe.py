@@ -126,6 +126,7 @@ def test_unknown_words_name_the_nearest(content: Any, expected: str, refusal: Ca
         ("data: [a, 3]", "recipe: data is ['a', 3]"),
         ("data: {a: 3}", "recipe: data is {'a': 3}"),
         ("stages: [{name: a, objective: cross_entropy, tokens: 5, data: ['']}]", "stage a: data is ['']"),
+        ("stages: [{name: a, objective: cross_entropy, tokens: 5, data: 5}]", "stage a: data is 5, not text or a list"),
     ],
 )
 def test_what_is_no_recipe(content: str | bytes, expected: str, refusal: Callable[..., str]) -> None:

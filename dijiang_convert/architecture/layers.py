@@ -53,6 +53,8 @@ def select_layers(spec: str, count: int, full: list[int], local: list[int], kind
             if not _is_number(first) or (dash and not _is_number(last)):
                 raise bad
             start, end = int(first), int(last or first)
+            if end < start:
+                raise bad
             if max(start, end) >= count:
                 beyond = max(start, count)
                 raise DijiangError(f"--layers {spec!r}: there is no layer {beyond}, the model has 0 to {count - 1}")

@@ -33,14 +33,14 @@ class Call(NamedTuple):
     """What attention needs beside q, k, v and the padding mask, from `_hand_over` and `dijiang_attention`.
 
     cache: this layer's, or None. hidden_states: [B, N, hidden], the attention module's input. cos_sin: what the model's
-    rotary function takes, or None. segments: [B, N], the document of each token in packed rows, which have no cache and
-    no padding. logits: how the source makes logits. causal: False for encoders. heads: the key/value heads of the call.
+    rotary function takes, or None. documents: [B, N], the document of each token in packed rows, without cache and
+    padding. logits: how the source makes logits. causal: False for encoders. heads: the key/value heads of the call.
     """
 
     cache: DiJiangCacheLayer | None
     hidden_states: Tensor | None
     cos_sin: tuple[Tensor, Tensor] | None
-    segments: Tensor | None = None
+    documents: Tensor | None = None
     logits: Logits = Logits(1.0)
     causal: bool = True
     heads: slice = slice(None)
@@ -169,7 +169,7 @@ class DiJiangAttention(nn.Module):
     ) -> tuple[Tensor, Past, int | Tensor]:
         """Attention of new tokens after a past of ``count`` tokens, one number or [B]: the output, [B, H, N, V], the
         past with the new tokens, and its count."""
-        new, trail = self._shifted(new, None if past is None else past.trail, call.segments)
+        new, trail = self._shifted(new, None if past is None else past.trail, call.documents)
         layout = self._layout(new, count, call)
         out, after = self._by_heads(past, new, layout, call)
         is_alike = new.valid is None and not isinstance(count, Tensor)
@@ -199,8 +199,8 @@ class DiJiangAttention(nn.Module):
 
     def _layout(self, new: Tokens, count: int | Tensor, call: Call) -> Layout:
         kernel = self.kernel
-        if call.segments is not None:
-            return Layout.packed(call.segments, kernel.block, kernel.window)
+        if call.documents is not None:
+            return Layout.packed(call.documents, kernel.block, kernel.window)
         if not kernel.window:
             count = 0  # without a table, chunks may begin at any token
         if new.valid is None and not isinstance(count, Tensor):
@@ -236,7 +236,7 @@ class DiJiangAttention(nn.Module):
 
     def _both_sides(self, new: Tokens, call: Call) -> Tensor:
         """Attention of all tokens of an encoder, [B, H, N, V]."""
-        new, _ = self._shifted(new, None, call.segments)
+        new, _ = self._shifted(new, None, call.documents)
         layout = self._layout(new, 0, call)
         queries, keys = self._queries(new, layout, call), new.keys.map(layout.queries)
         written = []
@@ -372,7 +372,7 @@ class DiJiangAttention(nn.Module):
 
     # ---------------------------------------------------------------------------- queries and keys as features see them
 
-    def _shifted(self, new: Tokens, trail: Tensor | None, segments: Tensor | None) -> tuple[Tokens, Tensor | None]:
+    def _shifted(self, new: Tokens, trail: Tensor | None, documents: Tensor | None) -> tuple[Tokens, Tensor | None]:
         """Adds μ times the previous token's query and key to those that features see; a document's first token has no
         previous one. Also returns the trail: the last real token's query and key, [B, H + G, 1, D], without a share."""
         if not (self.kernel.far and self.kernel.shift):
@@ -381,8 +381,8 @@ class DiJiangAttention(nn.Module):
         assert far_k is not None
         both = torch.cat([new.far_q, far_k], 1)
         before, last = preceding(both, torch.zeros_like(both[:, :, :1]) if trail is None else trail, new.valid)
-        if segments is not None:
-            starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+        if documents is not None:
+            starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
             before = before.masked_fill(starts[:, None, :, None], 0)
         q_before, k_before = before.split([new.far_q.shape[1], far_k.shape[1]], 1)
         far_q = new.far_q + (self.q_shift * q_before).to(new.far_q.dtype)

@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 
 from .attention import Call
-from .packing import packed_mask, packed_segments
+from .packing import packed_documents, packed_mask
 from .table import Logits
 
 # Arguments of attention functions that change the result and that the kernel does not follow.
@@ -58,13 +58,13 @@ def dijiang_attention(
     if dijiang is None:
         raise RuntimeError(f"{type(module).__name__} lost the forward hook that hands over the cache: reload the model")
     refuse_unsupported(kwargs)
-    segments = packed_segments(attention_mask)
-    mask = None if attention_mask is None or segments is not None else real_tokens(attention_mask, query.shape[2])
+    documents = packed_documents(attention_mask)
+    mask = None if attention_mask is None or documents is not None else real_tokens(attention_mask, query.shape[2])
     if mask is not None and is_all(mask):
         mask = None
     causal = kwargs.get("is_causal")
     call = dijiang._replace(
-        segments=segments,
+        documents=documents,
         logits=Logits(
             query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), kwargs.get("s_aux")
         ),
@@ -97,11 +97,11 @@ def softmax_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
     queries, keys = query.shape[2], key.shape[2]
-    segments = packed_segments(attention_mask)
+    documents = packed_documents(attention_mask)
     window = kwargs.get("sliding_window") or _sliding_window(module)
     visible = sliding_window_causal_mask_function(window) if window else causal_mask_function
-    if segments is not None:
-        attention_mask = packed_mask(segments, visible if causal else bidirectional_mask_function)
+    if documents is not None:
+        attention_mask = packed_mask(documents, visible if causal else bidirectional_mask_function)
     elif attention_mask is not None and attention_mask.dim() == 4:
         if attention_mask.shape[2] == queries + 1:  # the last row of `static_mask` is of no query
             attention_mask = attention_mask[:, :, :-1]

@@ -26,12 +26,12 @@ from .attention import Call, DiJiangAttention
 from .cache import DiJiangCacheLayer, cache_layer
 from .configuration_dijiang import Kernel, Layers, read_section
 from .interface import is_all
-from .packing import CACHE_NAMES, find_segments, new_tokens, packed_arguments
+from .packing import CACHE_NAMES, find_documents, new_tokens, packed_arguments
 
 # Tokens of a prompt that the model takes in one forward when no gradient is needed, which bounds memory.
-SEGMENT = 2048
-# Arguments that `_in_segments` divides or passes on.
-SEGMENTED_ARGUMENTS = {
+CHUNK = 2048
+# Arguments that `_in_chunks` divides or passes on.
+CHUNKED_ARGUMENTS = {
     "input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep",
     "return_dict",
 }  # fmt: skip
@@ -206,17 +206,17 @@ def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
         ours = self.config._attn_implementation.startswith("dijiang")
         if ours:
             _refuse(self, given)
-        segments = None
+        documents = None
         if ours or self.config._attn_implementation in ("sdpa", "eager"):
-            segments = find_segments(given, _is_causal(self.config))
-        if segments is not None:
-            return forward(self, **packed_arguments(given, segments, self.config, names))
+            documents = find_documents(given, _is_causal(self.config))
+        if documents is not None:
+            return forward(self, **packed_arguments(given, documents, self.config, names))
         if ours:
             kwargs.update(_mask_of_unseen(given, self.config))
             kwargs.update(_position_ids(given, self.config, "position_ids" in names, cache_name))
             given.update(kwargs)
             if cache_name is not None and _is_long_prompt(self, given):
-                return _in_segments(self, forward, given, cache_name)
+                return _in_chunks(self, forward, given, cache_name)
         return forward(self, *args, **kwargs)
 
     return checked_forward
@@ -242,14 +242,14 @@ def _is_ours(mask: Tensor, count: int) -> bool:
 
 
 def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
-    """Whether `_in_segments` can answer a call: long input_ids, logits or hidden states asked for, no gradient."""
+    """Whether `_in_chunks` can answer a call: long input_ids, logits or hidden states asked for, no gradient."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_causal(model.config):
         return False
     if not model.can_generate() and model.base_model is not model:  # a classifier judges the whole text at once
         return False
     asked = {name for name, value in given.items() if value is not None and value is not False}
     tokens, keep, mask = given.get("input_ids"), given.get("logits_to_keep", 0), given.get("attention_mask")
-    if tokens is None or tokens.shape[1] <= SEGMENT or asked - SEGMENTED_ARGUMENTS:
+    if tokens is None or tokens.shape[1] <= CHUNK or asked - CHUNKED_ARGUMENTS:
         return False
     if mask is not None and not (isinstance(mask, Tensor) and (mask.dim() == 2 or mask.shape[1:3] == (1, 1))):
         return False  # a static cache with softmax layers has a mask that can't be divided
@@ -260,18 +260,18 @@ def _is_long_prompt(model: Any, given: dict[str, Any]) -> bool:
     if mask is not None and given.get("position_ids") is None and not is_all(mask):
         return False  # some models count learned positions by the tokens of a call
     wants_dict = model.config.return_dict and given.get("return_dict") is not False
-    return wants_dict and isinstance(keep, int) and keep <= (tokens.shape[1] - 1) % SEGMENT + 1
+    return wants_dict and isinstance(keep, int) and keep <= (tokens.shape[1] - 1) % CHUNK + 1
 
 
-def _in_segments(model: Any, forward: Callable[..., Any], given: dict[str, Any], cache_name: str) -> Any:
-    """The result of ``forward`` for a long prompt, computed through the cache in chunks of SEGMENT tokens. The numbers
+def _in_chunks(model: Any, forward: Callable[..., Any], given: dict[str, Any], cache_name: str) -> Any:
+    """The result of ``forward`` for a long prompt, computed through the cache in chunks of CHUNK tokens. The numbers
     are the same, and the memory of activations does not grow with the prompt. given: the arguments of ``forward``."""
     tokens, mask, positions = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
     cache = given.get(cache_name)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if cache is None else cache
     keep, outputs = given.get("logits_to_keep", 0), []
-    for start in range(0, tokens.shape[1], SEGMENT):
-        end = min(start + SEGMENT, tokens.shape[1])
+    for start in range(0, tokens.shape[1], CHUNK):
+        end = min(start + CHUNK, tokens.shape[1])
         piece = {**given, "input_ids": tokens[:, start:end], cache_name: cache, "use_cache": True}
         if mask is not None:
             of_all = mask[:, : mask.shape[1] - tokens.shape[1] + end] if mask.dim() == 2 else mask[..., start:end]

@@ -31,7 +31,7 @@ def new_tokens(given: dict[str, Any]) -> Tensor | None:
     return given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
 
 
-def find_segments(given: dict[str, Any], causal: bool = True) -> Tensor | None:
+def find_documents(given: dict[str, Any], causal: bool = True) -> Tensor | None:
     """The document of each token [B, N], counted from 0 in every row, or None where nothing is packed.
 
     given: the arguments of a model's forward. causal: False for encoders, whose documents only bounds tell apart: their
@@ -40,32 +40,32 @@ def find_segments(given: dict[str, Any], causal: bool = True) -> Tensor | None:
     """
     tokens = new_tokens(given)
     mask, positions, bounds = (given.get(name) for name in ("attention_mask", "position_ids", FLASH_ARGUMENTS[0]))
-    segments: Tensor | None = None
+    documents: Tensor | None = None
     if tokens is None:
         return None
     if bounds is not None:
-        segments = _between(bounds, given.get(FLASH_ARGUMENTS[1]), tokens)
+        documents = _between(bounds, given.get(FLASH_ARGUMENTS[1]), tokens)
     elif not causal:
         return None
     elif torch.compiler.is_compiling():
-        segments = _unseen(given, tokens)
+        documents = _unseen(given, tokens)
     elif positions is None or positions.shape[-1] == 1:
         return None
     elif mask is not None:
-        segments = positions if _restart(positions, mask) else None
+        documents = positions if _restart(positions, mask) else None
     elif positions.dim() != 2:
-        segments = positions if (positions.diff(dim=-1) != 1).any() else None
+        documents = positions if (positions.diff(dim=-1) != 1).any() else None
     else:
-        segments = find_packed_sequence_indices(positions.expand(tokens.shape[0], -1))
-    if segments is None:
+        documents = find_packed_sequence_indices(positions.expand(tokens.shape[0], -1))
+    if documents is None:
         return None
-    if mask is not None or segments.dim() != 2:
+    if mask is not None or documents.dim() != 2:
         raise ValueError(
             "position_ids restart inside a row: packed rows take position_ids [batch, length] and no attention_mask"
         )
     if any(given.get(name) is not None for name in CACHE_NAMES) or given.get("use_cache"):
         raise ValueError("packed rows neither fill a cache nor go on from one: leave the cache and use_cache out")
-    return segments
+    return documents
 
 
 def _unseen(given: dict[str, Any], tokens: Tensor) -> Tensor | None:
@@ -95,20 +95,20 @@ def _restart(positions: Tensor, mask: Tensor) -> bool:
     return bool(((positions.diff(dim=-1) < 1) & real[:, 1:] & real[:, :-1]).any())
 
 
-def packed_arguments(given: dict[str, Any], segments: Tensor, config: Any, accepted: list[str]) -> dict[str, Any]:
-    """The arguments ``given`` to a forward, with a mask that keeps documents apart. segments: [B, N], the document of
+def packed_arguments(given: dict[str, Any], documents: Tensor, config: Any, accepted: list[str]) -> dict[str, Any]:
+    """The arguments ``given`` to a forward, with a mask that keeps documents apart. documents: [B, N], the document of
     each token. accepted: the names of the forward's parameters."""
     arguments = {name: value for name, value in given.items() if name not in FLASH_ARGUMENTS}
     if "use_cache" in accepted:
         arguments["use_cache"] = False
     if "position_ids" in accepted and given.get("position_ids") is None:
-        places, bounds = torch.arange(segments.shape[1], device=segments.device)[None], given.get(FLASH_ARGUMENTS[0])
-        arguments["position_ids"] = places if bounds is None else places - bounds[segments]
+        places, bounds = torch.arange(documents.shape[1], device=documents.device)[None], given.get(FLASH_ARGUMENTS[0])
+        arguments["position_ids"] = places if bounds is None else places - bounds[documents]
     if config._attn_implementation.startswith("dijiang"):
-        arguments["attention_mask"] = (segments + 1)[:, None, None]
+        arguments["attention_mask"] = (documents + 1)[:, None, None]
     elif config._attn_implementation == "sdpa" and _is_full(config):
         # In other models transformers makes a mask for each kind of layer.
-        arguments["attention_mask"] = packed_mask(segments)
+        arguments["attention_mask"] = packed_mask(documents)
     return arguments
 
 
@@ -118,19 +118,19 @@ def _is_full(config: Any) -> bool:
     return getattr(config, "sliding_window", None) is None and set(kinds) <= {"full_attention"}
 
 
-def packed_segments(mask: Tensor | None) -> Tensor | None:
+def packed_documents(mask: Tensor | None) -> Tensor | None:
     """The document of each token, [B, N], from a mask of `packed_arguments`; None for any other mask."""
     is_packed = mask is not None and mask.dim() == 4 and mask.dtype == torch.long  # other masks are bool
     return mask[:, 0, 0] if is_packed else None  # type: ignore[index]
 
 
-def packed_mask(segments: Tensor, visible: Any = causal_mask_function) -> Tensor:
+def packed_mask(documents: Tensor, visible: Any = causal_mask_function) -> Tensor:
     """The mask for softmax attention, [B, 1, N, N]: True where query and key are of one document and the query sees the
-    key by ``visible``, a mask function of transformers. segments: [B, N], the document of each token."""
-    batch, length = segments.shape
+    key by ``visible``, a mask function of transformers. documents: [B, N], the document of each token."""
+    batch, length = documents.shape
     mask = sdpa_mask(
-        batch_size=batch, q_length=length, kv_length=length, device=segments.device, allow_is_causal_skip=False,
-        mask_function=and_masks(packed_sequence_mask_function(segments), visible),
+        batch_size=batch, q_length=length, kv_length=length, device=documents.device, allow_is_causal_skip=False,
+        mask_function=and_masks(packed_sequence_mask_function(documents), visible),
     )  # fmt: skip
     assert mask is not None
     return mask

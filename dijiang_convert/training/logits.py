@@ -32,38 +32,11 @@ ChunkLoss = Callable[[Tensor, slice], Tensor]
 """The loss, summed over a chunk, of its logits [n, vocabulary] and which of all counted positions it holds."""
 
 
-# ----------------------------------------------------------------------------------------------- plain definitions
-
-
-def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """KL(teacher ‖ student) in nats, averaged over the positions that ``mask`` marks.
-
-    student, teacher: [B, N, vocabulary] logits.
-    mask: [B, N], 1 for positions that count.
-    """
-    real = mask.bool()
-    log_q, log_p = student[real].float().log_softmax(-1), teacher[real].float().log_softmax(-1)
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-
-
-def cross_entropy(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Next-token loss in nats, averaged over the targets that ``mask`` marks.
-
-    logits: [B, N, vocabulary] logits.
-    input_ids: [B, N] token ids.
-    mask: [B, N], 1 for tokens that are targets.
-    """
-    real = mask[:, 1:].bool()
-    return F.cross_entropy(logits[:, :-1][real].float(), input_ids[:, 1:][real])
-
-
 # ---------------------------------------------------------------------------------------------------------- losses
 
 
 def distillation_loss(student: Any, teacher: ChunkLoss, inputs: dict[str, Any], cross_entropy_weight: float) -> Tensor:
     """KL to the teacher, with a share of next-token loss mixed in, averaged over the targets that loss_mask marks.
-
-    The value is that of `kl_divergence` and `cross_entropy`.
 
     student: as ``model`` of `mean_loss`. teacher: the loss that `live_teacher` returns. inputs: a batch of `Rows`.
     cross_entropy_weight: the share of next-token loss, from 0 to 1.
@@ -81,7 +54,7 @@ def distillation_loss(student: Any, teacher: ChunkLoss, inputs: dict[str, Any], 
 
 
 def cross_entropy_loss(student: Any, inputs: dict[str, Any]) -> Tensor:
-    """Next-token loss alone, with the value of `cross_entropy`."""
+    """Next-token loss alone, averaged over the targets that loss_mask marks."""
     labels = inputs["input_ids"][:, 1:][counted(inputs)]
     return mean_loss(
         student, inputs, lambda logits, part: F.cross_entropy(logits.float(), labels[part], reduction="sum")

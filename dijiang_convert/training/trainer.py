@@ -92,6 +92,8 @@ def run_stage(
     leave the checkpoints written so far to resume from; after a signal that includes one of the last step.
     """
     start = time.perf_counter()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     dtype, count = model.dtype, PartialState().num_processes
     if rows.packed and not processes.is_sharded():
         for each in (model, teacher):

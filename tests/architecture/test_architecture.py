@@ -223,7 +223,7 @@ def test_layers_are_chosen(spec: str, expected: list[int]) -> None:
         ("0-99999999999", "there is no layer 8, the model has 0 to 7"),
         ("12-99", "there is no layer 12, the model has 0 to 7"),
         ("6", "layer 6 has no attention to convert"),
-        ("5-2", "chooses no layer of 8"),
+        ("0,5-2", "is not valid: give all, none"),
         ("not-every:1", "chooses no layer of 8"),
         ("not-last:8", "chooses no layer of 8"),
         ("not-last:100", "chooses no layer of 8"),

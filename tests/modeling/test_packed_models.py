@@ -101,7 +101,7 @@ def test_how_it_is_called_does_not_matter(default: Any, monkeypatch: pytest.Monk
             default(ids, position_ids=positions(rows[:1])).logits,
             default(inputs_embeds=embeddings, position_ids=positions(rows)).logits,
         ]
-        monkeypatch.setattr(modeling_dijiang, "SEGMENT", 70)
+        monkeypatch.setattr(modeling_dijiang, "CHUNK", 70)
         found.append(default(ids, position_ids=positions(rows)).logits)
         assert default(ids, position_ids=positions(rows)).past_key_values is None
     for logits in found:

@@ -230,14 +230,14 @@ def long_prompts(s: Subject, model: Any) -> Numbers:
     """Which the model may work on piece by piece: here from 64 tokens on."""
     code = sys.modules[type(model).__module__]
     whole, padded = logits_of(model, s.ids), logits_of(model, s.ids * s.mask, attention_mask=s.mask)
-    length, code.SEGMENT = code.SEGMENT, 64  # type: ignore[attr-defined]
+    length, code.CHUNK = code.CHUNK, 64  # type: ignore[attr-defined]
     try:
         pieces, real = s.difference(logits_of(model, s.ids), whole), s.mask.bool()
         found = logits_of(model, s.ids * s.mask, attention_mask=s.mask)
     finally:
-        code.SEGMENT = length  # type: ignore[attr-defined]
+        code.CHUNK = length  # type: ignore[attr-defined]
     worst = max(pieces, s.difference(found[real], padded[real]))
-    return {"segments": within(worst, "logits of a long prompt piece by piece and as a whole")}
+    return {"chunks": within(worst, "logits of a long prompt piece by piece and as a whole")}
 
 
 @in_float64_too

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -21,10 +22,8 @@ from dijiang_convert.training.adapters import lora_targets
 from dijiang_convert.training.attention import original, recomputing
 from dijiang_convert.training.attention_transfer import attention_transfer_loss, transferring
 from dijiang_convert.training.logits import (
-    cross_entropy,
     cross_entropy_loss,
     distillation_loss,
-    kl_divergence,
     live_teacher,
     tokens,
 )
@@ -68,6 +67,19 @@ def batch(vocabulary: int, rows: int = 2, length: int = 24) -> dict[str, Tensor]
     loss_mask = mask * (torch.rand(ids.shape, generator=generator) > 0.2)
     positions = torch.arange(length).expand_as(ids)
     return {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "loss_mask": loss_mask}
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """KL(teacher ‖ student) in nats, the mean over the positions that mask [B, N] marks; logits [B, N, vocabulary]."""
+    real = mask.bool()
+    log_q, log_p = student[real].log_softmax(-1), teacher[real].log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def cross_entropy(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Next-token loss in nats, the mean over the targets that mask [B, N] marks; logits [B, N, vocabulary]."""
+    real = mask[:, 1:].bool()
+    return F.cross_entropy(logits[:, :-1][real], input_ids[:, 1:][real])
 
 
 def plain_distillation(student: Any, target: Tensor, inputs: dict[str, Tensor], weight: float) -> Tensor:
