@@ -14,7 +14,7 @@ from .modeling.modeling_dijiang import attach
 from .modeling.past import Sizes
 from .recipe import Recipe, load_recipe
 from .source.resolve import read_config, resolve
-from .training.estimate import stage_cost, teacher_copies
+from .training.estimate import StageCost, stage_cost, teacher_copies
 
 LENGTHS = (1024, 8192, 65536)
 
@@ -26,7 +26,9 @@ class InspectResult:
     state_bytes: what converted layers keep at any length; kv_cache_bytes_at: what they kept as softmax, by length;
         smaller_from: the length in tokens from which the latter is more, None where sliding windows keep it small.
         Encoders keep nothing.
-    finetune_bytes: memory that the recipe's largest stage takes, by the formula of `estimate`.
+    weights_bytes: what is downloaded, and what a copy of it takes.
+    finetune_tokens, finetune_bytes, finetune_operations: what the recipe's stages train on, the memory that the largest
+        of them takes, and the floating-point operations of them all, by the formulas of `estimate`.
     """
 
     source: str
@@ -43,7 +45,10 @@ class InspectResult:
     state_bytes: int = 0
     kv_cache_bytes_at: dict[int, int] | None = None
     smaller_from: int | None = None
+    weights_bytes: int = 0
+    finetune_tokens: int = 0
     finetune_bytes: int = 0
+    finetune_operations: int = 0
 
 
 def inspect(
@@ -74,6 +79,7 @@ def inspect(
     width = dtype.itemsize
     count = getattr(architecture.config.get_text_config(), "num_hidden_layers", 0)
     kept = state_bytes(chosen.kernel, shape, dtype) if shape.causal else 0
+    costs = _stage_costs(architecture, chosen, width)
     return InspectResult(
         source=str(found),
         architecture=kind,
@@ -88,7 +94,10 @@ def inspect(
         state_bytes=kept,
         kv_cache_bytes_at={n: _kv_cache_bytes(shape, n, width) for n in LENGTHS} if shape.causal else None,
         smaller_from=kept // _kv_cache_bytes(shape, 1, width) + 1 if kept and not _slides(architecture) else None,
-        finetune_bytes=_finetune_bytes(architecture, chosen, width),
+        weights_bytes=architecture.parameters * width,
+        finetune_tokens=sum(cost.tokens for cost in costs),
+        finetune_bytes=max((cost.memory_bytes for cost in costs), default=0),
+        finetune_operations=sum(cost.operations for cost in costs),
     )
 
 
@@ -105,12 +114,11 @@ def _kv_cache_bytes(layers: Layers, length: int, width: int) -> int:
     return len(layers.layers) * layers.kv_heads * (layers.head_dim + layers.value_dim) * length * width
 
 
-def _finetune_bytes(architecture: Architecture, recipe: Recipe, width: int) -> int:
+def _stage_costs(architecture: Architecture, recipe: Recipe, width: int) -> list[StageCost]:
     model = skeleton(architecture.model_class, architecture.config)
     attach(model, recipe.kernel, architecture.layers)
     copies = zip(recipe.stages, teacher_copies(recipe.stages), strict=True)
-    costs = [stage_cost(model, recipe.kernel, architecture.layers, s, width, copy) for s, copy in copies]
-    return max((cost.memory_bytes for cost in costs), default=0)
+    return [stage_cost(model, recipe.kernel, architecture.layers, s, width, copy) for s, copy in copies]
 
 
 def state_bytes(kernel: Kernel, layers: Layers, dtype: torch.dtype) -> int:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+A100_SPEED = 0.3 * 312e12  # operations a second: training reaches some 30 % of what an A100 gives in bfloat16
 SHOWN = 12  # layers of a calibration: those that matter fit on a screen
 
 
@@ -13,6 +14,8 @@ def inspection(r: Any) -> None:
     if not r.supported:
         print(f"{r.source} ({r.architecture}) is not supported: {r.reason}")
         return
+    from .training.estimate import duration
+
     kept = f"{_size(r.state_bytes)} at any length"
     kept += f"; softmax's cache is larger from {r.smaller_from:,} tokens on" if r.smaller_from else ""
     caches = ", ".join(f"{_size(n)} at {length:,}" for length, n in (r.kv_cache_bytes_at or {}).items())
@@ -21,7 +24,9 @@ def inspection(r: Any) -> None:
         ["layers", f"{r.layers_converted} of {r.layers}: {r.heads} heads of {r.head_dim}, {r.kv_heads} for keys"],
         ["new parameters", f"{r.new_parameters:,} beside {r.parameters:,}"],
         *([["cache", kept], ["softmax's cache", caches]] if caches else []),
-        ["memory to finetune", _size(r.finetune_bytes)],
+        ["to convert", f"{_size(r.weights_bytes)} of weights to download, and as much on disk for the copy"],
+        ["to finetune", f"{r.finetune_tokens:,} tokens, {_size(r.finetune_bytes)} of memory; one A100 takes about "
+         f"{duration(r.finetune_operations / A100_SPEED)} by its operations (not timed)"],
     ])  # fmt: skip
 
 

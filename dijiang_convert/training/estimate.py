@@ -13,6 +13,7 @@ The memory is that of the peak, which lies at the end of a forward pass and in t
 `benchmarks/memory.py` compares the estimate with measurements. What Python and the libraries take is not counted.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,7 @@ class StageCost:
     steps, rows: optimizer steps, and rows of each over all processes.
     training_bytes: gradients and the optimizer's moments.
     memory_bytes: the peak, which is the sum of weights, training and activations.
+    operations: floating-point operations of the whole stage.
     seconds: time of the whole stage, None where it was not measured.
     """
 
@@ -61,6 +63,7 @@ class StageCost:
     training_bytes: int
     activation_bytes: int
     memory_bytes: int
+    operations: int
     seconds: float | None = None
 
 
@@ -137,6 +140,7 @@ def stage_cost(
         training_bytes=12 * trainable,
         activation_bytes=activations,
         memory_bytes=weights + 12 * trainable + activations,
+        operations=batches.steps * batches.rows * stage.seq_len * _operations(model, kernel, layers, stage),
     )
 
 
@@ -167,9 +171,8 @@ def _kernel_numbers(kernel: Kernel, layers: Layers) -> int:
     query, key, value, dim = layers.heads, layers.kv_heads, layers.value_dim, layers.head_dim
     if kernel.decay == "retnet":
         key = query
-    features = dim * (2 if kernel.signed else 1) if kernel.far else 0
     memory = max((sum(heads) // len(heads) for heads in layers.memory), default=kernel.memory)
-    exact = kernel.sinks + memory + kernel.window + kernel.block if kernel.window else 0
+    exact, features = _rows(kernel, layers, memory)
     # A query head keeps its weights over the exact rows, its features twice, three queries and two outputs.
     numbers = query * (exact + 2 * features + 3 * dim + 2 * value)
     # A key/value head keeps six tensors of features, its keys and values twice, and for each block of tokens the exact
@@ -179,6 +182,27 @@ def _kernel_numbers(kernel: Kernel, layers: Layers) -> int:
     if not kernel.window:
         numbers += query * (4 * kernel.block + 3 * features)
     return numbers + (4 * query * value if kernel.gate else 0)
+
+
+def _rows(kernel: Kernel, layers: Layers, memory: int) -> tuple[int, int]:
+    """How many exact rows a query reads at most, and how many features of the state."""
+    exact = kernel.sinks + memory + kernel.window + kernel.block if kernel.window else 0
+    return exact, layers.head_dim * (2 if kernel.signed else 1) if kernel.far else 0
+
+
+def _operations(model: PreTrainedModel, kernel: Kernel, layers: Layers, stage: Stage) -> int:
+    """Floating-point operations per token of a stage on a GPU, where a backward pass repeats the forward one.
+
+    They are those of the linear layers and of attention's two products; experts that are no `nn.Linear` are left out.
+    """
+    linear = 2 * sum(math.prod(_features(module)) for module in model.modules())
+    per_row = 2 * layers.heads * (layers.head_dim + layers.value_dim) * len(layers.layers)
+    rows = min(sum(_rows(kernel, layers, kernel.memory)), stage.seq_len)
+    teacher, student = linear + per_row * stage.seq_len // 2, linear + per_row * rows
+    if stage.objective == "attention_transfer":
+        return teacher + 3 * per_row * rows
+    passes = 4 if stage.train == "full" else 3  # forward, forward again, gradients of activations, those of weights
+    return passes * student + (teacher if stage.objective == "distillation" else 0)
 
 
 def _features(module: nn.Module) -> tuple[int, int]:

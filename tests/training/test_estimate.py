@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from benchmarks.memory import compare, converted
@@ -19,7 +20,7 @@ from dijiang_convert.data.demo_text import documents
 from dijiang_convert.recipe import Stage, load_recipe
 from dijiang_convert.training import trainer
 from dijiang_convert.training.estimate import StageCost, duration, plan_costs, teacher_copies, told, warning
-from dijiang_convert.training.trial import timed
+from dijiang_convert.training.trial import random_rows, timed
 
 KINDS = {
     "transfer": Stage("transfer", "attention_transfer", 1_000_000, seq_len=256, batch_tokens=1024),
@@ -44,6 +45,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_estimated_memory_is_near_what_is_measured(folder: Path, kind: str) -> None:
     estimated, measured = compare(folder, KINDS[kind])
     assert estimated == pytest.approx(measured, rel=0.35)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_estimated_operations_are_near_what_torch_counts(folder: Path, train: str) -> None:
+    """On a GPU, where the forward pass is repeated in the backward pass, as here."""
+    stage = Stage("distill", "distillation", 512, train, seq_len=512)
+    (cost,) = plan_costs([stage], converted_config(folder), [True])
+    model, teacher = load_converted(folder), load_converted(folder, attention="softmax").requires_grad_(False)
+    student = trainer._prepare(model, stage, 0)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if train == "lora":
+        student.enable_input_require_grads()
+    inputs = {name: value[None] for name, value in random_rows(model, 512, 1)[0].items()}
+    with FlopCounterMode(display=False) as counter:
+        trainer._loss(stage, student, teacher)(student, inputs).backward()
+    assert cost.operations == pytest.approx(counter.get_total_flops(), rel=0.35)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -81,7 +98,7 @@ def cost(**changes: Any) -> StageCost:
         "seq_len": 512,
     }
     values |= {"steps": 1, "rows": 8, "trainable_parameters": 1, "weights_bytes": 1, "training_bytes": 1}
-    values |= {"activation_bytes": 10**10, "memory_bytes": 10**10 + 2}
+    values |= {"activation_bytes": 10**10, "memory_bytes": 10**10 + 2, "operations": 1}
     return StageCost(**{**values, **changes})
 
 
@@ -195,3 +212,7 @@ def test_inspect_uses_the_same_formula(folder: Path) -> None:
     plan = load_recipe("frequency").stages
     costs = plan_costs(plan, converted_config(folder), teacher_copies(plan))
     assert found.finetune_bytes == max(cost.memory_bytes for cost in costs)
+    assert found.finetune_operations == sum(cost.operations for cost in costs)
+    assert found.finetune_tokens == sum(cost.tokens for cost in costs)
+    weights = (folder.parent / "source" / "model.safetensors").stat().st_size
+    assert found.weights_bytes == pytest.approx(weights, rel=0.01)
