@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dijiang_convert.benchmark import draw_panels
+from dijiang_convert.show import A100_SPEED
+from dijiang_convert.training.estimate import duration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import encoders
@@ -44,6 +46,8 @@ def parts() -> dict[tuple[str, str], str]:
     """What belongs between the marks, by file and mark."""
     speed = read("speed-cpu.json")
     found = {
+        ("README.md", "first"): first_table(read("smollm2.json")["rows"], speed),
+        ("README.md", "sizes"): sizes_table(read("sizes.json")),
         **{("README.md", f"real-{length}"): real_table(length) for length in (2048, 8192)},
         ("README.md", "speed"): f"{setting(speed)}\n\n{speed_table(speed)}",
         ("docs/speed.md", "cpu"): f"{setting(speed)}\n\n{speed_table(speed)}\n{growth_table(speed)}",
@@ -56,8 +60,8 @@ def parts() -> dict[tuple[str, str], str]:
     for name in ("stories", "books"):
         runs = report.load([RESULTS / f"fidelity-{name}.jsonl"])
         found |= {
-            ("docs/recipes.md", name): fidelity(runs, report.COLUMNS),
-            ("docs/recipes.md", f"positions-{name}"): positions.table(read(f"positions-{name}.json")),
+            ("benchmarks/notebook.md", name): fidelity(runs, report.COLUMNS),
+            ("benchmarks/notebook.md", f"positions-{name}"): positions.table(read(f"positions-{name}.json")),
             ("docs/long-context.md", f"beyond-{name}"): beyond.table(read(f"beyond-{name}.json")),
         }
     return found
@@ -69,6 +73,42 @@ def read(name: str) -> Any:
 
 def fidelity(runs: Rows, columns: tuple[str, ...]) -> str:
     return f"The original's perplexity is {runs[0]['original']:.2f}.\n\n{report.table(runs, columns)}\n"
+
+
+def first_table(rows: Rows, speed: dict[str, Any]) -> str:
+    """What a user wants to know first: a calibrated model, not trained, beside the original."""
+    found = {row["length"]: row for row in rows if row["way"] == "calibrated" and not row["tokens"]}
+    lines = [["cache, of 8,192 tokens", "1, and it grows", f"{found[2048]['cache_share']:.2f}, at any length"]]
+    for length, row in sorted(found.items()):
+        lines.append([f"perplexity, on texts of {length:,} tokens", "1", f"{row['perplexity_ratio']:.3f}"])
+    for length, distance in ((2048, "256"), (2048, "1900"), (8192, "4000")):
+        told = f"random tokens repeated right that were read {int(distance):,} before, in a text of {length:,}"
+        of_both = (found[length][key][distance]["accuracy"] for key in ("baseline_recall", "recall"))
+        lines.append([told, *(f"{accuracy:.0%}" for accuracy in of_both)])
+    decode = speeds(speed["decode"])
+    for length in (1024, 8192, 65536):
+        ratio = decode["default"][length] / decode["softmax"][length]
+        lines.append([f"tokens decoded a second, after {length:,}", "1", f"{ratio:.2g}"])
+    return markdown(["", "softmax", "`dijiang convert --calibrate`, not trained"], lines)
+
+
+def sizes_table(found: dict[str, Any]) -> str:
+    """What models of usual sizes take to convert and to finetune, and what their cache becomes."""
+    lines = []
+    for name, size in found.items():
+        seconds = size["finetune_operations"] / A100_SPEED
+        lines.append([
+            f"`{name}`", gigabytes(size["weights_bytes"]), gigabytes(size["finetune_bytes"]), duration(seconds),
+            f"{gigabytes(size['kv_cache_bytes_at']['8192'])}, now {gigabytes(size['state_bytes'])}",
+        ])  # fmt: skip
+    header = [
+        "model",
+        "to download, and on disk once more",
+        "memory to finetune",
+        "time of that",
+        "cache at 8,192 tokens",
+    ]
+    return markdown(header, lines)
 
 
 def real_table(length: int) -> str:
@@ -211,6 +251,10 @@ def number(x: float) -> str:
 
 def times(x: float) -> str:
     return f"{x:.1f} ×" if x >= 10 else f"{x:.2f} ×"
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
 def megabytes(count: int) -> str:

@@ -220,13 +220,14 @@ def softmax_over_rows(part: dict[str, Tensor], logits: Logits) -> tuple[Tensor, 
     window's keys, [A, N, L]. ``part`` has the window, and may have other parts of a table:
 
     near: [A, N, L], logits of the window's keys. window: [A, L, V], their values.
-    own: [A, N, D], queries. k, v: [A, M, D or V], sinks and memory. hidden: [A, 1, M], NEVER for rows that are unseen.
+    own: [A, N, D], queries. k, v: [A, M, D or V], sinks and memory. k_unit, v_unit: [A, 1, M], by which these rows are
+    multiplied. hidden: [A, 1, M], NEVER for rows that are unseen.
     features: [A, N, F], log features of queries. weight: [A, 1, F] and value: [A, F, V], the state's.
     sink: [A, N, 1], a logit that has no value.
     """
     rows, values = [part["near"]], [part["window"]]
     if "k" in part:
-        memory = logits.of(part["own"], part["k"])
+        memory = logits.of(part["own"], part["k"], part.get("k_unit"))
         rows.append(memory.add_(part["hidden"]) if "hidden" in part else memory)
         values.append(part["v"])
     if "features" in part:
@@ -236,6 +237,8 @@ def softmax_over_rows(part: dict[str, Tensor], logits: Logits) -> tuple[Tensor, 
         rows.append(part["sink"])
     weights = torch.cat(rows, -1).softmax(-1).split([row.shape[-1] for row in rows], -1)
     out = product(weights[0], values[0])
+    if "v_unit" in part:
+        weights = (weights[0], weights[1] * part["v_unit"], *weights[2:])
     for weight, value in zip(weights[1:], values[1:], strict=False):
         out = torch.baddbmm(out, weight, value) if value.dtype == out.dtype else out.add_(product(weight, value))
     return out, weights[0]

@@ -16,7 +16,7 @@ from .configuration_dijiang import Kernel
 from .kernel import softmax_over_rows
 from .memory import key_score
 from .state import NEVER, State, Written, accumulation_dtype
-from .table import KeyTokens, Logits, Queries, Table, packed, unpacked
+from .table import KeyTokens, Logits, Queries, Table, packed, whole_numbers
 
 
 def attend_token(
@@ -46,14 +46,15 @@ def attend_token(
     memory, window = slice(None), slice(None)
     if not isinstance(count, Tensor):
         memory, window = slice(best, None), slice(first, slot + 1)
-    kind = accumulation_dtype(q) if q.device.type == "cpu" else q.dtype  # CPUs are slow in half precision
     part = {
         "near": logits.of(q, table.k[:, :, window].flatten(0, 1)),
         "window": table.v[:, :, window].flatten(0, 1),
         "own": q,
-        "k": unpacked(table.memory_k[:, :, memory].flatten(0, 1), kind),
-        "v": unpacked(table.memory_v[:, :, memory].flatten(0, 1), kind),
     }
+    for name, packed_rows in (("k", table.memory_k), ("v", table.memory_v)):
+        part[name], unit = whole_numbers(packed_rows[:, :, memory].flatten(0, 1), accumulation_dtype(q))
+        if unit is not None:
+            part[f"{name}_unit"] = unit.mT
     if isinstance(count, Tensor):
         row = torch.arange(max(table.k.shape[2], table.score.shape[2]), device=q.device)
         unseen = ((row < first[:, None]) | (row > slot[:, None]))[:, : table.k.shape[2]]

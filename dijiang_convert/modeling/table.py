@@ -37,9 +37,12 @@ class Logits(NamedTuple):
             return queries, self
         return queries._replace(q=queries.q * self.scaling), self._replace(scaling=1.0)
 
-    def of(self, q: Tensor, k: Tensor) -> Tensor:
-        """Logits of q [..., N, D] and k [..., K, D], [..., N, K], in the accumulation dtype."""
+    def of(self, q: Tensor, k: Tensor, unit: Tensor | None = None) -> Tensor:
+        """Logits of q [..., N, D] and k [..., K, D], [..., N, K], in the accumulation dtype. unit: [..., 1, K], a
+        factor of each key that is not in k, or None."""
         logits = product(q, k.mT)
+        if unit is not None:
+            logits = logits * unit
         if self.scaling != 1:
             logits = logits * self.scaling
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -74,7 +77,7 @@ CONVERTED = 2**17
 
 def product(x: Tensor, rows: Tensor) -> Tensor:
     """x @ rows, [..., N, D], in the accumulation dtype. x: [..., N, K]. rows: [..., K, D], perhaps half precision."""
-    if rows.device.type == "cpu" and rows.numel() <= CONVERTED:
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and rows.numel() <= CONVERTED:
         return accumulated(x) @ accumulated(rows)
     return accumulated(x.to(rows.dtype) @ rows)
 
@@ -99,9 +102,16 @@ def _in_eight_bits(rows: Tensor) -> Tensor:
 
 def unpacked(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """rows: [..., D + 1], `packed` → [..., D] in ``dtype``. Rows of floating-point numbers are not packed."""
+    whole, unit = whole_numbers(rows, dtype)
+    return whole if unit is None else whole * unit
+
+
+def whole_numbers(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """rows: [..., D + 1], `packed` → whole numbers [..., D] and the unit [..., 1] of each row, in ``dtype``. A product
+    with a power of two is exact, so that it may come after a sum. Rows that are not packed have no unit."""
     if rows.is_floating_point():
-        return rows.to(dtype)
-    return rows[..., :-1].to(dtype) * _power_of_two(rows[..., -1:].int() - 7).to(dtype)
+        return rows.to(dtype), None
+    return rows[..., :-1].to(dtype), _power_of_two(rows[..., -1:].int() - 7).to(dtype)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

@@ -93,7 +93,8 @@ def test_what_is_shown_is_what_was_measured(file: str, mark: str) -> None:
 
 
 def test_parts_are_written_where_they_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "docs").mkdir()
+    for folder in ("docs", "benchmarks"):
+        (tmp_path / folder).mkdir()
     for file, mark in readme.parts():
         shutil.copy(readme.ROOT / file, tmp_path / file)
         content = (tmp_path / file).read_text(encoding="utf-8")
