@@ -269,11 +269,11 @@ def generate(
     with loading():
         from .generate import generate
 
-    def write(text: str) -> None:
-        print(text, end="", flush=True)
+    before = iter([prompt])  # shown with the first text, so that an error comes alone
 
-    if not json_output:
-        write(prompt)
+    def write(text: str) -> None:
+        print(next(before, "") + text, end="", flush=True)
+
     result = generate(
         checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
         write=None if json_output else write,

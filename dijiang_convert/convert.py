@@ -247,6 +247,8 @@ def config_content(
         "AutoConfig": f"configuration_dijiang.DiJiang{type(architecture.config).__name__}",
         **{auto: f"modeling_dijiang.{name}" for auto, name in auto_classes(kind, architecture).items()},
     }
+    if "AutoModelForCausalLM" in result["auto_map"]:  # `transformers serve` asks for custom code by this name alone
+        result["auto_map"].setdefault("AutoModelForDecision", result["auto_map"]["AutoModelForCausalLM"])
     if dtype is not None:
         result.pop("torch_dtype", None)
         result["dtype"] = dtype

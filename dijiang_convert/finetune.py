@@ -23,7 +23,6 @@ from .checkpoint.loading import (
     converted_config,
     default_device,
     generates,
-    load_any,
     load_converted,
     load_tokenizer,
     predicts,
@@ -51,15 +50,24 @@ from .measure.probe import (
     write_probes,
 )
 from .measure.report import LOG, REPORT, write_report
+from .modeling.configuration_dijiang import read_section
 from .progress import console
 from .recipe import Recipe, Stage, parse_recipe
-from .source.resolve import is_hub_id, read_config, resolve
 from .training import processes
 from .training.estimate import StageCost, free_memory, plan_costs, told, warning
 from .training.gather import corpus_of, fingerprint, gather
 from .training.log import TrainingLog
-from .training.plan import check_context, check_objectives, extended_config, fit_rows, make_plan, source_context
+from .training.plan import (
+    check_context,
+    check_objectives,
+    extended_config,
+    fit_rows,
+    make_plan,
+    rows_too_short,
+    source_context,
+)
 from .training.run_folder import RunFolder
+from .training.teachers import check_teachers, find_teachers
 from .training.trainer import StageResult, run_stage
 from .training.trial import timed
 
@@ -156,21 +164,21 @@ def finetune(
         elif follows_recipe:
             plan = fit_rows(plan, min(source_context(parsed), tokenizer.model_max_length))
     check_context(plan, parsed)
-    teachers = [
-        _teacher(stage, folder, section, [*section["history"], *plan[:i]], teacher) for i, stage in enumerate(plan)
-    ]
-    _check_teachers(teachers, teacher, getattr(parsed.get_text_config(), "vocab_size", 0))
+    teachers = find_teachers(plan, folder, section, teacher)
+    check_teachers(teachers, teacher, getattr(parsed.get_text_config(), "vocab_size", 0))
     corpora = [corpus_of(stage.data, data, recipe) for stage in plan]
     if not resume:  # a resumed run has its rows, whatever has happened to the corpus
         for corpus in corpora:
             (image_files if of_images else check_data)(corpus)
     silence()
     copies = [each is not None for each in teachers]
+    notes = list(rows_too_short(plan, *read_section(parsed)))
     costs, free = plan_costs(plan, parsed, copies, here.num_processes), free_memory()
     if dry_run:
         check_out(target, force)
         if warning(costs, free) is None:
             costs = timed(costs, plan, folder, copies)
+        console.print(*notes, sep="\n", soft_wrap=True, highlight=False, end="\n" if notes else "")
         return FinetuneResult(str(target), [], time.perf_counter() - start, costs, free, dry_run=True)
     options = {
         "data": [fingerprint(corpus) for corpus in corpora], "seed": seed, "teacher": teacher, "report": report,
@@ -197,7 +205,7 @@ def finetune(
         if not resume:
             kept.discard()
         raise
-    console.print(*told(costs, free), sep="\n", soft_wrap=True, highlight=False)
+    console.print(*told(costs, free), *notes, sep="\n", soft_wrap=True, highlight=False)
     if held is not None and here.is_main_process:
         probes = read_probes(kept.folder / PROBES)
         if not probes and kept.latest is None:
@@ -299,57 +307,6 @@ def _figures(probes: Mapping[str, Probe | Likeness]) -> dict[str, float]:
     if "original" in probes:
         figures["perplexity_ratio"] = figures["perplexity"] / figures["baseline_perplexity"]
     return figures
-
-
-@dataclass(frozen=True)
-class _Teacher:
-    """A softmax model to learn from, not loaded: a converted folder's base weights, or the original by its name."""
-
-    name: str
-    is_converted: bool = False
-    revision: str | None = None
-
-    def load(self, device: torch.device) -> PreTrainedModel:
-        if self.is_converted:
-            model = load_converted(self.name, attention="softmax", device=device)
-        else:
-            model = load_any(self.name, device, self.revision)
-        return model.eval().requires_grad_(False)  # type: ignore[return-value]
-
-
-def _teacher(
-    stage: Stage, folder: Path, section: dict[str, Any], before: Sequence[Any], given: str | None
-) -> _Teacher | None:
-    """None where there is none to load: the model itself is it, once adapters and kernels are off."""
-    if stage.objective != "distillation":
-        return None
-    trained = {step["train"] if isinstance(step, dict) else step.train for step in before}
-    if given is not None:
-        return _Teacher(given)
-    if any(step["train"] != "kernel" for step in section["history"]):
-        if not is_hub_id(str(section["source"])):
-            raise DijiangError(
-                f"{folder} was trained before, so its base weights are not the original's: "
-                f"give that model with --teacher (it was {section['source']})"
-            )
-        return _Teacher(section["source"], revision=section.get("source_revision"))
-    if stage.train != "full" and trained <= {"kernel"}:
-        return None
-    return _Teacher(str(folder), is_converted=True)
-
-
-def _check_teachers(teachers: Sequence[_Teacher | None], given: str | None, vocabulary: int) -> None:
-    """Before anything that takes long, whether those with a name are there and have the same tokens, and whether one is
-    given for nothing."""
-    if given is not None and not any(teachers):
-        raise DijiangError(f"--teacher {given} is of no use here: no stage is a distillation; leave it out")
-    for name in {each.name for each in teachers if each is not None and not each.is_converted}:
-        theirs = read_config(resolve(name)).get("vocab_size", vocabulary)
-        if theirs != vocabulary:
-            raise DijiangError(
-                f"teacher {name} has a vocabulary of {theirs:,} and the checkpoint one of {vocabulary:,}: give the "
-                "model that was converted, with --teacher"
-            )
 
 
 def _write(

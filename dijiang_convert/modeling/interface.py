@@ -215,7 +215,7 @@ def real_tokens(mask: Tensor, count: int) -> Tensor:
         if mask.shape[2] != count + 1 and mask.shape[2:] != (1, count):
             raise NotImplementedError(
                 "DiJiang attention is causal over the real tokens of a row: it does not follow masks of another shape, "
-                "as for packed rows given to an inner model, or for image tokens that see each other"
+                "as for image tokens that see each other"
             )
         mask = mask[:, 0, -1]
     return mask[:, -count:]

@@ -97,6 +97,24 @@ def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return args, {**kwargs, "dijiang": Call(layer, hidden_states_of(given), given.get("position_embeddings"))}
 
 
+def _separate(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of the source's body, which some libraries call without its head: packed rows get the mask that
+    keeps their documents apart. A call that has a mask has padding, or comes from `_checked`."""
+    names = parameter_names(type(body).forward)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    documents = _documents(body, given) if given.get("attention_mask") is None else None
+    return (args, kwargs) if documents is None else ((), packed_arguments(given, documents, body.config, names))
+
+
+def _documents(model: Any, given: dict[str, Any]) -> Tensor | None:
+    """The document of each token in packed rows, [B, N], or None; see `find_documents`. Attention functions other than
+    these find documents themselves."""
+    attention = model.config._attn_implementation
+    if attention.startswith("dijiang") or attention in ("sdpa", "eager"):
+        return find_documents(given, _is_causal(model.config))
+    return None
+
+
 def cache_of(given: dict[str, Any]) -> Cache | None:
     """The cache among a module's arguments, or None; of an `EncoderDecoderCache` the part for self-attention."""
     cache = next((value for value in given.values() if isinstance(value, Cache)), None)
@@ -132,6 +150,9 @@ class DiJiangMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         kernel, layers = read_section(config)
         attach(self, kernel, layers)  # type: ignore[arg-type]
+        body = self.base_model  # type: ignore[attr-defined]
+        if not isinstance(body, DiJiangMixin):
+            body.register_forward_pre_hook(_separate, with_kwargs=True)
         self._initialize_kernels()
         # Parameters of kernels stay float32 whatever the model's dtype.
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or []) | {"dijiang"}
@@ -206,9 +227,7 @@ def _checked(forward: Callable[..., Any]) -> Callable[..., Any]:
         ours = self.config._attn_implementation.startswith("dijiang")
         if ours:
             _refuse(self, given)
-        documents = None
-        if ours or self.config._attn_implementation in ("sdpa", "eager"):
-            documents = find_documents(given, _is_causal(self.config))
+        documents = _documents(self, given)
         if documents is not None:
             return forward(self, **packed_arguments(given, documents, self.config, names))
         if ours:

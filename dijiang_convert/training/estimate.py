@@ -32,6 +32,7 @@ from ..recipe import Stage
 from .adapters import lora_targets
 from .logits import CHUNK_ELEMENTS, LEAST_ROWS
 from .schedule import share_out
+from .teachers import is_its_own_teacher
 
 # These factors were fitted to what `benchmarks/memory.py` measures.
 BACKWARD = 1.4  # what a layer keeps grows by this factor while its backward pass runs
@@ -85,14 +86,10 @@ def plan_costs(plan: Sequence[Stage], config: Any, copies: Sequence[bool], proce
 
 
 def teacher_copies(plan: Sequence[Stage]) -> list[bool]:
-    """For each stage of a recipe, whether it needs a second model in memory as its teacher.
-
-    With adapters and kernels off, a model is its own teacher, unless the stage trains the base weights or an earlier
-    stage has changed them.
-    """
+    """For each stage of a recipe, whether it needs a second model in memory as its teacher."""
     trained = [{stage.train for stage in plan[:i]} for i in range(len(plan))]
     return [
-        stage.objective == "distillation" and (stage.train == "full" or not before <= {"kernel"})
+        stage.objective == "distillation" and not is_its_own_teacher(stage, before)
         for stage, before in zip(plan, trained, strict=True)
     ]
 

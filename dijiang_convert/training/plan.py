@@ -6,10 +6,11 @@ Only recipes and configs are read here; `estimate` tells what a plan costs.
 import copy
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import DijiangError
+from ..modeling.configuration_dijiang import Kernel, Layers
 from ..recipe import Recipe, Stage, adjust_stages, scale_tokens
 
 
@@ -83,6 +84,19 @@ def check_context(plan: Sequence[Stage], config: Any) -> None:
             kind = config.model_type.removeprefix("dijiang_")
             raise DijiangError(
                 f"{where} the {context} positions that {kind} has learned: --set {stage.name}.seq_len={context}"
+            )
+
+
+def rows_too_short(plan: Sequence[Stage], kernel: Kernel, layers: Layers) -> Iterator[str]:
+    """A line for each stage that learns from the original on rows which the table of every head holds whole, so that
+    the converted model gives what the original gives already."""
+    memory = min((rows for layer in layers.memory for rows in layer), default=kernel.memory)
+    held = kernel.sinks + memory + kernel.window
+    for stage in plan:
+        if kernel.window and stage.objective != "cross_entropy" and stage.seq_len <= held:
+            yield (
+                f"warning: stage {stage.name} has rows of {stage.seq_len:,} tokens, and the table holds {held:,}: "
+                "there is nothing to learn; take longer rows, or convert with a smaller memory"
             )
 
 

@@ -172,7 +172,7 @@ def test_bad_data(
         (["finetune", "source"], "source is not converted yet: run dijiang convert source"),
         (["finetune"], "no converted checkpoints in the current folder"),
         (["eval", "./nowhere"], "no such folder: ./nowhere"),
-        (["generate", "./nowhere", ""], "no such folder: ./nowhere"),
+        (["generate", "./nowhere", "The sea"], "no such folder: ./nowhere"),
         (["bench", "./nowhere"], "no such folder: ./nowhere"),
         (["push", "nowhere", "a/b"], "nowhere"),
         (["push", "source", "a/b"], "source"),

@@ -118,6 +118,7 @@ def test_the_config(sources: Path, tmp_path: Path) -> None:
         "AutoConfig": "configuration_dijiang.DiJiangLlamaConfig",
         "AutoModel": "modeling_dijiang.DiJiangLlamaModel",
         "AutoModelForCausalLM": "modeling_dijiang.DiJiangLlamaForCausalLM",
+        "AutoModelForDecision": "modeling_dijiang.DiJiangLlamaForCausalLM",
         "AutoModelForQuestionAnswering": "modeling_dijiang.DiJiangLlamaForQuestionAnswering",
         "AutoModelForSequenceClassification": "modeling_dijiang.DiJiangLlamaForSequenceClassification",
         "AutoModelForTokenClassification": "modeling_dijiang.DiJiangLlamaForTokenClassification",

@@ -160,8 +160,24 @@ def test_refusals(default: Any) -> None:
         with pytest.raises(ValueError, match=reason) as error:
             default(ids, **options)
         assert "\n" not in str(error.value)
-    with pytest.raises(NotImplementedError, match="packed rows given to an inner model"):
-        default.base_model(ids, position_ids=packed, use_cache=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["positions", "bounds"])
+def test_a_body_without_its_head_keeps_documents_apart(default: Any, given: str) -> None:
+    """Some libraries call the body and compute the loss themselves."""
+    ids, packed = tokens(1, LENGTH), positions(ROWS[:1])
+    options: dict[str, Any] = {"position_ids": packed}
+    if given == "bounds":
+        ends = torch.tensor([0, *ROWS[0]]).cumsum(0).int()
+        options |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    found = default.base_model(ids, use_cache=False, **options).last_hidden_state
+    wanted = default(ids, use_cache=False, output_hidden_states=True, **options).hidden_states[-1]
+    assert difference(found, wanted) == 0
+    second = slice(ROWS[0][0], ROWS[0][0] + ROWS[0][1])
+    alone = default.base_model(ids[:, second], use_cache=False).last_hidden_state
+    assert difference(found[:, second], alone) <= TOLERANCE
+    assert difference(found, default.base_model(ids, use_cache=False).last_hidden_state) > 0.01
 
 
 @torch.no_grad()

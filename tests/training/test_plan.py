@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from dijiang_convert import DijiangError, convert, finetune
 from dijiang_convert.checkpoint.loading import converted_config, load_converted
 from dijiang_convert.checkpoint.shards import read_checkpoint, write_json
 from dijiang_convert.cli import app
-from dijiang_convert.recipe import Recipe, load_recipe, parse_recipe
+from dijiang_convert.modeling.configuration_dijiang import Kernel, Layers
+from dijiang_convert.recipe import Recipe, Stage, load_recipe, parse_recipe
 from dijiang_convert.training import schedule
 from dijiang_convert.training.plan import (
     check_context,
     extended_config,
     has_rotary_positions,
     make_plan,
+    rows_too_short,
     source_context,
 )
 from tests.models import logits_of, randomise, tokens
@@ -228,3 +231,16 @@ def test_the_command_line_takes_an_order_and_what_to_skip(tmp_path: Path, recipe
     done = CliRunner().invoke(app, ["finetune", str(folder), "--skip", "transfer", "--skip", "extend", *options])
     assert done.exit_code == 0, done.stderr
     assert [stage["name"] for stage in json.loads(done.stdout)["stages"]] == ["distill"]
+
+
+def test_rows_that_the_table_holds_are_told() -> None:
+    distill = Stage("distill", "distillation", 10_000, "lora", seq_len=512)
+    kernel, layers = Kernel(memory=384, window=128, far=False), Layers("A", "attn", (0, 1), 2, 2, 8, 8, 16)
+    assert [*rows_too_short([distill], kernel, layers)] == [
+        "warning: stage distill has rows of 512 tokens, and the table holds 516: there is nothing to learn; "
+        "take longer rows, or convert with a smaller memory"
+    ]
+    shared = replace(layers, memory=((500, 268), (384, 384)))
+    assert not [*rows_too_short([distill], kernel, shared)]  # one head has a smaller memory
+    extend = replace(distill, objective="cross_entropy")
+    assert not [*rows_too_short([extend, replace(distill, seq_len=517)], kernel, layers)]
