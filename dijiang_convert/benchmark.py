@@ -9,7 +9,7 @@ from typing import TypedDict, Unpack
 import torch
 from transformers import PreTrainedModel
 
-from .checkpoint.loading import chosen_device, load_any, silence
+from .checkpoint.loading import chosen_device, is_converted, load_any, silence
 from .convert import DTYPES
 from .errors import DijiangError
 from .measure.timing import Pass, peak_memory, random_ids, time_forward, time_generate, weight_bytes
@@ -92,7 +92,12 @@ def benchmark(
         raise DijiangError(f"no dtype {dtype!r}: give one of {', '.join(DTYPES)}")
     silence()
     place = chosen_device(device)
-    models = {"dijiang": load_any(str(checkpoint), place, dtype=dtype).eval()}
+    first = load_any(str(checkpoint), place, dtype=dtype).eval()
+    models = {"dijiang" if is_converted(first) else "softmax": first}
+    if baseline and "softmax" in models:
+        raise DijiangError(
+            f"{checkpoint} is not converted: give the converted checkpoint first, and --baseline beside it"
+        )
     if baseline:
         models["softmax"] = load_any(baseline, place, dtype=dtype).eval()
     for model in models.values():
@@ -100,8 +105,8 @@ def benchmark(
             raise DijiangError(f"{checkpoint} takes {model.main_input_name}: no length to time it by")
     rows = _time_models(models, chosen)
     if plot:
-        draw(rows, Path(plot))
-    dtype = str(models["dijiang"].dtype).removeprefix("torch.")
+        draw(rows, Path(plot).expanduser())
+    dtype = str(first.dtype).removeprefix("torch.")
     return BenchResult(rows, device_name(place), dtype, chosen.via, str(plot) if plot else None)
 
 

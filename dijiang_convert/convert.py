@@ -22,13 +22,21 @@ from .architecture.examine import Architecture, check_kernel, examine
 from .architecture.layers import staying_softmax
 from .architecture.trace import skeleton
 from .checkpoint.card import write_card
-from .checkpoint.companions import copy_companions, made_with, module_folders, without_code, write_code
-from .checkpoint.shards import drop_tensors, read_shard, write_json, write_shards
+from .checkpoint.companions import (
+    copy_companions,
+    made_with,
+    module_folders,
+    without_attention,
+    without_code,
+    write_code,
+)
+from .checkpoint.loading import check_weights
+from .checkpoint.shards import drop_tensors, read_shard, wrapper_prefix, write_json, write_shards
 from .errors import DijiangError, Unsupported
-from .files import check_out, default_out, new_folder, weight_files
+from .files import check_out, default_out, new_folder, paths_of, weight_files
 from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS, Kernel
 from .modeling.modeling_dijiang import attach
-from .progress import bytes_bar
+from .progress import bytes_bar, console
 from .recipe import Recipe, load_recipe
 from .source.resolve import Source, check_space, download, read_config, resolve
 
@@ -113,8 +121,8 @@ def convert(
     config = read_config(found)
     plan = _plan(config, **swap)
     architecture, softmax = plan.architecture, plan.softmax
-    target = Path(out) if out is not None else default_out(found.name)
-    check_out(target, force)
+    target = Path(out).expanduser() if out is not None else default_out(found.name)
+    check_out(target, force, [source, *paths_of(swap.get("data"))])
     new = architecture.new_tensors(plan.recipe.kernel)
     parameters = sum(t.numel() for t in new.values())  # layers have as many each
     parameters = parameters * (len(architecture.layers.layers) - softmax) // max(len(architecture.layers.layers), 1)
@@ -139,17 +147,23 @@ def convert(
         shards = weight_files(found.folder)
         for shard in shards:
             read_shard(shard)  # a truncated file is found before anything is written
+        wrapper = wrapper_prefix(shards)
         if link and shards[0].suffix != ".safetensors":
             raise DijiangError(f"--link keeps the source's files, and {shards[0].name} must be rewritten: leave it out")
+        if link and wrapper:
+            raise DijiangError(f"--link keeps the source's files, whose tensors are named {wrapper}…: leave it out")
+        if wrapper:
+            console.print(f"tensors are written without {wrapper} before their names, as transformers names them")
         size = sum(shard.stat().st_size for shard in shards)
         check_space({target: 0 if link else size})
         with new_folder(target, force) as folder:
             with bytes_bar("converting", size) as advance:
-                linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link)
+                linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link, wrapper)
             copy_companions(found.folder, folder)
             content = config_content(config, architecture, plan.recipe, found, dtype)
             write_json(folder / "config.json", content)
             write_code(folder)
+            check_weights(folder, found)
             if plan.corpus is not None:
                 from .measure.calibrate import calibrate  # which needs more libraries than the rest
 
@@ -240,7 +254,7 @@ def config_content(
     config: dict[str, Any], architecture: Architecture, recipe: Recipe, source: Source, dtype: str | None
 ) -> dict[str, Any]:
     """The source's config.json, with the classes that run the checkpoint and the section ``dijiang``."""
-    config = without_code(config)
+    config = without_attention(without_code(config))
     kind, model = config["model_type"], class_name(architecture.model_class, architecture.config)
     result = {**config, "architectures": [model], "model_type": f"dijiang_{kind}"}
     result["auto_map"] = {

@@ -42,7 +42,7 @@ def demo(
 
     Raises DijiangError where ``out`` exists without ``force``, or Python has no sources of its library to read.
     """
-    folder = Path(out)
+    folder = Path(out).expanduser()
     if folder.exists() and any(folder.iterdir()) and not force:
         raise DijiangError(f"{folder} exists and is not empty: choose another --out, or --force to replace it")
     original, held_out = str(MODEL), documents("validation")

@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,37 @@ def default_out(name: str) -> Path:
     return Path(f"{name}-dijiang")
 
 
-def check_out(out: Path, force: bool = False) -> None:
-    """Raises DijiangError if `new_folder` would refuse ``out``. Call it before work that takes long."""
+def paths_of(data: Any) -> list[str]:
+    """The names among ``data``, as `token_rows` takes it, which may be paths; none of documents."""
+    return [data] if isinstance(data, str) else [] if data is None or type(data) in (list, tuple) else list(data)
+
+
+def check_out(out: Path, force: bool = False, inputs: Iterable[str | Path] = ()) -> None:
+    """Raises DijiangError where `new_folder` would refuse, before anything that takes long.
+
+    force: replace a folder that holds something. It must be a converted checkpoint, and may hold none of ``inputs``,
+        which are paths or names of what is read.
+    """
     if out.name in ("", ".."):
         raise DijiangError(f"--out {out} is a folder without a name of its own: give the name of a new one")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not force:
         raise DijiangError(f"{out} exists and is not empty: choose another --out, or --force to replace it")
+    if not _is_ours(out):
+        raise DijiangError(f"{out} is no converted checkpoint, so --force leaves it alone: choose another --out")
+    for name in map(str, inputs):
+        path = Path(os.path.expanduser(name)).resolve()
+        if path.exists() and path.is_relative_to(out.resolve()):
+            raise DijiangError(f"{out} holds {name}, which is read: choose another --out")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is a converted checkpoint."""
+    try:
+        return "dijiang" in json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _remove(path: Path) -> None:

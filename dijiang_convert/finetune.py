@@ -35,7 +35,7 @@ from .data.images import Images, image_files, image_tokens, open_images
 from .data.readers import Sources, hub_names
 from .data.rows import Rows, check_data
 from .errors import DijiangError
-from .files import check_out
+from .files import check_out, paths_of
 from .measure.likeness import Likeness
 from .measure.probe import (
     PROBES,
@@ -143,7 +143,8 @@ def finetune(
     folder = Path(checkpoint).expanduser() if checkpoint is not None else _only_checkpoint()
     config = read_checkpoint(folder)
     section = config["dijiang"]
-    target = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}-finetuned")
+    whole = folder.resolve()
+    target = Path(out).expanduser() if out is not None else whole.with_name(f"{whole.name}-finetuned")
     if not section["layers"]:
         raise DijiangError(f"no layer of {folder} was converted: it is its original still, convert some with --layers")
     recipe = _recipe(section)
@@ -175,7 +176,7 @@ def finetune(
     notes = list(rows_too_short(plan, *read_section(parsed)))
     costs, free = plan_costs(plan, parsed, copies, here.num_processes), free_memory()
     if dry_run:
-        check_out(target, force)
+        check_out(target, force, [folder, *paths_of(data), *paths_of(teacher)])
         if warning(costs, free) is None:
             costs = timed(costs, plan, folder, copies)
         console.print(*notes, sep="\n", soft_wrap=True, highlight=False, end="\n" if notes else "")
@@ -185,7 +186,7 @@ def finetune(
     }  # fmt: skip
     kept = RunFolder(target, plan, options, resume, force)
     if not kept.finished:
-        check_out(target, force)
+        check_out(target, force, [folder, *paths_of(data), *paths_of(teacher)])
     kept.begin()
     probes = dict[str, Probe | Likeness]()
     held: HeldOut | None = None

@@ -6,6 +6,7 @@ model can follow a recipe is checked elsewhere.
 
 import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -113,7 +114,7 @@ def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
 
     Raises DijiangError: no such recipe, an unknown key (the nearest valid one is named), or a bad value.
     """
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name}.yaml"
         if not path.is_file():

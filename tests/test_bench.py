@@ -139,3 +139,10 @@ def test_softmax_is_timed_with_sdpa(converted: str, monkeypatch: pytest.MonkeyPa
     model = load_any(str(MODEL), CPU).eval()
     time_forward(model, random_ids(model, 1, 30), 2)
     assert calls == [30] * 4 + [1] * 8
+
+
+def test_a_softmax_model_is_called_one(converted: str) -> None:
+    (row,) = benchmark(str(MODEL), lengths=(64,), decode_tokens=2, repeats=1).rows
+    assert row.model == "softmax"
+    with pytest.raises(DijiangError, match="is not converted: give the converted checkpoint first"):
+        benchmark(str(MODEL), baseline=converted, lengths=(64,))

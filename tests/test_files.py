@@ -12,7 +12,7 @@ from dijiang_convert.checkpoint.shards import (
     INDEX,
 )
 from dijiang_convert.errors import DijiangError
-from dijiang_convert.files import new_folder, weight_files
+from dijiang_convert.files import check_out, new_folder, weight_files
 from tests.checkpoint.tensors import tree
 from tests.refusals import message
 
@@ -89,6 +89,12 @@ def fill(out: Path, error: BaseException | None = None, force: bool = False) -> 
             raise error
 
 
+def checkpoint(folder: Path) -> None:
+    """What --force may replace."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"dijiang": {}}')
+
+
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_folder_appears_whole(existing: bool, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
@@ -103,11 +109,10 @@ def test_a_folder_appears_whole(existing: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("force", [False, True])
 def test_nothing_is_left_of_a_failure(error: BaseException, force: bool, tmp_path: Path) -> None:
     if force:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "old").write_text("old")
+        checkpoint(tmp_path / "out")
     with pytest.raises(type(error)):
         fill(tmp_path / "out", error, force)
-    assert tree(tmp_path) == (["out", "out/old"] if force else [])
+    assert tree(tmp_path) == (["out", "out/config.json"] if force else [])
 
 
 def test_a_folder_that_holds_something_stays(tmp_path: Path) -> None:
@@ -123,21 +128,43 @@ def test_a_file_in_the_way_stays(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("old")
     with pytest.raises(DijiangError, match="--force"):
         fill(tmp_path / "out")
-    assert tree(tmp_path) == ["out"]
-    fill(tmp_path / "out", force=True)
-    assert tree(tmp_path) == ["out", "out/new", "out/sub"]
+    with pytest.raises(DijiangError, match="is no converted checkpoint, so --force leaves it alone"):
+        fill(tmp_path / "out", force=True)
+    assert (tmp_path / "out").read_text() == "old"
 
 
-def test_force_replaces_everything(tmp_path: Path) -> None:
-    (tmp_path / "out" / "deep").mkdir(parents=True)
+def test_force_replaces_a_checkpoint(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "out")
+    (tmp_path / "out" / "deep").mkdir()
     (tmp_path / "out" / "deep" / "old").write_text("old")
     fill(tmp_path / "out", force=True)
     assert tree(tmp_path) == ["out", "out/new", "out/sub"]
 
 
+@pytest.mark.parametrize("config", [None, "{}", "[1]", "no json", '{"model_type": "llama"}'])
+def test_force_leaves_alone_what_is_not_ours(config: str | None, tmp_path: Path) -> None:
+    (tmp_path / "out" / "deep").mkdir(parents=True)
+    (tmp_path / "out" / "deep" / "mine").write_text("mine")
+    if config is not None:
+        (tmp_path / "out" / "config.json").write_text(config)
+    with pytest.raises(DijiangError, match="is no converted checkpoint, so --force leaves it alone"):
+        fill(tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "deep" / "mine").is_file()
+
+
+def test_force_leaves_alone_what_holds_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path / "out")
+    (tmp_path / "out" / "text.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    check_out(tmp_path / "out", True, ["pythia-410m", "elsewhere.txt"])
+    for name in ("out", "out/text.txt", "~/out/text.txt", str(tmp_path / "out")):
+        with pytest.raises(DijiangError, match="which is read: choose another --out"):
+            check_out(tmp_path / "out", True, [name])
+
+
 def test_a_failure_at_the_last_step_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    checkpoint(tmp_path / "out")
     rename = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
@@ -148,7 +175,7 @@ def test_a_failure_at_the_last_step_keeps_the_old_folder(tmp_path: Path, monkeyp
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(OSError):
         fill(tmp_path / "out", force=True)
-    assert tree(tmp_path) == ["out", "out/old"]
+    assert tree(tmp_path) == ["out", "out/config.json"]
 
 
 def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
@@ -159,7 +186,7 @@ def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
 
 
 def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
-    (tmp_path / "kept").mkdir()
+    checkpoint(tmp_path / "kept")
     (tmp_path / "kept" / "old").write_text("old")
     (tmp_path / "out").symlink_to(tmp_path / "kept")
     fill(tmp_path / "out", force=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -331,3 +332,12 @@ def test_evaluate_agrees_with_a_plain_computation() -> None:
     assert result.perplexity_ratio == pytest.approx(1, abs=1e-6)
     assert result.kl_divergence == pytest.approx(0, abs=1e-6)
     assert result.top1_agreement == 1
+
+
+def test_the_checkpoint_may_be_the_current_folder(
+    converted: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(converted, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    result = finetune(".", data=str(Path(text).resolve()), dry_run=True, **SHORT)
+    assert result.out == str(tmp_path / "here-finetuned")

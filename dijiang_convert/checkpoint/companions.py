@@ -38,6 +38,8 @@ LEFT_BEHIND = (
     ".safetensors", ".bin", ".index.json", ".py", ".md", ".h5", ".msgpack", ".pt", ".pth", ".ot", ".onnx", ".gguf",
 )  # fmt: skip
 
+# Keys by which a config chooses an attention function: they would choose another one than the kernel.
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")  # keys of a config that name a repository's code
 LARGE_JSON = ("tokenizer.json", "vocab.json")  # large files that name no code, so they need no reading
 
@@ -85,6 +87,13 @@ def without_code(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_code(each) for key, each in value.items() if key not in CODE_KEYS}
     return [without_code(each) for each in value] if isinstance(value, list) else value
+
+
+def without_attention(value: Any) -> Any:
+    """A config without the keys that choose an attention function, in its parts as well."""
+    if isinstance(value, dict):
+        return {key: without_attention(each) for key, each in value.items() if key not in ATTENTION_KEYS}
+    return value
 
 
 def module_folders(folder: Path) -> list[str]:

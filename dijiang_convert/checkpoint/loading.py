@@ -60,7 +60,42 @@ def load_converted(
             )
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
         raise DijiangError(f"can't load {folder}: {' '.join(str(error).split())[:300]}") from error
+    if attention == "dijiang":
+        _check_attention(model, folder)
     return model.to(device or default_device())
+
+
+def _check_attention(model: PreTrainedModel, folder: str | Path) -> None:
+    """Raises DijiangError where a converted layer runs another attention function than its kernel."""
+    for module in model.modules():
+        if hasattr(module, "dijiang") and not module.config._attn_implementation.startswith("dijiang"):  # type: ignore[union-attr, operator]
+            raise DijiangError(
+                f"{folder} runs {module.config._attn_implementation} attention: take attn_implementation out of its "  # type: ignore[union-attr]
+                "config.json, or convert the source again"
+            )
+
+
+def is_converted(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "dijiang", None) is not None
+
+
+def check_weights(folder: Path, source: object) -> None:
+    """Compares names and shapes of the tensors of a converted checkpoint with its model, by their headers alone.
+
+    Raises DijiangError where the model lacks a tensor, or one has another shape than ``source``'s config says.
+    """
+    model_class = getattr(modeling_dijiang, read_checkpoint(folder)["architectures"][0])
+    try:
+        with quiet():
+            model_class.from_pretrained(str(folder), config=converted_config(folder), device_map="meta", dtype="auto")
+    except (ValueError, RuntimeError) as error:
+        reason = next(
+            (line for line in str(error).splitlines() if "size mismatch" in line or "MISMATCH" in line), error
+        )
+        told = " ".join(str(reason).split())[:200]
+        raise DijiangError(
+            f"the weights of {source} are not those of its config.json ({told}): get it again"
+        ) from error
 
 
 def softmax_implementation(model_class: Any) -> str:

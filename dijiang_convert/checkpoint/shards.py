@@ -116,6 +116,9 @@ def _read_pickle(path: Path) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------------------- writing
 
 
+WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and DDP
+
+
 def write_safetensors(path: Path, tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
     """Writes a safetensors file, one tensor at a time. Floating-point tensors are cast to ``dtype``, if it is given."""
     tensors = list(tensors)
@@ -131,7 +134,13 @@ def write_safetensors(path: Path, tensors: Iterable[Tensor], dtype: torch.dtype 
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for t in tensors:
-            data = t.load().to(_target_dtype(t, dtype)).contiguous()
+            loaded = t.load()
+            data = loaded.to(_target_dtype(t, dtype)).contiguous()
+            if data.dtype != t.dtype and not torch.equal(data.isfinite(), loaded.isfinite()):
+                raise DijiangError(
+                    f"{t.name} has numbers that {NAMES[data.dtype]} can't hold, up to {loaded.abs().max().item():.3g}: "
+                    "take --dtype bfloat16 or float32"
+                )
             file.write(data.flatten().view(torch.uint8).numpy().data)
 
 
@@ -151,6 +160,7 @@ def write_shards(
     dtype: torch.dtype | None,
     progress: Callable[[int], None],
     link: bool = False,
+    wrapper: str = "",
 ) -> str | None:
     """Writes a checkpoint: the source's shards, one shard of ``new`` tensors if there are any, and the index.
 
@@ -161,6 +171,7 @@ def write_shards(
         dtype: what floating-point tensors of the source are cast to; None keeps theirs.
         progress: is called with the number of bytes after each write.
         link: whether the source's shards are linked, and none is copied or rewritten.
+        wrapper: what the names of the source's tensors lose at their start, see `wrapper_prefix`.
 
     Returns:
         How shards were linked: "hard link" if any was by that, else "reflink" as of `link_file`; None without links.
@@ -174,11 +185,11 @@ def write_shards(
     linked: set[str] = set()
     for i, shard in enumerate(shards, start=1):
         name = _shard_name(i, total)
-        tensors = read_shard(shard)
+        tensors = [replace(t, name=t.name.removeprefix(wrapper)) for t in read_shard(shard)]
         if link:
             linked.add(link_file(shard, folder / name))
             progress(shard.stat().st_size)
-        elif shard.suffix == ".safetensors" and dtype is None:
+        elif shard.suffix == ".safetensors" and dtype is None and not wrapper:
             copy_file(shard, folder / name, progress)
         else:
             write_safetensors(folder / name, tensors, dtype)
@@ -197,6 +208,15 @@ def write_shards(
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX, index)
     return next((how for how in ("hard link", "reflink") if how in linked), None)
+
+
+def wrapper_prefix(shards: Iterable[Path]) -> str:
+    """What torch.compile and DDP put before all names of a model that was saved inside of them; "" without that."""
+    names = [t.name for shard in shards for t in read_shard(shard)]
+    prefix = ""
+    while wrapper := next((each for each in WRAPPERS if all(n.startswith(prefix + each) for n in names)), ""):
+        prefix += wrapper
+    return prefix if names else ""
 
 
 def drop_tensors(folder: Path, names: Collection[str]) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ..errors import DijiangError
+from ..progress import console
 from ..source.hub import TIMEOUT, hub_errors
 
 HELD_OUT = {"valid", "validation", "val", "test", "dev", "eval", "evaluation"}  # words of names
@@ -101,7 +102,8 @@ class Source:
         else:
             raise DijiangError(f"no such file, folder or data set: {self.name}")
         found = [file for file in found if _kind(file) in READERS]
-        aside = [file for file in found if _set_aside(file.name)]
+        root = _fixed_part(self.name)
+        aside = [file for file in found if any(map(_set_aside, file.relative_to(root).parts))]
         chosen = aside if held_out and aside else [file for file in found if file not in aside] or found
         if not chosen:
             raise DijiangError(f"no text in {self.name}: it needs files ending in {', '.join(READERS)}")
@@ -139,6 +141,14 @@ def _matches(pattern: str) -> list[Path]:
     return [Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True)]
 
 
+def _fixed_part(name: str) -> Path:
+    """The folder that all files of a folder or glob lie in: what is below it tells training text from that held out."""
+    path = Path(name).expanduser()
+    while glob.has_magic(str(path)) and not path.exists():
+        path = path.parent
+    return path
+
+
 def _files_in(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
@@ -150,6 +160,7 @@ def _kind(path: Path) -> str:
 
 
 def _set_aside(name: str) -> bool:
+    """Whether the name of a file, folder or split says that it is for evaluation."""
     return not HELD_OUT.isdisjoint(re.findall("[a-z]+", name.lower()))
 
 
@@ -224,22 +235,39 @@ READERS: dict[str, Callable[[Path], Iterator[Any]] | None] = {
 
 def _documents(rows: Iterable[Any], where: str, size: int | None) -> Iterator[Piece | Chat]:
     """The documents of rows, in pieces, and their chats. Raises DijiangError for a row that has neither column."""
-    for row in rows:
+    empty = 0
+    for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise DijiangError(f"{where} holds a {type(row).__name__}, no object with 'text' or 'messages'")
+            kind = type(row).__name__
+            raise DijiangError(f"{where}: row {number} is a {kind}, no object with 'text' or 'messages'")
         text, messages = row.get("text"), row.get("messages")
         if isinstance(text, str):
-            yield from _cut(text, size)
+            yield from _cut(_encodable(text), size)
         elif messages is not None:
             if not (isinstance(messages, list) and all(isinstance(m, dict) and m.get("role") for m in messages)):
-                raise DijiangError(f"{where}: 'messages' is no list of objects with 'role' and 'content'")
+                raise DijiangError(
+                    f"{where}: 'messages' of row {number} is no list of objects with 'role' and 'content'"
+                )
             if messages:
                 yield Chat(messages, row.get("tools") or None, where)
         elif "text" not in row and "messages" not in row:
             names = ", ".join(map(str, row)) or "nothing"
             raise DijiangError(f"{where} has no column 'text' or 'messages', only {names}: rename the one to train on")
         elif text is not None:
-            raise DijiangError(f"{where}: 'text' is {text!r:.40}, not text")
+            raise DijiangError(f"{where}: 'text' of row {number} is {text!r:.40}, not text")
+        else:
+            empty += 1
+    if empty:
+        console.print(f"{where}: {empty:,} rows without a text are left out", highlight=False, soft_wrap=True)
+
+
+def _encodable(text: str) -> str:
+    """The text, with halves of surrogate pairs, which JSON may hold and no tokenizer takes, as U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _cut(text: str, size: int | None) -> Iterator[Piece]:

@@ -23,7 +23,7 @@ import yaml
 
 from ..errors import DijiangError
 from ..files import read_index, read_json
-from .download import bytes_left, cache_folder, check_blob, fetch, is_plain, list_files
+from .download import GIT_HASH, bytes_left, cache_folder, check_blob, fetch, is_plain, list_files
 from .hub import TIMEOUT, hub_errors, one_line, patiently
 
 PYTHIA_SIZES = ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
@@ -88,7 +88,9 @@ def resolve(source: str, revision: str | None = None) -> Source:
     if path.is_dir():
         if revision is not None:
             raise DijiangError(f"{source} is a folder, and only the Hub has revisions: drop {revision}")
-        return Source(path.resolve().name, None, None, path, card=_read_card(path / "README.md"))
+        repo_id, commit = _of_snapshot(path.resolve())
+        name = path.resolve().name if repo_id is None else repo_id.split("/")[1]
+        return Source(name, repo_id, commit, path, card=_read_card(path / "README.md"))
     if path.is_file():
         raise DijiangError(f"{source} is a file: name the folder that holds the model's config.json")
     if source.startswith((".", "/", "~")) or source.endswith("/"):
@@ -250,6 +252,14 @@ def _is_offline() -> bool:
 def _snapshot(source: Source) -> Path:
     assert source.repo_id is not None and source.revision is not None
     return cache_folder(source.repo_id) / "snapshots" / source.revision
+
+
+def _of_snapshot(folder: Path) -> tuple[str | None, str | None]:
+    """The repository and the commit of a folder in the Hub's cache, models--OWNER--NAME/snapshots/COMMIT; or None."""
+    found = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", folder.parent.parent.name, re.ASCII)
+    if found is None or folder.parent.name != "snapshots" or not re.fullmatch(GIT_HASH, folder.name):
+        return None, None
+    return f"{found[1]}/{found[2]}", folder.name
 
 
 def _cached_commit(repo_id: str, asked: str) -> str:

@@ -157,7 +157,7 @@ def test_link(source: Path) -> None:
 
 
 def test_force(source: Path) -> None:
-    Path("out").mkdir()
+    json_of("convert", "source", "--out", "out")
     Path("out/old").write_text("old")
     assert json_of("convert", "source", "--out", "out", "--force")["out"] == "out"
     assert not Path("out/old").exists() and Path("out/config.json").is_file()

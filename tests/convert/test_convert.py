@@ -14,11 +14,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from dijiang_convert.checkpoint.companions import LEFT_BEHIND, MODELING_FILES
-from dijiang_convert.checkpoint.loading import load_converted, load_tokenizer
+from dijiang_convert.checkpoint.loading import load_any, load_converted, load_tokenizer
 from dijiang_convert.convert import ConvertResult, convert
 from dijiang_convert.errors import DijiangError
 from dijiang_convert.recipe import load_recipe
 from tests.convert.converting import CPU, INDEX, digests, read_json, written
+from tests.sources_on_disk import edit_config
 
 ALL = (
     "llama", "llama-sharded", "llama-tied", "llama-bfloat16", "neox-sharded",
@@ -218,14 +219,95 @@ def test_every_recipe_converts(recipe: str, sources: Path, tmp_path: Path) -> No
 
 
 def test_force(sources: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+    convert(str(sources / "neox-sharded"), tmp_path / "out")
     (tmp_path / "out" / "model.safetensors").write_text("old")
     with pytest.raises(DijiangError, match="--force"):
         convert(str(sources / "llama"), tmp_path / "out")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "model.safetensors"]
+    assert (tmp_path / "out" / "model.safetensors").exists()
     convert(str(sources / "llama"), tmp_path / "out", force=True)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     load_converted(tmp_path / "out", device=CPU)
+
+
+def test_force_never_removes_the_source(sources: Path, tmp_path: Path) -> None:
+    shutil.copytree(sources / "llama", tmp_path / "zoo" / "llama")
+    (tmp_path / "zoo" / "mine.txt").write_text("mine")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for out in (tmp_path / "zoo", tmp_path / "zoo" / "llama", tmp_path):
+        with pytest.raises(DijiangError, match="--force leaves it alone"):
+            convert(str(tmp_path / "zoo" / "llama"), out, force=True)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("part", "key"), [("", "_attn_implementation"), ("", "attn_implementation")])
+def test_an_attention_function_that_the_source_chose_is_left_out(
+    part: str, key: str, sources: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sources / "llama", source)
+    edit_config(source, **{key: "eager"})
+    convert(str(source), tmp_path / "out")
+    assert key not in read_json(tmp_path / "out" / "config.json")
+    assert load_any(str(tmp_path / "out")).config._attn_implementation == "dijiang"
+
+
+def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"module._orig_mod.{name}": value for name, value in state.items()}
+
+
+def without_a_layer(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in state.items() if "layers.1." not in name}
+
+
+def with_more_tokens(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    embedding = state["model.embed_tokens.weight"]
+    return {**state, "model.embed_tokens.weight": torch.cat([embedding, embedding[:8]])}
+
+
+@pytest.mark.parametrize("change", [renamed, without_a_layer, with_more_tokens])
+def test_weights_are_compared_with_the_model(change: Any, sources: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sources / "llama", source)
+    state = load_file(source / "model.safetensors")
+    save_file(change(state), source / "model.safetensors", metadata={"format": "pt"})
+    if change is renamed:  # as torch.compile and DDP name them
+        convert(str(source), tmp_path / "out")
+        found = load_converted(tmp_path / "out", device=CPU).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in state.items())
+        with pytest.raises(DijiangError, match="whose tensors are named module._orig_mod"):
+            convert(str(source), tmp_path / "linked", link=True)
+        return
+    with pytest.raises(DijiangError, match="are not those of its config.json") as call:
+        convert(str(source), tmp_path / "out")
+    assert "\n" not in str(call.value) and not (tmp_path / "out").exists()
+
+
+def test_a_dtype_that_can_not_hold_the_weights_is_refused(sources: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sources / "llama", source)
+    state = load_file(source / "model.safetensors")
+    state["model.norm.weight"][0] = 1e5
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DijiangError, match="model.norm.weight has numbers that F16 can't hold, up to 1e\\+05"):
+        convert(str(source), tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    convert(str(source), tmp_path / "out", dtype="bfloat16")
+
+
+def test_a_snapshot_of_the_hubs_cache_is_its_repository(sources: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / commit
+    shutil.copytree(sources / "llama", snapshot)
+    monkeypatch.chdir(tmp_path)
+    result = convert(str(snapshot))
+    assert (result.out, result.source, result.source_revision) == ("tiny-dijiang", "me/tiny", commit)
+    assert "base_model: me/tiny" in (tmp_path / "tiny-dijiang" / "README.md").read_text()
+
+
+def test_a_home_folder_in_out(sources: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    convert(str(sources / "llama"), "~/out")
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 @pytest.mark.parametrize(

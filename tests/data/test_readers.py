@@ -133,12 +133,12 @@ def test_bad_weights(weight: str) -> None:
     [
         ("a.bin", b"x", "a.bin is not text: give .txt, .md, .jsonl"),
         ("a.jsonl", b'{"text": "a"}\n{"txt', "a.jsonl: line 2: "),
-        ("a.json", b"[1, 2]", "a.json holds a int, no object with 'text' or 'messages'"),
+        ("a.json", b"[1, 2]", "a.json: row 1 is a int, no object with 'text' or 'messages'"),
         ("a.json", b'{"text"', "can't read"),
         ("a.jsonl", b'{"body": "a", "title": "b"}', "no column 'text' or 'messages', only body, title"),
-        ("a.jsonl", b'{"text": 3}', "'text' is 3, not text"),
-        ("a.jsonl", b'{"messages": "hello"}', "'messages' is no list of objects with 'role' and 'content'"),
-        ("a.jsonl", b'{"messages": [{"from": "a"}]}', "'messages' is no list of objects"),
+        ("a.jsonl", b'{"text": 3}', "'text' of row 1 is 3, not text"),
+        ("a.jsonl", b'{"messages": "hello"}', "'messages' of row 1 is no list of objects with 'role' and 'content'"),
+        ("a.jsonl", b'{"messages": [{"from": "a"}]}', "'messages' of row 1 is no list of objects"),
         ("a.csv", b"a,b\n1,2\n", "only a, b"),
         ("a.parquet", b"PAR1 and no more", "a.parquet: "),
         ("a.txt", b"\xff\xfe\x00", "a.txt: "),
@@ -225,3 +225,28 @@ def test_data_sets_that_can_not_be_had(hub: Hub, capfd: pytest.CaptureFixture[st
     with hub.failing("/api/datasets/data/down", 503):
         assert "status 503" in refusal(lambda: read("data/down"))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["corpus", "corpus/*", "corpus/*/*.jsonl"])
+def test_folders_name_splits_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        Path("corpus", split).mkdir(parents=True)
+        Path("corpus", split, "0.jsonl").write_text(json.dumps({"text": split}))
+    for held_out, expected in ((False, "train"), (True, "test")):
+        assert [piece.text for piece in Source(name).pieces(None, None, held_out)] == [expected]
+    for split in ("train", "test"):  # a split that is named is all there is
+        for held_out in (False, True):
+            assert [piece.text for piece in Source(f"corpus/{split}").pieces(None, None, held_out)] == [split]
+
+
+def test_rows_without_a_text_are_counted_and_others_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"text": null}\n{"text": "half a pair \\ud83d here"}\n{"text": null}\n')
+    assert [piece.text for piece in Source(str(file)).pieces(None, None, False)] == ["a", "half a pair \ufffd here"]
+    assert capsys.readouterr().err == f"{file}: 2 rows without a text are left out\n"
+    for row, kind in (("[1]", "list"), ("5", "int"), ('"text"', "str")):
+        file.write_text('{"text": "a"}\n' + row)
+        assert refusal(lambda: [*Source(str(file)).pieces(None, None, False)]).endswith(
+            f"row 2 is a {kind}, no object with 'text' or 'messages'"
+        )
