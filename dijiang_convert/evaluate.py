@@ -23,9 +23,10 @@ from .measure.fidelity import measure
 from .measure.likeness import Likeness, likeness
 from .measure.recall import DISTANCES, PASSAGE, TEXTS, Recall
 from .measure.recall import recall as measure_recall
+from .modeling.configuration_dijiang import read_section
 from .progress import console
 from .source.resolve import download, resolve
-from .training.plan import source_context
+from .training.plan import held_whole, source_context
 
 DEFAULT_DATA = "emozilla/pg19-test"  # books; no part of any recipe's corpus
 
@@ -123,6 +124,9 @@ def _evaluate(
         data if data is not None else DEFAULT_DATA, tokenizer,
         seq_len=length, tokens=max_tokens, held_out=True, shuffle_seed=None, whole=whole,
     )  # fmt: skip
+    if getattr(model.config, "dijiang", None) and length <= (held := held_whole(*read_section(model.config))):
+        told = f"rows of {length:,} tokens show no loss: the table holds {held:,}; take a longer --seq-len"
+        console.print(told, soft_wrap=True, highlight=False)
     if whole:
         if tasks:
             raise DijiangError(f"{checkpoint} predicts no next token: lm-eval's tasks need that, leave --tasks out")

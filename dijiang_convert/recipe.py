@@ -181,6 +181,8 @@ def adjust_stages(stages: Iterable[Stage], settings: Iterable[str]) -> tuple[Sta
     stages = list(stages)
     for key, value in parse_settings(settings).items():
         stage_name, _, field = key.rpartition(".")
+        if field in [f.name for f in fields(Kernel)]:
+            raise DijiangError(f"{field} is a key of the kernel: dijiang convert --set {field}={value} sets it")
         if stage_name and stage_name not in [stage.name for stage in stages]:
             raise DijiangError(f"no stage {stage_name!r}{_nearest(stage_name, [stage.name for stage in stages])}")
         _check_keys({field: value}, [f.name for f in fields(Stage)], "stage")

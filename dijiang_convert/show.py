@@ -24,7 +24,7 @@ def inspection(r: Any) -> None:
         ["layers", f"{r.layers_converted} of {r.layers}: {r.heads} heads of {r.head_dim}, {r.kv_heads} for keys"],
         ["new parameters", f"{r.new_parameters:,} beside {r.parameters:,}"],
         *([["cache", kept], ["softmax's cache", caches]] if caches else []),
-        ["to convert", f"{_size(r.weights_bytes)} of weights to download, and as much on disk for the copy"],
+        ["to convert", f"{_size(r.weights_bytes)} of weights, and as much on disk for the copy"],
         ["to finetune", f"{r.finetune_tokens:,} tokens, {_size(r.finetune_bytes)} of memory; one A100 takes about "
          f"{duration(r.finetune_operations / A100_SPEED)} by its operations (not timed)"],
     ])  # fmt: skip
@@ -44,7 +44,9 @@ def conversion(r: Any) -> None:
         _show_calibration(r.calibration)
     _show_repo(r)
     if not r.dry_run:
-        print(f"next: dijiang finetune {r.out}")
+        print(f"next: dijiang eval {r.out} --baseline {r.source}, or dijiang finetune {r.out}")
+        if r.calibration is None and r.recipe != "encoder":
+            print("(a conversion with --calibrate, which takes minutes, keeps more of the original)")
 
 
 def _show_calibration(c: Any) -> None:

@@ -219,18 +219,18 @@ def _source(record: dict[str, Any]) -> str:
 
 
 def _title(record: dict[str, Any]) -> str:
-    cost = "A converted layer keeps a table of fixed size: a new token costs the same however long the context is."
-    replaced = "DiJiang linear attention"
+    kind, chosen = "DiJiang linear attention", ""
     if _exact_alone(record):
-        replaced = "DiJiang attention over a table of fixed size, of keys alone, without a state"
+        kind, chosen = "attention over a table of fixed size", ", of the keys that mattered most"
+    cost = "A converted layer keeps a table of fixed size: a new token costs the same however long the context is."
     if softmax := (record.get("calibration") or {}).get("softmax"):
         cost += f"\n{len(softmax)} of its layers stayed softmax: their cache grows with the context."
     if not record.get("causal", True):
         cost = "Time and memory of a converted layer grow linearly with length."
     return f"""\
-# {_name(record) or "A model"} with DiJiang linear attention
+# {_name(record) or "A model"} with {kind}
 
-This is {_source(record)} with its softmax attention replaced by {replaced}
+This is {_source(record)} with its softmax attention replaced by {kind}{chosen}
 ([paper]({PAPER})); all other weights start from the source's.
 {cost}"""
 

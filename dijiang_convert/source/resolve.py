@@ -101,7 +101,11 @@ def resolve(source: str, revision: str | None = None) -> Source:
     if not is_hub_id(repo_id):
         folders = [found.parent.name for found in Path().glob("*/config.json")]
         near = [*difflib.get_close_matches(source, folders, n=2), *difflib.get_close_matches(alias, ALIASES, n=2)]
-        hint = f"did you mean {' or '.join(near)}?" if near else f"aliases are {', '.join(ALIASES)}"
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else "give one of these, as pythia-410m or EleutherAI/pythia-410m"
+        )
         raise DijiangError(f"{source!r} is no folder, no alias and no Hub id of the form owner/name: {hint}")
 
     from huggingface_hub import HfApi

@@ -87,13 +87,18 @@ def check_context(plan: Sequence[Stage], config: Any) -> None:
             )
 
 
+def held_whole(kernel: Kernel, layers: Layers) -> int:
+    """How long a text may be for the table of every head to hold all of its keys; 0 without exact rows."""
+    memory = min((rows for layer in layers.memory for rows in layer), default=kernel.memory)
+    return kernel.sinks + memory + kernel.window if kernel.window and layers.causal else 0
+
+
 def rows_too_short(plan: Sequence[Stage], kernel: Kernel, layers: Layers) -> Iterator[str]:
     """A line for each stage that learns from the original on rows which the table of every head holds whole, so that
     the converted model gives what the original gives already."""
-    memory = min((rows for layer in layers.memory for rows in layer), default=kernel.memory)
-    held = kernel.sinks + memory + kernel.window
+    held = held_whole(kernel, layers)
     for stage in plan:
-        if kernel.window and stage.objective != "cross_entropy" and stage.seq_len <= held:
+        if stage.objective != "cross_entropy" and stage.seq_len <= held:
             yield (
                 f"warning: stage {stage.name} has rows of {stage.seq_len:,} tokens, and the table holds {held:,}: "
                 "there is nothing to learn; take longer rows, or convert with a smaller memory"

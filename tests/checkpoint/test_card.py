@@ -88,7 +88,7 @@ def test_body_tells_whether_there_is_a_state(tmp_path: Path) -> None:
     with_state = card(tmp_path, RECORD | {"kernel": {**kernel, "far": True}}).text
     assert "All others are added up in a state." in with_state and "| kernel: decay | `learned` |" in with_state
     without = card(tmp_path, RECORD | {"kernel": {**kernel, "far": False}}).text
-    assert "of keys alone, without a state" in without and "All other tokens are forgotten." in without
+    assert "of the keys that mattered most" in without and "All other tokens are forgotten." in without
     assert "kernel: decay" not in without and "| kernel: memory | `464` |" in without
 
 

@@ -204,7 +204,7 @@ def test_results_for_people(source: Path, hub: Hub) -> None:
     assert result.exit_code == 0 and "GPTNeoXForCausalLM" in result.stdout and "at any length" in result.stdout
     result = run("convert", "source")
     assert result.exit_code == 0 and result.stdout.startswith("wrote source-dijiang: 4 layers converted")
-    assert "next: dijiang finetune source-dijiang" in result.stdout
+    assert "or dijiang finetune source-dijiang" in result.stdout
     result = run("push", "source-dijiang", "cli/people")
     assert result.exit_code == 0 and f"{hub.url}/cli/people" in result.stdout
 
