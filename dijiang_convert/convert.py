@@ -30,7 +30,7 @@ from .checkpoint.companions import (
     without_code,
     write_code,
 )
-from .checkpoint.loading import check_weights
+from .checkpoint.loading import check_weights, silence
 from .checkpoint.shards import drop_tensors, read_shard, wrapper_prefix, write_json, write_shards
 from .errors import DijiangError, Unsupported
 from .files import check_out, default_out, new_folder, paths_of, weight_files
@@ -113,6 +113,7 @@ def convert(
         DijiangError: with one line that says what is wrong and what to do. Nothing half-written is left behind.
     """
     start = time.perf_counter()
+    silence()
     if dtype is not None and dtype not in DTYPES:
         raise DijiangError(f"no dtype {dtype!r}: give one of {', '.join(DTYPES)}")
     if link and dtype is not None:
