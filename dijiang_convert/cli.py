@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__, show
+from .architecture.layers import LAYER_SPECS
 from .errors import DijiangError
 from .files import ACCELERATE
 
@@ -33,13 +34,10 @@ RecipeFor = Annotated[
     str | None, typer.Option(help="A recipe's name, or a YAML file. [default: default, or encoder for an encoder]")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
-Layers = Annotated[str, typer.Option(help="all, none, sliding-only, 0,3,8-23, every:N, not-every:N, not-last:N.")]
+Layers = Annotated[str, typer.Option(help=f"{LAYER_SPECS}.")]
 LayersToConvert = Annotated[
     str,
-    typer.Option(
-        help="all, none, sliding-only, 0,3,8-23, every:N, not-every:N, not-last:N; or auto:N, which calibrates, all "
-        "but the N where conversion costs most."
-    ),
+    typer.Option(help=f"{LAYER_SPECS}; or auto:N, which calibrates, all but the N where conversion costs most."),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")]
 Push = Annotated[str | None, typer.Option(metavar="REPO", help="Push the result to this Hub repository.")]
