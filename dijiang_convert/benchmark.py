@@ -50,7 +50,7 @@ class BenchResult:
 
 
 class Timing(TypedDict, total=False):
-    """What is timed: keyword arguments of `benchmark`, which explains them."""
+    """Keyword arguments of `benchmark` that say what is timed; it explains them."""
 
     lengths: Sequence[int]
     batch_sizes: Sequence[int]

@@ -1,6 +1,7 @@
 """Finds, copies and links files of checkpoints, and makes folders that appear whole. Tensors are not read here."""
 
 import errno
+import glob
 import json
 import os
 import re
@@ -81,8 +82,12 @@ def check_out(out: Path, force: bool = False, inputs: Iterable[str | Path] = ())
     if not _is_ours(out):
         raise DijiangError(f"{out} is no converted checkpoint, so --force leaves it alone: choose another --out")
     for name in map(str, inputs):
-        path = Path(os.path.expanduser(name)).resolve()
-        if path.exists() and path.is_relative_to(out.resolve()):
+        path = Path(os.path.expanduser(name))
+        if not path.exists():  # it may be a glob, or have a weight behind an @
+            path = Path(os.path.expanduser(name.rpartition("@")[0] or name))
+            while glob.has_magic(str(path)):
+                path = path.parent
+        if path.exists() and path.resolve().is_relative_to(out.resolve()):
             raise DijiangError(f"{out} holds {name}, which is read: choose another --out")
 
 

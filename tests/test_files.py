@@ -158,7 +158,15 @@ def test_force_leaves_alone_what_holds_what_is_read(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     check_out(tmp_path / "out", True, ["pythia-410m", "elsewhere.txt"])
-    for name in ("out", "out/text.txt", "~/out/text.txt", str(tmp_path / "out")):
+    for name in (
+        "out",
+        "out/text.txt",
+        "~/out/text.txt",
+        str(tmp_path / "out"),
+        "out/text.txt@3",
+        "out/*.txt",
+        "out/*@2",
+    ):
         with pytest.raises(DijiangError, match="which is read: choose another --out"):
             check_out(tmp_path / "out", True, [name])
 

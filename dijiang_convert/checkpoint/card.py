@@ -33,14 +33,14 @@ CHECKPOINT = '"owner/name"  # this repository, or the folder that it lies in'  #
 SHAPE = ("heads", "kv_heads", "head_dim", "value_dim")
 STAGE = ("stage", "tokens", "first_loss", "last_loss")
 
-# Of a training run, as the report draws them.
+# The card shows these plots, which the report of a training run draws.
 PLOTS = {
     "loss.png": "loss of every stage against tokens",
     "transfer.png": "error of every layer in attention transfer",
     "perplexity.png": "perplexity on held-out text by position: original, before and after training",
 }
 
-# What the checkpoint's auto_map may offer, and the Hub's name for that task.
+# Each Auto class that a checkpoint may offer has a task on the Hub.
 TASKS = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",

@@ -102,7 +102,7 @@ class Source:
         else:
             raise DijiangError(f"no such file, folder or data set: {self.name}")
         found = [file for file in found if _kind(file) in READERS]
-        root = _fixed_part(self.name)
+        root = path if path.is_dir() else _fixed_part(path)
         aside = [file for file in found if any(map(_set_aside, file.relative_to(root).parts))]
         chosen = aside if held_out and aside else [file for file in found if file not in aside] or found
         if not chosen:
@@ -141,12 +141,11 @@ def _matches(pattern: str) -> list[Path]:
     return [Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True)]
 
 
-def _fixed_part(name: str) -> Path:
-    """The folder that all files of a folder or glob lie in: what is below it tells training text from that held out."""
-    path = Path(name).expanduser()
-    while glob.has_magic(str(path)) and not path.exists():
-        path = path.parent
-    return path
+def _fixed_part(pattern: Path) -> Path:
+    """The folder that all files of a glob lie in: what is below it tells training text from that held out."""
+    while glob.has_magic(str(pattern)):
+        pattern = pattern.parent
+    return pattern
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -249,7 +248,7 @@ def _documents(rows: Iterable[Any], where: str, size: int | None) -> Iterator[Pi
                     f"{where}: 'messages' of row {number} is no list of objects with 'role' and 'content'"
                 )
             if messages:
-                yield Chat(messages, row.get("tools") or None, where)
+                yield Chat(_encodable(messages), row.get("tools") or None, where)
         elif "text" not in row and "messages" not in row:
             names = ", ".join(map(str, row)) or "nothing"
             raise DijiangError(f"{where} has no column 'text' or 'messages', only {names}: rename the one to train on")
@@ -261,13 +260,19 @@ def _documents(rows: Iterable[Any], where: str, size: int | None) -> Iterator[Pi
         console.print(f"{where}: {empty:,} rows without a text are left out", highlight=False, soft_wrap=True)
 
 
-def _encodable(text: str) -> str:
-    """The text, with halves of surrogate pairs, which JSON may hold and no tokenizer takes, as U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+def _encodable(value: Any) -> Any:
+    """Text, or text within lists and mappings. Halves of surrogate pairs, which JSON may hold and no tokenizer takes,
+    become U+FFFD."""
+    if isinstance(value, list):
+        return [_encodable(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _encodable(each) for key, each in value.items()}
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
 
 
 def _cut(text: str, size: int | None) -> Iterator[Piece]:

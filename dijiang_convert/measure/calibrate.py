@@ -236,16 +236,8 @@ def calibration_attention(
 ) -> tuple[Tensor, None]:
     """A mixture of the table's attention and softmax attention where the shares need a gradient, else the former alone.
 
-    The backward pass recomputes the mixture, since its intermediate tensors take much memory.
-
-    Args:
-        query: [B, H, N, D] queries.
-        key: [B, G, N, D] keys.
-        value: [B, G, N, V] values.
-        attention_mask: a mask of `dijiang_mask`.
-
-    Returns:
-        [B, N, H, V], the output, and None in place of attention weights.
+    The backward pass recomputes the mixture, since its intermediate tensors take much memory. Arguments and result are
+    those of `dijiang_attention`.
     """
     share = _SHARES.get().get(module)
     if share is None or not share.requires_grad:

@@ -46,16 +46,8 @@ def transfer_attention(
 ) -> tuple[Tensor, None]:
     """Softmax attention that also collects the error of the module's kernel, if the module has one.
 
-    The error's gradient is computed here as well, so that only one layer's graph is alive at a time.
-
-    Args:
-        query: [B, H, N, D] queries.
-        key: [B, G, N, D] keys.
-        value: [B, G, N, V] values.
-        attention_mask: a mask of `dijiang_mask`.
-
-    Returns:
-        [B, N, H, V], the output of softmax attention, and None in place of attention weights.
+    The error's gradient is computed here as well, so that only one layer's graph is alive at a time. Arguments and
+    result are those of `dijiang_attention`.
     """
     call = kwargs.pop("dijiang", None)
     with torch.no_grad():

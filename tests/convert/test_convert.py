@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from dijiang_convert.checkpoint import loading
 from dijiang_convert.checkpoint.companions import LEFT_BEHIND, MODELING_FILES
 from dijiang_convert.checkpoint.loading import load_any, load_converted, load_tokenizer
 from dijiang_convert.convert import ConvertResult, convert
@@ -249,6 +250,17 @@ def test_an_attention_function_that_the_source_chose_is_left_out(
     convert(str(source), tmp_path / "out")
     assert key not in read_json(tmp_path / "out" / "config.json")
     assert load_any(str(tmp_path / "out")).config._attn_implementation == "dijiang"
+
+
+def test_a_layer_that_runs_another_attention_function_is_refused(
+    sources: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Where something undid the swap, eval, bench and finetune must not go on with softmax."""
+    convert(str(sources / "llama"), tmp_path / "out")
+    load = loading.converted_config
+    monkeypatch.setattr(loading, "converted_config", lambda folder, **_: load(folder, attn_implementation="sdpa"))
+    with pytest.raises(DijiangError, match="runs sdpa attention: take attn_implementation out"):
+        load_any(str(tmp_path / "out"))
 
 
 def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

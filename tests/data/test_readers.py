@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from dijiang_convert.data.readers import Piece, Source, parse_source
+from dijiang_convert.data.readers import Chat, Piece, Source, parse_source
 from dijiang_convert.data.rows import token_rows
 from tests.data.texts import read, refusal, words, write_texts
 from tests.hub import Hub
@@ -245,6 +245,9 @@ def test_rows_without_a_text_are_counted_and_others_named(tmp_path: Path, capsys
     file.write_text('{"text": "a"}\n{"text": null}\n{"text": "half a pair \\ud83d here"}\n{"text": null}\n')
     assert [piece.text for piece in Source(str(file)).pieces(None, None, False)] == ["a", "half a pair \ufffd here"]
     assert capsys.readouterr().err == f"{file}: 2 rows without a text are left out\n"
+    file.write_text('{"messages": [{"role": "user", "content": [{"text": "\\ud83d!"}]}]}')
+    (chat,) = Source(str(file)).pieces(None, None, False)
+    assert isinstance(chat, Chat) and chat.messages == [{"role": "user", "content": [{"text": "\ufffd!"}]}]
     for row, kind in (("[1]", "list"), ("5", "int"), ('"text"', "str")):
         file.write_text('{"text": "a"}\n' + row)
         assert refusal(lambda: [*Source(str(file)).pieces(None, None, False)]).endswith(
