@@ -217,7 +217,7 @@ def draw_panels(panels: dict[str, dict[str, dict[int, float]]], path: Path) -> N
 
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        colors: dict[str, str] = {}  # softmax's line has that of the other model of its batch size
+        colors: dict[str, str] = {}  # softmax's line has the color of the other model at its batch size
         for i, (name, speeds) in enumerate(sorted(lines.items())):
             model, _, batch = name.partition(", ")
             color = colors.get(batch, "gray") if model == "softmax" and batch else f"C{i}"

@@ -74,7 +74,7 @@ def command(name: str, epilog: str | None = None) -> Callable[[Callable[..., Any
             except Exception as error:
                 reason = " ".join(str(error).split())[:300]
                 _fail(f"unexpected {type(error).__name__}: {reason}: --debug shows where", debug)
-            if not _is_first_process():  # it speaks for all
+            if not _is_first_process():  # the first process speaks for all
                 return
             if json_output:
                 print(json.dumps(dataclasses.asdict(result)))
@@ -89,7 +89,7 @@ def command(name: str, epilog: str | None = None) -> Callable[[Callable[..., Any
 def _fail(message: str, debug: bool) -> None:
     from .source.hub import redact
 
-    if debug:  # of the one being handled
+    if debug:  # the traceback is that of the exception being handled
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         raise typer.Exit(1) from None
     message = redact(message)

@@ -125,7 +125,7 @@ def convert(
     target = Path(out).expanduser() if out is not None else default_out(found.name)
     check_out(target, force, [source, *paths_of(swap.get("data"))])
     new = architecture.new_tensors(plan.recipe.kernel)
-    parameters = sum(t.numel() for t in new.values())  # layers have as many each
+    parameters = sum(t.numel() for t in new.values())  # each layer has as many
     parameters = parameters * (len(architecture.layers.layers) - softmax) // max(len(architecture.layers.layers), 1)
     result = ConvertResult(
         out=str(target),
@@ -166,7 +166,7 @@ def convert(
             write_code(folder)
             check_weights(folder, found)
             if plan.corpus is not None:
-                from .measure.calibrate import calibrate  # which needs more libraries than the rest
+                from .measure.calibrate import calibrate  # it needs more libraries than the rest
 
                 calibration = calibrate(folder, plan.corpus, softmax)
                 architecture = _refined(folder, config, architecture, plan.recipe.kernel, calibration)
@@ -304,7 +304,7 @@ def auto_classes(kind: str, architecture: Architecture) -> dict[str, str]:
         if not auto.startswith("AutoModel") or kind not in names:
             continue
         model_class = getattr(transformers, names[kind] if isinstance(names[kind], str) else names[kind][0])
-        if model_class.config_class in parts:  # of a part alone, whose weights have other names in the whole
+        if model_class.config_class in parts:  # the class is of a part, whose weights have other names in the whole
             if auto != "AutoModelForCausalLM":
                 continue
             model_class = architecture.model_class
@@ -322,7 +322,7 @@ def _has_the_layers(model_class: type[PreTrainedModel], architecture: Architectu
     head, and some of them a body of their own.)"""
     try:
         attach(skeleton(model_class, architecture.config), Kernel(), architecture.layers)
-    except Exception:  # the source's own: the config is not one for this head
+    except Exception:  # the source's class refuses a config that is not for this head
         return False
     return True
 

@@ -191,7 +191,7 @@ def _by_position(totals: dict[str, Tensor], parts: int = 8) -> list[float]:
 
 
 def _ratios(totals: dict[str, Tensor]) -> list[float]:
-    """Of perplexity to the baseline's, by position."""
+    """The ratio of perplexity to the baseline's, by position."""
     original = _by_position({**totals, "loss": totals["baseline_loss"]})
     return [own / other for own, other in zip(_by_position(totals), original, strict=True)]
 

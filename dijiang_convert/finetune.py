@@ -232,7 +232,7 @@ def finetune(
         kept.record(i, results, functools.partial(_write, model, folder, config, plan, corpora, results))
         del model, guide
     kept.finish(target, force)
-    if report and here.is_main_process:  # once the result is safe
+    if report and here.is_main_process:  # the result is safe now
         _report(target, folder, tokenizer, recipe, plan, probes, held, corpora[-1])
     kept.remove()
     here.wait_for_everyone()
@@ -295,7 +295,7 @@ def _report(
         sets = hub_names(corpus)
         dataset = sets[0] if len(sets) == len(corpus) == 1 else None
         add_quality(target, "finetune", dataset, held.rows.tokens, _figures(probes))
-    write_card(target)  # which shows the plots
+    write_card(target)  # the card shows the plots
 
 
 def _figures(probes: Mapping[str, Probe | Likeness]) -> dict[str, float]:
@@ -320,7 +320,7 @@ def _write(
     target: Path,
 ) -> None:
     """A checkpoint as `convert` writes it, with the trained weights and the history of how they came to be."""
-    assert model is not None  # on the main process, which alone writes
+    assert model is not None  # the main process has the model, and it alone writes
     saved = target / ".saved"
     model.save_pretrained(saved, max_shard_size="5GB")
     prefix, tied = f"{model.base_model_prefix}.", model.all_tied_weights_keys
@@ -333,7 +333,7 @@ def _write(
     write_trained(target, saved, source, aliases)
     shutil.rmtree(saved)
     copy_companions(source, target, without=("config.json", LOG, REPORT, EVALUATION))
-    if (source / "README.md").is_file():  # of which `write_card` keeps what a person wrote
+    if (source / "README.md").is_file():  # `write_card` keeps what a person wrote in it
         shutil.copyfile(source / "README.md", target / "README.md")
     done = [
         {

@@ -36,10 +36,15 @@ SINGLE = "model.safetensors"
 # Beside the weights, which are those that the index names. Other folders (checkpoint-*/, runs/) are never entered; the
 # training log and the report, which quotes the text that was trained on, stay too.
 ALLOWED = ("*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.png", "README.md", "LICENSE*")
-PLOTS = "plots/*.png"  # which the card shows
+PLOTS = "plots/*.png"  # the card shows them
 INNER = (".png", ".json", ".safetensors", "pytorch_model.bin", ".txt")  # of plots and of sentence-transformers' modules
 REFUSED = (".*", "trainer_state.json")
-READ = ("*config.json", "README.md", "*.jinja", "special_tokens_map.json")  # for what must not leave the machine
+READ = (
+    "*config.json",
+    "README.md",
+    "*.jinja",
+    "special_tokens_map.json",
+)  # these are searched for what must not leave the machine
 
 SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 TOKEN = re.compile(r"\bhf_(oauth_)?[A-Za-z0-9]{30,}\b")
@@ -129,7 +134,7 @@ def _upload(
         if tagged is not None and (changed or stale or head != tagged):
             raise DijiangError(f"{repo} has this tag on another commit, {tagged[:12]}: choose another --tag")
         if not changed and not stale:
-            return head, sent  # perhaps since the last try got there, and its answer was lost
+            return head, sent  # the last try may have arrived, and its answer was lost
         sent = sum(path.stat().st_size for path in changed.values())
         try:
             commit = _commit(api, repo, revision, head, changed, stale)
@@ -157,7 +162,7 @@ def _commit(api: HfApi, repo: str, revision: str | None, head: str, changed: dic
             [*additions, *(CommitOperationDelete(name, is_folder=False) for name in stale)],
             commit_message="Upload DiJiang checkpoint",
             revision=revision,
-            parent_commit=head,  # what was compared: a push of someone else meanwhile is not mixed with this
+            parent_commit=head,  # the Hub refuses if someone else has pushed since files were compared
         ).oid
 
 
@@ -235,7 +240,7 @@ def _checkpoint_files(folder: Path) -> dict[str, Path]:
 
     if not (folder / "README.md").is_file():
         write_card(folder)
-    read_card(folder / "README.md")  # before anything is created
+    read_card(folder / "README.md")  # a card that can't be read is refused before anything is created
     companions = {
         path.name
         for path in folder.iterdir()

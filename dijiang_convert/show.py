@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 A100_SPEED = 0.3 * 312e12  # operations a second: training reaches some 30 % of what an A100 gives in bfloat16
-SHOWN = 12  # layers of a calibration: those that matter fit on a screen
+SHOWN = 12  # most layers of a calibration that are shown: those that matter fit on a screen
 
 
 def inspection(r: Any) -> None:

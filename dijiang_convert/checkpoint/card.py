@@ -171,7 +171,7 @@ def _quality(measured: list[dict[str, Any]]) -> list[str]:
 
 
 def _details(measurement: dict[str, Any]) -> list[tuple[str, str]]:
-    """Where in a row perplexity is how far from the original's, and what is repeated of what was read before."""
+    """Table rows: the perplexity ratio by position, and how well passages read before are repeated."""
     rows = []
     if ratios := measurement.get("ratio_by_position"):
         rows.append((f"ratio by position, over {len(ratios)} parts of a row", " ".join(f"{x:.3f}" for x in ratios)))
@@ -185,7 +185,7 @@ def _details(measurement: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _auto_class(config: dict[str, Any]) -> str:
-    """That of the head whose weights it has, or else the first that there is."""
+    """The Auto class of the head whose weights the checkpoint has, or else the first that it offers."""
     offered, own = config.get("auto_map") or {}, (config.get("architectures") or [""])[0]
     named = [name for name in TASKS if str(offered.get(name)).rpartition(".")[2] == own]
     return next((name for name in (*named, *TASKS) if name in offered), "AutoModelForCausalLM")

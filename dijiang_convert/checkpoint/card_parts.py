@@ -71,7 +71,7 @@ def parse(text: str) -> Card:
         fenced ^= line.startswith("```")
         if line.startswith("## ") and not fenced:
             heading = line.strip()
-            while heading in sections:  # twice the same
+            while heading in sections:  # a space tells two equal headings apart
                 heading += " "
             sections[heading] = []
         sections[heading].append(line)
@@ -88,7 +88,7 @@ def merge(new: Card, old: Card, where: str) -> Card:
     """
     merged = Card({})
     order = list(new.parts)
-    for before, name in zip(["", *old.parts], old.parts, strict=False):  # a person's keep their place
+    for before, name in zip(["", *old.parts], old.parts, strict=False):  # parts that a person wrote keep their place
         if name not in order:
             order.insert(order.index(before) + 1 if before in order else len(order), name)
     for name in [*order, *(name for name in old.marks if name not in order)]:
@@ -111,6 +111,6 @@ def merge(new: Card, old: Card, where: str) -> Card:
 
 
 def _hash(value: Any) -> str:
-    """Of a part; of None where there is none, which no part has."""
+    """The hash of a part. None stands for a part that does not exist; its hash is that of no part."""
     content = json.dumps(value, ensure_ascii=True, sort_keys=True, default=str) if value is not None else ""
     return hashlib.sha256(content.encode()).hexdigest()[:12]

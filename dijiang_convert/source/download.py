@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils import tqdm
 
-GIT_HASH, SHA256 = r"[0-9a-f]{40}", r"[0-9a-f]{64}"  # of a file in git, and of a large one beside it
+GIT_HASH, SHA256 = r"[0-9a-f]{40}", r"[0-9a-f]{64}"  # git has the first of a small file, LFS the second of a large one
 
 
 def list_files(repo_id: str, revision: str) -> dict[str, RepoFile]:

@@ -125,7 +125,7 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
     page = f"{endpoint}/{repo_id}"
     for cause in _causes(error):
         match cause:
-            case errors.GatedRepoError():  # before RepositoryNotFoundError, its base
+            case errors.GatedRepoError():  # this case must come before its base, RepositoryNotFoundError
                 return f"{repo_id} is gated: ask for access at {page}, then run `hf auth login` or set HF_TOKEN"
             case errors.RepositoryNotFoundError():
                 return (
@@ -136,7 +136,7 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
                 return f"{repo_id} has no revision {revision}: choose a branch, tag or commit from {page}"
             case errors.OfflineModeIsEnabled():
                 return f"cannot reach the Hub for {repo_id}: offline mode is on; unset HF_HUB_OFFLINE"
-            case errors.BadRequestError():  # the client's own words around it are better
+            case errors.BadRequestError():  # the client's error around it says more
                 break
             case errors.HfHubHTTPError():
                 return _explain_status(cause.response.status_code, cause.server_message or "", repo_id)
