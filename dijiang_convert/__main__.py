@@ -1,6 +1,7 @@
 """The command itself: `dijiang`, which is `python -m dijiang_convert`."""
 
 import atexit
+import io
 import os
 import sys
 import threading
@@ -11,6 +12,9 @@ from .cli import app
 
 def main() -> NoReturn:
     """Runs the command line and ends the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? in place of what it lacks
     code: Any = None
     try:
         app(prog_name="dijiang")

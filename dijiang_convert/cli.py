@@ -65,6 +65,8 @@ def command(name: str, epilog: str | None = None) -> Callable[[Callable[..., Any
         def run(*args: Any, json_output: bool = False, debug: bool = False, **kwargs: Any) -> None:
             try:
                 result, show = function(*args, json_output=json_output, debug=debug, **kwargs)
+            except BrokenPipeError:  # typer ends quietly where whoever read the output is gone, as in `… | head`
+                raise
             except KeyboardInterrupt:
                 _fail("stopped; nothing half-written was left behind" + _resume_hint(name), debug)
             except DijiangError as error:
@@ -256,27 +258,28 @@ def evaluate(
 @command("generate")
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or any causal language model.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    prompt: Annotated[list[str], typer.Argument(help="Text to continue, or what to ask; several are turns of a chat.")],
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw", help="Ask through the chat template, or continue the text. [default: --chat if it has one]"
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the system says first in a chat.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> Any:
-    """Stream text."""
+    """Stream text: an answer, or what follows the prompt."""
     with loading():
         from .generate import generate
 
-    before = iter([prompt])  # shown with the first text, so that an error comes alone
-
-    def write(text: str) -> None:
-        print(next(before, "") + text, end="", flush=True)
-
     result = generate(
-        checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-        write=None if json_output else write,
+        checkpoint, prompt, chat=chat, system=system, max_new_tokens=max_new_tokens, temperature=temperature,
+        seed=seed, write=None if json_output else functools.partial(print, end="", flush=True),
     )  # fmt: skip
-
     return result, show.generation
 
 

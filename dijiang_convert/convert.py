@@ -30,10 +30,18 @@ from .checkpoint.companions import (
     without_code,
     write_code,
 )
-from .checkpoint.loading import check_weights, silence
-from .checkpoint.shards import drop_tensors, read_shard, wrapper_prefix, write_json, write_shards
+from .checkpoint.loading import check_weights, load_tokenizer, silence
+from .checkpoint.shards import (
+    check_finite,
+    digest,
+    drop_tensors,
+    wrapper_prefix,
+    write_json,
+    write_shards,
+)
+from .checkpoint.tokenizers import check_tokenizer, source_tokenizer
 from .errors import DijiangError, Unsupported
-from .files import check_out, default_out, new_folder, paths_of, weight_files
+from .files import check_out, check_pointers, default_out, new_folder, paths_of, weight_files
 from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS, Kernel
 from .modeling.modeling_dijiang import attach
 from .progress import bytes_bar, console
@@ -142,12 +150,16 @@ def convert(
     if not dry_run:
         found = download(found, target, linked=link)
         assert found.folder is not None
+        check_pointers(found.folder)
+        tokenizer = None
         if architecture.model_class.main_input_name == "input_ids":
-            _check_tokenizer(found.folder)
+            tokenizer = source_tokenizer(found.folder)
         module_folders(found.folder)
         shards = weight_files(found.folder)
-        for shard in shards:
-            read_shard(shard)  # a truncated file is found before anything is written
+        size = sum(shard.stat().st_size for shard in shards)
+        with bytes_bar("checking", size) as advance:
+            for shard in shards:
+                check_finite(shard, advance)
         wrapper = wrapper_prefix(shards)
         if link and shards[0].suffix != ".safetensors":
             raise DijiangError(f"--link keeps the source's files, and {shards[0].name} must be rewritten: leave it out")
@@ -155,24 +167,27 @@ def convert(
             raise DijiangError(f"--link keeps the source's files, whose tensors are named {wrapper}…: leave it out")
         if wrapper:
             console.print(f"tensors are written without {wrapper} before their names, as transformers names them")
-        size = sum(shard.stat().st_size for shard in shards)
         check_space({target: 0 if link else size})
         with new_folder(target, force) as folder:
-            with bytes_bar("converting", size) as advance:
-                linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link, wrapper)
             copy_companions(found.folder, folder)
+            write_code(folder)
             content = config_content(config, architecture, plan.recipe, found, dtype)
             write_json(folder / "config.json", content)
-            write_code(folder)
+            if tokenizer is not None:
+                known = getattr(architecture.config.get_text_config(), "vocab_size", None) or 0
+                check_tokenizer(load_tokenizer(folder), tokenizer, found, known)
+            with bytes_bar("converting", size) as advance:
+                linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link, wrapper)
             check_weights(folder, found)
+            content["dijiang"]["base_weights"] = digest(folder)
             if plan.corpus is not None:
                 from .measure.calibrate import calibrate  # it needs more libraries than the rest
 
                 calibration = calibrate(folder, plan.corpus, softmax)
                 architecture = _refined(folder, config, architecture, plan.recipe.kernel, calibration)
-                content = config_content(config, architecture, plan.recipe, found, dtype)
-                content["dijiang"]["calibration"] = dataclasses.asdict(calibration)
-                write_json(folder / "config.json", content)
+                changed = config_content(config, architecture, plan.recipe, found, dtype)
+                content["dijiang"] |= changed["dijiang"] | {"calibration": dataclasses.asdict(calibration)}
+            write_json(folder / "config.json", content)
             write_card(folder)
     return dataclasses.replace(result, seconds=time.perf_counter() - start, linked=linked, calibration=calibration)
 
@@ -325,9 +340,3 @@ def _has_the_layers(model_class: type[PreTrainedModel], architecture: Architectu
     except Exception:  # the source's class refuses a config that is not for this head
         return False
     return True
-
-
-def _check_tokenizer(folder: Path) -> None:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    if not any((folder / name).is_file() for name in names):
-        raise DijiangError(f"no tokenizer in {folder}: it needs tokenizer.json or the files of a slow tokenizer")

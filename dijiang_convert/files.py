@@ -21,6 +21,7 @@ if sys.platform == "linux":
 _RECIPES = Path(__file__).parent / "recipes"  # only an installed package has its recipes inside
 RECIPES = _RECIPES if _RECIPES.is_dir() else Path(__file__).parents[1] / "recipes"
 ACCELERATE = RECIPES / "accelerate"  # configurations for `accelerate launch`
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a pointer file starts
 FICLONE = 0x40049409  # the request of ioctl_ficlone(2), which makes a reflink
 
 
@@ -123,6 +124,13 @@ def weight_files(folder: Path) -> list[Path]:
                 raise DijiangError(f"{index} names {missing[0]}{more}, not in the folder: download the model again")
             return [folder / name for name in names]
     raise DijiangError(f"no weights in {folder}: it needs model.safetensors, pytorch_model.bin, or an index of shards")
+
+
+def check_pointers(folder: Path) -> None:
+    """Raises DijiangError for a file that git left for git-lfs to fetch: some lines of text in place of its content."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
+            raise DijiangError(f"{path} is a pointer of git-lfs, not the file: run git lfs pull in {folder}")
 
 
 def copy_file(source: Path, target: Path, progress: Callable[[int], None], chunk: int = 64 << 20) -> None:

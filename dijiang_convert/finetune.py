@@ -30,7 +30,7 @@ from .checkpoint.loading import (
     takes_images,
 )
 from .checkpoint.quality import EVALUATION, add_quality
-from .checkpoint.shards import read_checkpoint, write_json, write_trained
+from .checkpoint.shards import digest, read_checkpoint, write_json, write_trained
 from .data.images import Images, image_files, image_tokens, open_images
 from .data.readers import Sources, hub_names
 from .data.rows import Rows, check_data
@@ -351,7 +351,7 @@ def _write(
     longest = max(stage.seq_len for stage, _ in zip(plan, results, strict=False))
     config = extended_config(config, converted_config(source), longest)
     history = [*config["dijiang"]["history"], *done]
-    section = {**config["dijiang"], "made_with": made_with(), "history": history}
+    section = {**config["dijiang"], "made_with": made_with(), "history": history, "base_weights": digest(target)}
     write_json(target / "config.json", {**config, "dijiang": section})
     write_code(target)
     write_card(target)

@@ -24,7 +24,7 @@ from .errors import DijiangError
 from .files import read_index, read_json
 from .source.download import is_plain
 from .source.hub import TIMEOUT, hub_errors, patiently, wait_if_passing
-from .source.resolve import is_hub_id
+from .source.names import is_hub_id
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

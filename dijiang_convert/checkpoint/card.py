@@ -14,7 +14,7 @@ import yaml
 from ..errors import DijiangError
 from ..files import read_json
 from ..kernel_keys import OF_THE_STATE
-from ..source.resolve import is_hub_id
+from ..source.names import is_hub_id
 from .card_parts import Card, merge, parse, written
 from .quality import FIGURES, read_quality
 

@@ -41,6 +41,7 @@ LEFT_BEHIND = (
 # Keys by which a config chooses an attention function: they would choose another one than the kernel.
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")  # keys of a config that name a repository's code
+WITHOUT_FILES = ("Normalize",)  # modules of sentence-transformers that need no files
 LARGE_JSON = ("tokenizer.json", "vocab.json")  # large files that name no code, so they need no reading
 
 
@@ -99,17 +100,28 @@ def without_attention(value: Any) -> Any:
 def module_folders(folder: Path) -> list[str]:
     """The folders of a sentence-transformers model, from its modules.json; none for other models.
 
-    They hold what follows the Transformer: pooling, dense layers, normalisation. Raises DijiangError if a folder is
-    missing or outside of the model's, and Unsupported for modules with code of their own.
+    They hold what follows the Transformer: pooling, dense layers, normalisation. Git and the Hub keep no empty folder,
+    so that of a module without files may be missing. Raises DijiangError if another is missing or outside of the
+    model's, and Unsupported for modules with code of their own.
     """
     if not (folder / "modules.json").is_file():
         return []
-    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    own = [each["type"] for each in modules if not each["type"].startswith("sentence_transformers.")]
+    try:
+        modules = json.loads((folder / "modules.json").read_bytes())
+        paths = {str(each["path"]): str(each["type"]) for each in modules}
+    except (ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise DijiangError(f"{folder / 'modules.json'} can't be read ({reason}): get it again") from error
+    own = [kind for kind in paths.values() if not kind.startswith("sentence_transformers.")]
     if own:
         raise Unsupported(f"modules.json names {own[0]}, code of the model's own: only sentence-transformers' modules")
-    names = [each["path"] for each in modules if each["path"]]
-    for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).is_dir():
+    found = []
+    for name, kind in paths.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DijiangError(f"modules.json names {name}, outside of {folder}: get the model again")
+        if not name or (kind.rpartition(".")[2] in WITHOUT_FILES and not (folder / name).exists()):
+            continue
+        if not (folder / name).is_dir():
             raise DijiangError(f"modules.json names {name}, no folder of {folder}: get the model again")
-    return names
+        found.append(name)
+    return found

@@ -4,6 +4,7 @@ Tensors are loaded one at a time, so memory does not grow with the model (but fo
 Models are built in `loading`.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable, Collection, Iterable
@@ -22,16 +23,18 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SAMPLE = 1024  # numbers of each tensor that `digest` looks at
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that is not loaded yet. load: reads it."""
+    """A tensor that is not loaded yet. load: reads it. start: reads at most so many of its first numbers, as [n]."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     load: Callable[[], torch.Tensor]
+    start: Callable[[int], torch.Tensor]
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +71,7 @@ def _read_safetensors(path: Path) -> list[Tensor]:
                 counts = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
                 if not counts or stop - start != DTYPES[dtype].itemsize * _product(shape):
                     raise DijiangError(broken)
-                tensors.append(Tensor(name, DTYPES[dtype], shape, _loader(path, 8 + length + start, dtype, shape)))
+                tensors.append(_unread(name, DTYPES[dtype], shape, path, 8 + length + start))
                 spans.append((start, stop))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DijiangError(broken) from None
@@ -82,17 +85,19 @@ def _read_safetensors(path: Path) -> list[Tensor]:
     return tensors
 
 
-def _loader(path: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
-    def load() -> torch.Tensor:
-        count = _product(shape)
+def _unread(name: str, dtype: torch.dtype, shape: tuple[int, ...], path: Path, offset: int) -> Tensor:
+    """The tensor whose bytes start at ``offset`` in a file."""
+
+    def start(count: int) -> torch.Tensor:
+        count = min(count, _product(shape))
         if count == 0:
-            return torch.empty(shape, dtype=DTYPES[dtype])
+            return torch.empty(0, dtype=dtype)
         with path.open("rb") as file:
             file.seek(offset)
-            data = bytearray(file.read(count * DTYPES[dtype].itemsize))
-        return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape)
+            data = bytearray(file.read(count * dtype.itemsize))
+        return torch.frombuffer(data, dtype=dtype)
 
-    return load
+    return Tensor(name, dtype, shape, lambda: start(_product(shape)).reshape(shape), start)
 
 
 def _read_pickle(path: Path) -> list[Tensor]:
@@ -111,6 +116,33 @@ def _read_pickle(path: Path) -> list[Tensor]:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise DijiangError(f"{name} in {path.name} is {kind}: quantised weights can't be converted")
     return in_memory(tensors)
+
+
+def check_finite(shard: Path, progress: Callable[[int], None]) -> None:
+    """Reads a weight file. Raises DijiangError where it is not whole, or a tensor holds NaN or infinity.
+
+    progress: is called with the bytes of each tensor.
+    """
+    for t in read_shard(shard):
+        if t.dtype.is_floating_point and t.nbytes:
+            low, high = t.load().aminmax()  # as fast as reading; a NaN is both
+            if not (low.isfinite() and high.isfinite()):
+                kind = "NaN" if low.isnan() else "infinity"
+                raise DijiangError(f"{t.name} in {shard} holds {kind}: the model is broken, get it again")
+        progress(t.nbytes)
+
+
+def digest(folder: Path) -> str:
+    """A hash of a checkpoint's base weights: names, types, shapes and the first numbers of all tensors.
+
+    Training changes it, since that changes every tensor. Kernel parameters don't count.
+    """
+    found = hashlib.sha256()
+    tensors = [t for path in weight_files(folder) for t in read_shard(path) if ".dijiang." not in t.name]
+    for t in sorted(tensors, key=lambda t: t.name):
+        found.update(f"{t.name} {NAMES[t.dtype]} {t.shape}".encode())
+        found.update(t.start(SAMPLE).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -150,7 +182,11 @@ def _target_dtype(t: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 def in_memory(state: dict[str, torch.Tensor]) -> list[Tensor]:
     """Loaded tensors as `write_safetensors` takes tensors."""
-    return [Tensor(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in state.items()]  # type: ignore[misc]
+
+    def unread(name: str, tensor: torch.Tensor) -> Tensor:
+        return Tensor(name, tensor.dtype, tuple(tensor.shape), lambda: tensor, lambda n: tensor.flatten()[:n])
+
+    return [unread(name, tensor) for name, tensor in state.items()]
 
 
 def write_shards(

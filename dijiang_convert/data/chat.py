@@ -18,9 +18,10 @@ def chat_tokens(
 ) -> tuple[list[int], list[int] | None]:
     """The token ids of a conversation, and a mask of the same length, 1 for tokens of the assistant's answers.
 
-    The mask is None without ``answers``. A template may mark answers by ``{% generation %}``. If it does not, an answer
-    is what follows the prompt for it in the rendered conversation up to that answer. This needs a template that renders
-    the start of a conversation as the start of the whole, which is checked.
+    The mask is None without ``answers``, and 0 for answers of weight 0. A template may mark answers by
+    ``{% generation %}``. If it does not, an answer is what follows the prompt for it in the rendered conversation up to
+    that answer. This needs a template that renders the start of a conversation as the start of the whole, which is
+    checked.
 
     Raises:
         DijiangError: there is no template, it refuses the conversation, or the answers can't be told from the rest.
@@ -62,15 +63,24 @@ def _marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, i
     options |= {"chat_template": tokenizer.get_chat_template(tools=chat.tools), **tokenizer.special_tokens_map}
     messages = [{key: value for key, value in message.items() if value is not None} for message in chat.messages]
     rendered: Any = render_jinja_template(conversations=[messages], **options)
-    return rendered[1][0]
+    spans = rendered[1][0]
+    if all(message.get("weight") != 0 for message in chat.messages):
+        return spans
+    answers = [message for message in chat.messages if message["role"] == "assistant"]
+    if len(answers) != len(spans):
+        raise DijiangError(
+            f"a chat in {chat.where} has an answer of weight 0, and the tokenizer's chat template marks {len(spans)} "
+            f"of {len(answers)} answers, so it can't be told which that is: leave weights out"
+        )
+    return [span for message, span in zip(answers, spans, strict=True) if message.get("weight") != 0]
 
 
 def _found(chat: Chat, tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
     """The start and end of each answer in ``text``, the rendered conversation, found by rendering its starts."""
     spans = []
     for i, message in enumerate(chat.messages):
-        if message["role"] != "assistant" or i == 0:  # an opening message answers nothing
-            continue
+        if message["role"] != "assistant" or i == 0 or message.get("weight") == 0:
+            continue  # an opening message answers nothing
         before, through = _render(chat, tokenizer, i, prompt=True), _render(chat, tokenizer, i + 1)
         if not (text.startswith(through) and through.startswith(before)):
             raise DijiangError(

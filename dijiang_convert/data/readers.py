@@ -25,6 +25,7 @@ from ..source.hub import TIMEOUT, hub_errors
 
 HELD_OUT = {"valid", "validation", "val", "test", "dev", "eval", "evaluation"}  # words of names
 COLUMNS = ("text", "messages", "tools")  # the columns that are read
+RECORDS = {"dataset_info.json", "dataset_dict.json", "state.json"}  # what `save_to_disk` of datasets puts beside rows
 UNREADABLE = (OSError, ValueError, EOFError, NotImplementedError, zlib.error, csv.Error)  # what READERS may raise
 
 
@@ -150,12 +151,14 @@ def _fixed_part(pattern: Path) -> Path:
 
 def _files_in(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if any(_kind(file) == ".arrow" for file in files):
+        files = [file for file in files if file.name not in RECORDS]
     return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
 def _kind(path: Path) -> str:
-    """The suffix that tells a file's format, without .gz."""
-    return Path(path.name.removesuffix(".gz")).suffix
+    """The suffix that tells a file's format, in small letters and without .gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _set_aside(name: str) -> bool:
@@ -185,7 +188,7 @@ def _file_pieces(file: Path, size: int | None) -> Iterator[Piece | Chat]:
 
 
 def _open(file: Path) -> IO[str]:
-    opened: Any = gzip.open if file.suffix == ".gz" else open
+    opened: Any = gzip.open if file.suffix.lower() == ".gz" else open
     return opened(file, "rt", encoding="utf-8-sig", newline="" if _kind(file) == ".csv" else None)
 
 
@@ -224,8 +227,19 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
             yield from batch.to_pylist()
 
 
+def _arrow_rows(file: Path) -> Iterator[Any]:
+    """The rows of a file that `save_to_disk` of datasets wrote."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as batches:
+        wanted = [name for name in batches.schema.names if name in COLUMNS]
+        for batch in batches:
+            yield from batch.select(wanted or batches.schema.names).to_pylist()
+
+
 READERS: dict[str, Callable[[Path], Iterator[Any]] | None] = {
     ".txt": None, ".md": None, ".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
 }  # fmt: skip
 
 
@@ -248,7 +262,7 @@ def _documents(rows: Iterable[Any], where: str, size: int | None) -> Iterator[Pi
                     f"{where}: 'messages' of row {number} is no list of objects with 'role' and 'content'"
                 )
             if messages:
-                yield Chat(_encodable(messages), row.get("tools") or None, where)
+                yield _chat(_encodable(messages), _encodable(row.get("tools")), where, number)
         elif "text" not in row and "messages" not in row:
             names = ", ".join(map(str, row)) or "nothing"
             raise DijiangError(f"{where} has no column 'text' or 'messages', only {names}: rename the one to train on")
@@ -258,6 +272,31 @@ def _documents(rows: Iterable[Any], where: str, size: int | None) -> Iterator[Pi
             empty += 1
     if empty:
         console.print(f"{where}: {empty:,} rows without a text are left out", highlight=False, soft_wrap=True)
+
+
+def _chat(messages: list[dict[str, Any]], tools: Any, where: str, number: int) -> Chat:
+    """A conversation with each content as one text, and with tools as a list where they came as JSON text.
+
+    Raises DijiangError for content that is no text, and for tools that are no list.
+    """
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+            if not all(isinstance(text, str) for text in texts):  # as of a part that is an image
+                raise DijiangError(
+                    f"{where}: a message of row {number} has content that is no text: leave images and such out"
+                )
+            message["content"] = "".join(map(str, texts))
+        if message.get("weight", 1) not in (None, 0, 1):
+            raise DijiangError(f"{where}: a message of row {number} has weight {message['weight']}: give 0 or 1")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
+    except ValueError:
+        tools = False
+    if not isinstance(tools, list | None):
+        raise DijiangError(f"{where}: 'tools' of row {number} is no list of tools")
+    return Chat(messages, tools or None, where)
 
 
 def _encodable(value: Any) -> Any:

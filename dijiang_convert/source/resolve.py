@@ -25,23 +25,13 @@ from ..errors import DijiangError
 from ..files import read_index, read_json
 from .download import GIT_HASH, bytes_left, cache_folder, check_blob, fetch, is_plain, list_files
 from .hub import TIMEOUT, hub_errors, one_line, patiently
-
-PYTHIA_SIZES = ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
-OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b")
-
-# The models of the paper, by the short names that it uses.
-ALIASES: dict[str, str] = {
-    **{f"pythia-{size}": f"EleutherAI/pythia-{size}" for size in PYTHIA_SIZES},
-    **{f"pythia-{size}-deduped": f"EleutherAI/pythia-{size}-deduped" for size in PYTHIA_SIZES},
-    **{f"opt-{size}": f"facebook/opt-{size}" for size in OPT_SIZES},
-    "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
-    "llama2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama2-13b": "meta-llama/Llama-2-13b-hf",
-}
+from .names import ALIASES, is_hub_id, parse_name
 
 # What a conversion reads beside the weights. Only the top level counts: folders such as onnx/ and original/
 # hold other formats.
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
+COMPANIONS = (
+    "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "bpe.codes", "*.tokenizer", "LICENSE*", "README.md",
+)  # fmt: skip
 
 # A single file, or `<name>.index.json` and the shards that it lists; transformers looks in this order, too.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -72,16 +62,11 @@ class Source:
         return self.repo_id or str(self.folder)
 
 
-def is_hub_id(text: str) -> bool:
-    """Whether `text` has the form owner/name; legacy names without an owner do not count."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.ASCII) is not None
-
-
 def resolve(source: str, revision: str | None = None) -> Source:
-    """Find out what `source` means: an existing folder, else an alias, else a Hub id, pinned to a commit.
+    """Find out what `source` means: an existing folder, else a name of `parse_name`, pinned to a commit.
 
     Raises:
-        DijiangError: no such folder, alias or repository, a revision given with a folder, or a Hub that
+        DijiangError: no such folder, alias or repository, a revision given with a folder or twice, or a Hub that
             refuses or can't be reached.
     """
     path = Path(os.path.expanduser(source))  # Path.expanduser raises where there is no such user
@@ -97,7 +82,7 @@ def resolve(source: str, revision: str | None = None) -> Source:
         raise DijiangError(f"no such folder: {source}")
 
     alias = source.lower()
-    repo_id = ALIASES.get(alias, source)
+    repo_id, revision = parse_name(source, revision)
     if not is_hub_id(repo_id):
         folders = [found.parent.name for found in Path().glob("*/config.json")]
         near = [*difflib.get_close_matches(source, folders, n=2), *difflib.get_close_matches(alias, ALIASES, n=2)]

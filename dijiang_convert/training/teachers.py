@@ -9,9 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoint.loading import load_any, load_converted
+from ..checkpoint.shards import digest
 from ..errors import DijiangError
 from ..recipe import Stage
-from ..source.resolve import is_hub_id, read_config, resolve
+from ..source.names import is_hub_id
+from ..source.resolve import read_config, resolve
 
 
 def is_its_own_teacher(stage: Stage, trained: set[str]) -> bool:
@@ -45,9 +47,16 @@ def find_teachers(
     """The model that each stage learns from, None where there is none to load.
 
     folder, section: the converted checkpoint and the section ``dijiang`` of its config. given: a source that the user
-    names as the teacher. Raises DijiangError where the original can't be told.
+    names as the teacher. Raises DijiangError where the original can't be told: the checkpoint's base weights may be
+    the teacher only as long as nothing but `convert` and `finetune` has written them.
     """
     before = {step["train"] for step in section["history"]}
+    distills = any(stage.objective == "distillation" for stage in plan)
+    if distills and given is None and before <= {"kernel"} and digest(folder) != section.get("base_weights"):
+        raise DijiangError(
+            f"{folder} has other base weights than `dijiang` wrote, so they may not be the original's: "
+            f"give that model with --teacher (it was {section['source']})"
+        )
     return [
         _find_teacher(stage, folder, section, before | {each.train for each in plan[:i]}, given)
         for i, stage in enumerate(plan)

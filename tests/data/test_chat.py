@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,45 @@ def test_a_column_of_tools_reaches_the_template(chatty: Any, tmp_path: Path) -> 
     chat = {"messages": CHAT, "tools": [{"name": "calculator"}]}
     rows = token_rows(write_lines(tmp_path / "a.jsonl", [chat]), chatty, seq_len=64, tokens=64)
     assert any("calculator" in chatty.decode(rows[i]["input_ids"]) for i in range(len(rows)))
+
+
+def test_tools_may_be_json_text_and_contents_lists_of_parts(chatty: Any, tmp_path: Path) -> None:
+    chatty.chat_template = "{% if tools %}{{ tools[0]['name'] }}{% endif %}" + MARKED
+    parts = [{**m, "content": [{"type": "text", "text": m["content"][:3]}, m["content"][3:]]} for m in CHAT]
+    tools = [{"name": "calculator"}]
+    plain = write_lines(tmp_path / "a.jsonl", [{"messages": CHAT, "tools": tools}])
+    other = write_lines(tmp_path / "b.jsonl", [{"messages": parts, "tools": json.dumps(tools)}])
+    one, two = (token_rows(name, chatty, seq_len=64, tokens=64) for name in (plain, other))
+    assert torch.equal(one.ids, two.ids) and torch.equal(one.marks, two.marks)
+    assert "calculator" in chatty.decode(two.ids.flatten())
+
+    image = [{"role": "user", "content": [{"type": "image", "url": "a.png"}]}, CHAT[2]]
+    for rows, expected in (
+        ({"messages": image}, "row 1 has content that is no text"),
+        ({"messages": CHAT, "tools": "{not json"}, "'tools' of row 1 is no list of tools"),
+        ({"messages": CHAT, "tools": {"name": "a"}}, "'tools' of row 1 is no list of tools"),
+        ({"messages": [*CHAT, {**CHAT[2], "weight": 0.5}]}, "row 1 has weight 0.5: give 0 or 1"),
+    ):
+        name = write_lines(tmp_path / "c.jsonl", [rows])
+        assert expected in refusal(lambda name=name: token_rows(name, chatty, seq_len=8, tokens=8))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("template", [MARKED, PLAIN])
+def test_answers_of_weight_0_are_read_and_not_learnt(template: str, chatty: Any, tmp_path: Path) -> None:
+    chatty.chat_template = template
+    chat = [dict(message) for message in CHAT]
+    chat[2]["weight"], chat[4]["weight"] = 0, 1
+    rows = token_rows(write_lines(tmp_path / "a.jsonl", [{"messages": chat}]), chatty, seq_len=64, tokens=64)
+    assert "return a + b" in chatty.decode(rows.ids[0])
+    learnt = [answer for i in range(len(rows)) for answer in answers(rows[i], chatty)]
+    assert learnt and all("import this" in answer and "return" not in answer for answer in learnt)
+
+
+def test_a_template_that_marks_some_answers_can_not_have_weights(chatty: Any, tmp_path: Path) -> None:
+    chatty.chat_template = MARKED.replace("== 'assistant'", "== 'assistant' and loop.last")
+    chat = [*CHAT[:4], {**CHAT[4], "weight": 0}]
+    name = write_lines(tmp_path / "a.jsonl", [{"messages": chat}])
+    assert "marks 1 of 2 answers" in refusal(lambda: token_rows(name, chatty, seq_len=8, tokens=8))
 
 
 def test_a_template_that_rewords_the_past_is_refused(chatty: Any, tmp_path: Path) -> None:

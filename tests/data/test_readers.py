@@ -240,6 +240,31 @@ def test_folders_name_splits_too(name: str, tmp_path: Path, monkeypatch: pytest.
             assert [piece.text for piece in Source(f"corpus/{split}").pieces(None, None, held_out)] == [split]
 
 
+def test_what_datasets_saved_to_disk(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = {"train": ["one", "two", "three"], "test": ["four"]}
+    splits = {name: datasets.Dataset.from_dict({"id": texts, "text": texts}) for name, texts in rows.items()}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "both"))
+    splits["train"].shuffle(seed=0).select(range(2)).save_to_disk(str(tmp_path / "some"), num_shards=2)
+    assert read(str(tmp_path / "both")) == rows["train"]
+    assert read(str(tmp_path / "both"), held_out=True) == rows["test"]
+    assert read(str(tmp_path / "both" / "test")) == rows["test"]
+    assert len(read(str(tmp_path / "some"))) == 2
+    splits["train"].remove_columns("text").save_to_disk(str(tmp_path / "none"))
+    assert "no column 'text' or 'messages', only id" in refusal(lambda: read(str(tmp_path / "none")))
+    (tmp_path / "none" / "data-00000-of-00001.arrow").write_bytes(b"cut short")
+    assert "can't read" in refusal(lambda: read(str(tmp_path / "none")))
+
+
+def test_suffixes_in_capital_letters(tmp_path: Path) -> None:
+    (tmp_path / "ONE.TXT").write_text("one")
+    with gzip.open(tmp_path / "TWO.JSONL.GZ", "wt") as file:
+        file.write('{"text": "two"}')
+    assert read(str(tmp_path)) == ["one", "two"]
+
+
 def test_rows_without_a_text_are_counted_and_others_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a"}\n{"text": null}\n{"text": "half a pair \\ud83d here"}\n{"text": null}\n')
@@ -247,7 +272,7 @@ def test_rows_without_a_text_are_counted_and_others_named(tmp_path: Path, capsys
     assert capsys.readouterr().err == f"{file}: 2 rows without a text are left out\n"
     file.write_text('{"messages": [{"role": "user", "content": [{"text": "\\ud83d!"}]}]}')
     (chat,) = Source(str(file)).pieces(None, None, False)
-    assert isinstance(chat, Chat) and chat.messages == [{"role": "user", "content": [{"text": "\ufffd!"}]}]
+    assert isinstance(chat, Chat) and chat.messages == [{"role": "user", "content": "\ufffd!"}]
     for row, kind in (("[1]", "list"), ("5", "int"), ('"text"', "str")):
         file.write_text('{"text": "a"}\n' + row)
         assert refusal(lambda: [*Source(str(file)).pieces(None, None, False)]).endswith(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dijiang_convert.errors import DijiangError
-from dijiang_convert.source.resolve import ALIASES, Source, download, is_hub_id, read_config, resolve
+from dijiang_convert.source.names import ALIASES, PLAIN_IDS, is_hub_id, parse_name
+from dijiang_convert.source.resolve import Source, download, read_config, resolve
 from tests.hub import Hub
 from tests.refusals import message
 from tests.source.repositories import BASE, CONFIG, WEIGHTS, names
@@ -77,11 +78,51 @@ def test_revision_is_pinned_to_its_commit(hub: Hub) -> None:
     assert read_config(source)["model_type"] == "opt"
 
 
+@pytest.mark.parametrize(
+    ("text", "repo_id", "revision"),
+    [
+        ("https://huggingface.co/owner/na.me", "owner/na.me", None),
+        ("http://www.huggingface.co/owner/name/", "owner/name", None),
+        ("https://hf.co/owner/name/tree/step1000", "owner/name", "step1000"),
+        ("https://huggingface.co/owner/name/blob/main/config.json?raw=true", "owner/name", "main"),
+        ("owner/name@step1000", "owner/name", "step1000"),
+        ("owner/name@refs/pr/1", "owner/name", "refs/pr/1"),
+        ("gpt2", "openai-community/gpt2", None),
+        ("bert-base-uncased", "google-bert/bert-base-uncased", None),
+        ("Pythia-70M", "EleutherAI/pythia-70m", None),
+        ("https://example.com/owner/name", "https://example.com/owner/name", None),
+        ("name@main", "name@main", None),
+    ],
+)
+def test_what_people_call_a_model(text: str, repo_id: str, revision: str | None) -> None:
+    assert parse_name(text, None) == (repo_id, revision)
+    if revision is not None:
+        assert parse_name(text, revision) == (repo_id, revision)
+        with pytest.raises(DijiangError) as call:
+            parse_name(text, "other")
+        assert message(call).endswith(f"is at {revision}, and --revision says other: give one of them")
+
+
+def test_an_address_and_an_id_with_a_revision_are_found(hub: Hub) -> None:
+    old = hub.add_repo("sources/named", BASE)
+    hub.repos["sources/named"].branches["step1000"] = old
+    new = hub.add_repo("sources/named", BASE | {"config.json": '{"model_type": "opt"}'})
+    assert resolve("https://huggingface.co/sources/named").revision == new
+    for text in ("sources/named@step1000", "https://huggingface.co/sources/named/tree/step1000"):
+        assert resolve(text) == Source("named", "sources/named", old, None)
+    assert resolve("sources/named@step1000").name == "named"
+
+
 def test_license_comes_from_the_model_card(hub: Hub) -> None:
     hub.add_repo("sources/licensed", BASE | {"README.md": "---\nlicense: apache-2.0\n---\n\nA model.\n"})
     hub.add_repo("sources/unlicensed", BASE)
     assert resolve("sources/licensed").card.get("license") == "apache-2.0"
     assert resolve("sources/unlicensed").card.get("license") is None
+
+
+def test_plain_ids_have_one_owner_each() -> None:
+    assert all(is_hub_id(repo_id) and repo_id.endswith(f"/{name}") for name, repo_id in PLAIN_IDS.items())
+    assert not PLAIN_IDS.keys() & ALIASES.keys()
 
 
 def test_near_miss_of_an_alias_is_suggested() -> None:
