@@ -351,7 +351,9 @@ def _write(
     longest = max(stage.seq_len for stage, _ in zip(plan, results, strict=False))
     config = extended_config(config, converted_config(source), longest)
     history = [*config["dijiang"]["history"], *done]
-    section = {**config["dijiang"], "made_with": made_with(), "history": history, "base_weights": digest(target)}
+    section = {**config["dijiang"], "made_with": made_with(), "history": history}
+    if digest(source) == section.get("base_weights"):  # else something other than this tool has changed them
+        section["base_weights"] = digest(target)
     write_json(target / "config.json", {**config, "dijiang": section})
     write_code(target)
     write_card(target)

@@ -253,6 +253,28 @@ def test_a_trained_checkpoint_needs_its_original_again(tuned: Path, text: str, t
     assert result.stages[0].first_loss > 0
 
 
+def test_base_weights_that_something_else_trained_are_not_the_original(
+    converted: Path, text: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "edited"
+    shutil.copytree(converted, folder)
+    path = next(path for path in weight_files(folder) if any(".dijiang." not in t.name for t in read_shard(path)))
+    state = load_file(path)
+    name = next(name for name in state if name.endswith("dense.weight"))
+    state[name] += 1e-3
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(DijiangError, match="has other base weights than `dijiang` wrote") as call:
+        finetune(folder, tmp_path / "out", data=text, stages=["distill"], **SHORT)
+    assert "--teacher (it was demo_model)" in str(call.value)
+    finetune(folder, tmp_path / "out", data=text, stages=["transfer"], **SHORT)  # its own attention, whatever that is
+    with pytest.raises(DijiangError, match="has other base weights than `dijiang` wrote"):
+        finetune(tmp_path / "out", tmp_path / "again", data=text, stages=["distill"], **SHORT)
+    finetune(folder, tmp_path / "told", data=text, stages=["distill"], teacher=str(MODEL), **SHORT)
+
+    finetune(converted, tmp_path / "half", data=text, stages=["transfer"], **SHORT)
+    finetune(tmp_path / "half", tmp_path / "whole", data=text, stages=["distill"], **SHORT)  # kernels alone changed
+
+
 def test_without_a_checkpoint_it_takes_the_only_one_here(
     converted: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,7 +101,7 @@ def test_generate_streams_what_it_returns(converted: str) -> None:
     assert result["tokens_per_second"] > 0
     pieces: list[str] = []
     assert generate(converted, prompt, max_new_tokens=30, write=pieces.append).text == result["text"]
-    assert "".join(pieces) == result["text"]
+    assert "".join(pieces) == prompt + result["text"]
     shown = CliRunner().invoke(app, ["generate", converted, prompt, "--max-new-tokens", "30"])
     assert shown.stdout == prompt + result["text"] + "\n"
 
