@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 # A file of tests shares what it makes first: it stays in one process.
 IN_PARALLEL := --numprocesses auto --dist loadfile
 
-.PHONY: demo test test-oldest lint types check sweep hub clean
+.PHONY: demo test test-slow test-oldest lint types check sweep hub clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dijiang demo --force
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(IN_PARALLEL)
+
+# Tests that take minutes: thousands of examples of bad input, and sizes that would take all memory.
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
 
 # The code of checkpoints, and conversion, with the oldest transformers that pyproject.toml allows.
 test-oldest: $(VENV)-oldest/.installed

@@ -1,6 +1,7 @@
 """The command line: a thin skin over the package's functions. Results go to stdout, progress and errors to stderr."""
 
 import dataclasses
+import errno
 import functools
 import gc
 import json
@@ -16,8 +17,8 @@ import typer
 
 from . import __version__, show
 from .architecture.layers import LAYER_SPECS
-from .errors import DijiangError
-from .files import ACCELERATE
+from .errors import DijiangError, printable, without_steering
+from .files import ACCELERATE, is_of_full_disk
 
 app = typer.Typer(
     help="Convert any pretrained Transformer to DiJiang attention: O(1) per generated token.",
@@ -31,7 +32,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder.")]
 Recipe = Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")]
 RecipeFor = Annotated[
-    str | None, typer.Option(help="A recipe's name, or a YAML file. [default: default, or encoder for an encoder]")
+    str | None, typer.Option(help="A recipe's name, or a YAML file.", show_default="default; encoder for an encoder")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Layers = Annotated[str, typer.Option(help=f"{LAYER_SPECS}.")]
@@ -64,24 +65,27 @@ def command(name: str, epilog: str | None = None) -> Callable[[Callable[..., Any
         @functools.wraps(function)
         def run(*args: Any, json_output: bool = False, debug: bool = False, **kwargs: Any) -> None:
             try:
-                result, show = function(*args, json_output=json_output, debug=debug, **kwargs)
+                result, shown = function(*args, json_output=json_output, debug=debug, **kwargs)
+                if _is_first_process():  # the first process speaks for all
+                    with show.writing():
+                        print(json.dumps(dataclasses.asdict(result))) if json_output else shown(result)
             except BrokenPipeError:  # typer ends quietly where whoever read the output is gone, as in `… | head`
                 raise
             except KeyboardInterrupt:
-                _fail("stopped; nothing half-written was left behind" + _resume_hint(name), debug)
+                goes_on = name == "finetune" and not kwargs.get("dry_run")
+                _fail("stopped; nothing half-written was left behind" + "; go on with --resume" * goes_on, debug)
             except DijiangError as error:
                 _fail(str(error), debug)
             except typer.BadParameter:
                 raise
             except Exception as error:
+                if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                    _fail(f"{str(error.filename)[:40]}… is too long for the name of a file: give a shorter one", debug)
+                if is_of_full_disk(error):
+                    where = f" of {error.filename}" if isinstance(error, OSError) and error.filename else ""
+                    _fail(f"no space left on the disk{where}: free some, then try again", debug)
                 reason = " ".join(str(error).split())[:300]
                 _fail(f"unexpected {type(error).__name__}: {reason}: --debug shows where", debug)
-            if not _is_first_process():  # the first process speaks for all
-                return
-            if json_output:
-                print(json.dumps(dataclasses.asdict(result)))
-            else:
-                show(result)
 
         return run
 
@@ -92,9 +96,9 @@ def _fail(message: str, debug: bool) -> None:
     from .source.hub import redact
 
     if debug:  # the traceback is that of the exception being handled
-        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        print(without_steering(redact(traceback.format_exc())), end="", file=sys.stderr)
         raise typer.Exit(1) from None
-    message = redact(message)
+    message = printable(redact(message))
     if os.environ.get("LOCAL_RANK", "0") == "0" or message.startswith("unexpected"):
         print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(1) from None
@@ -113,10 +117,6 @@ def loading() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def _resume_hint(name: str) -> str:
-    return "; go on with --resume" if name == "finetune" else ""
 
 
 def _check_push(repo: str | None) -> None:
@@ -156,7 +156,7 @@ def main(
 @command("convert")
 def convert(
     source: Annotated[str, typer.Argument(help="Alias (pythia-410m), Hub id, or folder.")],
-    out: Annotated[Path | None, typer.Option(help="Output folder. [default: ./NAME-dijiang]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder.", show_default="./NAME-dijiang")] = None,
     recipe: RecipeFor = None,
     revision: Revision = None,
     dtype: Annotated[str | None, typer.Option(help="Rewrite weights as float32, float16 or bfloat16.")] = None,
@@ -188,14 +188,23 @@ def convert(
     return _pushed(result, push, private), show.conversion
 
 
+def _no_recipe(name: str | None) -> None:
+    if name is not None:
+        raise typer.BadParameter(
+            "the checkpoint has its recipe from dijiang convert --recipe; --set KEY=VALUE changes it"
+        )
+
+
 @command(
     "finetune",
     "Several GPUs: accelerate launch --config_file FILE --num_processes N -m dijiang_convert finetune CHECKPOINT …, "
     f"FILE one of ddp.yaml and fsdp2.yaml in {ACCELERATE}",
 )
 def finetune(
-    checkpoint: Annotated[Path | None, typer.Argument(help="[default: the converted one in this folder]")] = None,
-    out: Annotated[Path | None, typer.Option(help="Output folder. [default: CHECKPOINT-finetuned]")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A converted checkpoint.", show_default="the one in this folder")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder.", show_default="CHECKPOINT-finetuned")] = None,
     data: Corpora = None,
     tokens: Tokens = None,
     stage: Annotated[list[str] | None, typer.Option(help="Run this stage; several run in the order given.")] = None,
@@ -211,6 +220,7 @@ def finetune(
     report: Annotated[bool, typer.Option("--report/--no-report", help="Leave report.html and plots.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it takes, and write nothing.")] = False,
     seed: Annotated[int, typer.Option(help="Of the data's order and the adapters.")] = 0,
+    recipe: Annotated[str | None, typer.Option(hidden=True, callback=_no_recipe)] = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> Any:
@@ -262,7 +272,9 @@ def generate(
     chat: Annotated[
         bool | None,
         typer.Option(
-            "--chat/--raw", help="Ask through the chat template, or continue the text. [default: --chat if it has one]"
+            "--chat/--raw",
+            help="Ask through the chat template, or continue the text.",
+            show_default="--chat if it has one",
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the system says first in a chat.")] = None,
@@ -278,9 +290,15 @@ def generate(
 
     result = generate(
         checkpoint, prompt, chat=chat, system=system, max_new_tokens=max_new_tokens, temperature=temperature,
-        seed=seed, write=None if json_output else functools.partial(print, end="", flush=True),
+        seed=seed, write=None if json_output else _write,
     )  # fmt: skip
     return result, show.generation
+
+
+def _write(text: str) -> None:
+    """Writes a piece of generated text, to a terminal without what would steer it."""
+    with show.writing():
+        print(without_steering(text) if sys.stdout.isatty() else text, end="")
 
 
 @command("bench")
@@ -292,19 +310,20 @@ def bench(
     decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after the prompt.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Figures are medians of so many turns.")] = 3,
     via: Annotated[str, typer.Option(help="generate, or forward: call the model token by token.")] = "generate",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, … [default: a GPU if there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …", show_default="a GPU if there is one")] = None,
     dtype: Annotated[str | None, typer.Option(help="Run in float32, float16 or bfloat16.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw speed against length.")] = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> Any:
     """Time prefill and decoding by length, and measure memory."""
-    from .benchmark import benchmark
+    counts, sizes = _numbers("--lengths", lengths), _numbers("--batch-size", batch_size)
+    with loading():
+        from .benchmark import benchmark
 
     result = benchmark(
-        checkpoint, baseline=baseline, lengths=_numbers("--lengths", lengths),
-        batch_sizes=_numbers("--batch-size", batch_size), decode_tokens=decode_tokens, repeats=repeats, via=via,
-        device=device, dtype=dtype, plot=plot,
+        checkpoint, baseline=baseline, lengths=counts, batch_sizes=sizes, decode_tokens=decode_tokens,
+        repeats=repeats, via=via, device=device, dtype=dtype, plot=plot,
     )  # fmt: skip
     return result, show.benchmark
 

@@ -23,16 +23,17 @@ from .architecture.layers import staying_softmax
 from .architecture.trace import skeleton
 from .checkpoint.card import write_card
 from .checkpoint.companions import (
+    check_links,
     copy_companions,
     made_with,
-    module_folders,
     without_attention,
     without_code,
     write_code,
 )
-from .checkpoint.loading import check_weights, load_tokenizer, silence
+from .checkpoint.loading import check_generation_config, check_weights, load_tokenizer, silence
 from .checkpoint.shards import (
     check_finite,
+    check_size,
     digest,
     drop_tensors,
     wrapper_prefix,
@@ -41,10 +42,19 @@ from .checkpoint.shards import (
 )
 from .checkpoint.tokenizers import check_tokenizer, source_tokenizer
 from .errors import DijiangError, Unsupported
-from .files import check_out, check_pointers, default_out, new_folder, paths_of, weight_files
+from .files import (
+    check_beside,
+    check_out,
+    check_pointers,
+    default_out,
+    new_folder,
+    paths_of,
+    remove_leftovers,
+    weight_files,
+)
 from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS, Kernel
 from .modeling.modeling_dijiang import attach
-from .progress import bytes_bar, console
+from .progress import bytes_bar, say
 from .recipe import Recipe, load_recipe
 from .source.resolve import Source, check_space, download, read_config, resolve
 
@@ -59,7 +69,8 @@ class ConvertResult:
     """What `convert` did, or with ``dry_run`` would do. ``seconds`` is wall-clock time.
 
     linked: "reflink" or "hard link", where the source's weights were linked and not copied. calibration: what was
-    measured, see `Calibration`. pushed: the repository's address, set by the command line's ``--push``.
+    measured, see `Calibration`. calibration_tokens: in a dry run, about how many tokens that would be measured on.
+    pushed: the repository's address, set by the command line's ``--push``.
     """
 
     out: str
@@ -74,6 +85,7 @@ class ConvertResult:
     pushed: str | None = None
     linked: str | None = None
     calibration: "Calibration | None" = None
+    calibration_tokens: int = 0
 
 
 class Swap(TypedDict, total=False):
@@ -131,9 +143,11 @@ def convert(
     plan = _plan(config, **swap)
     architecture, softmax = plan.architecture, plan.softmax
     target = Path(out).expanduser() if out is not None else default_out(found.name)
+    if not dry_run:
+        remove_leftovers(target)
+    check_beside(target, source)
     check_out(target, force, [source, *paths_of(swap.get("data"))])
-    new = architecture.new_tensors(plan.recipe.kernel)
-    parameters = sum(t.numel() for t in new.values())  # each layer has as many
+    parameters = architecture.new_parameters(plan.recipe.kernel)  # each layer has as many
     parameters = parameters * (len(architecture.layers.layers) - softmax) // max(len(architecture.layers.layers), 1)
     result = ConvertResult(
         out=str(target),
@@ -145,6 +159,7 @@ def convert(
         total_parameters=architecture.parameters + parameters,
         seconds=0.0,
         dry_run=dry_run,
+        calibration_tokens=_calibration_tokens(plan) if dry_run else 0,
     )
     linked, calibration = None, None
     if not dry_run:
@@ -154,19 +169,22 @@ def convert(
         tokenizer = None
         if architecture.model_class.main_input_name == "input_ids":
             tokenizer = source_tokenizer(found.folder)
-        module_folders(found.folder)
+        check_generation_config(found.folder)
+        check_links(found.folder)
         shards = weight_files(found.folder)
         size = sum(shard.stat().st_size for shard in shards)
         with bytes_bar("checking", size) as advance:
             for shard in shards:
                 check_finite(shard, advance)
+        check_size(shards, architecture.parameters, found)
+        new = architecture.new_tensors(plan.recipe.kernel)
         wrapper = wrapper_prefix(shards)
         if link and shards[0].suffix != ".safetensors":
             raise DijiangError(f"--link keeps the source's files, and {shards[0].name} must be rewritten: leave it out")
         if link and wrapper:
             raise DijiangError(f"--link keeps the source's files, whose tensors are named {wrapper}…: leave it out")
         if wrapper:
-            console.print(f"tensors are written without {wrapper} before their names, as transformers names them")
+            say(f"tensors are written without {wrapper} before their names, as transformers names them")
         check_space({target: 0 if link else size})
         with new_folder(target, force) as folder:
             copy_companions(found.folder, folder)
@@ -231,6 +249,14 @@ def _plan(
     if data is not None:
         raise DijiangError("--data is the text to calibrate on: add --calibrate, or --layers auto:N")
     return _Plan(chosen, architecture)
+
+
+def _calibration_tokens(plan: _Plan) -> int:
+    if plan.corpus is None:
+        return 0
+    from .measure.calibrate import TOKENS
+
+    return TOKENS
 
 
 def _check_calibration(recipe: Recipe, architecture: Architecture, softmax: int) -> None:

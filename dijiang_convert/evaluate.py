@@ -17,14 +17,14 @@ from .checkpoint.quality import add_quality
 from .checkpoint.shards import read_checkpoint
 from .data.images import open_images
 from .data.readers import Sources, hub_names
-from .data.rows import token_rows
+from .data.rows import Rows, token_rows
 from .errors import DijiangError
 from .measure.fidelity import measure
 from .measure.likeness import Likeness, likeness
 from .measure.recall import DISTANCES, PASSAGE, TEXTS, Recall
 from .measure.recall import recall as measure_recall
 from .modeling.configuration_dijiang import read_section
-from .progress import console
+from .progress import say
 from .source.resolve import download, resolve
 from .training.plan import held_whole, source_context
 
@@ -115,8 +115,6 @@ def _evaluate(
         return _evaluate_images(checkpoint, model, other, data, max_tokens)
     tokenizer = load_tokenizer(checkpoint)
     length = seq_len or min(getattr(model.config.get_text_config(), "max_position_embeddings", 2048), 2048)
-    if getattr(model.config, "dijiang", None) and length > (context := source_context(model.config)):
-        console.print(f"rows of {length:,} tokens are longer than the original's context of {context:,}")
     whole = not generates(model)
     if whole and seq_len is None:
         length = min(length, tokenizer.model_max_length)
@@ -124,14 +122,14 @@ def _evaluate(
         data if data is not None else DEFAULT_DATA, tokenizer,
         seq_len=length, tokens=max_tokens, held_out=True, shuffle_seed=None, whole=whole,
     )  # fmt: skip
-    if getattr(model.config, "dijiang", None) and length <= (held := held_whole(*read_section(model.config))):
-        told = f"rows of {length:,} tokens show no loss: the table holds {held:,}; take a longer --seq-len"
-        console.print(told, soft_wrap=True, highlight=False)
     if whole:
         if tasks:
             raise DijiangError(f"{checkpoint} predicts no next token: lm-eval's tasks need that, leave --tasks out")
         if wants_recall:
             raise DijiangError(f"{checkpoint} predicts no next token: leave --recall out")
+    texts = _recall_texts(rows, length) if wants_recall else None
+    _tell_length(model, length)
+    if whole:
         assert other is not None
         return EvalResult(None, rows.tokens, length, [], likeness=likeness(model, other, rows))
     totals = measure(model, rows, other)
@@ -152,17 +150,32 @@ def _evaluate(
             "top1_agreement": float(totals["agreement"].sum() / count),
             "ratio_by_position": _ratios(totals),
         }
-    if wants_recall:
-        texts = rows.ids[rows.lengths == length][:TEXTS]
-        if not len(texts) or length < DISTANCES[0] + PASSAGE:
-            raise DijiangError(
-                f"--recall needs rows of {DISTANCES[0] + PASSAGE} tokens at least (they have {length}), and texts that "
-                f"fill one (the longest has {int(rows.lengths.max())}): give longer texts, or leave --recall out"
-            )
+    if texts is not None:
         result["recall"] = measure_recall(model, texts)
         if other is not None:
             result["baseline_recall"] = measure_recall(other, texts)
     return EvalResult(**result, tasks=_lm_eval(model, tokenizer, tasks) if tasks else {})
+
+
+def _recall_texts(rows: Rows, length: int) -> Tensor:
+    """The rows that recall is measured on, [n, length]. Raises DijiangError if there are none long enough."""
+    texts = rows.ids[rows.lengths == length][:TEXTS]
+    if not len(texts) or length < DISTANCES[0] + PASSAGE:
+        raise DijiangError(
+            f"--recall needs rows of {DISTANCES[0] + PASSAGE} tokens at least (they have {length}), and texts that "
+            f"fill one (the longest has {int(rows.lengths.max())}): give longer texts, or leave --recall out"
+        )
+    return texts
+
+
+def _tell_length(model: PreTrainedModel, length: int) -> None:
+    """Says where rows of ``length`` tokens are longer than the original could read, or too short to show a loss."""
+    if getattr(model.config, "dijiang", None) is None:
+        return
+    if length > (context := source_context(model.config)):
+        say(f"rows of {length:,} tokens are longer than the original's context of {context:,}")
+    if length <= (held := held_whole(*read_section(model.config))):
+        say(f"rows of {length:,} tokens show no loss: the table holds {held:,}; take a longer --seq-len")
 
 
 def _evaluate_images(

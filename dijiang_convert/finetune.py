@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint.card import write_card
-from .checkpoint.companions import copy_companions, made_with, write_code
+from .checkpoint.companions import check_links, copy_companions, made_with, write_code
 from .checkpoint.loading import (
     converted_config,
     default_device,
@@ -35,7 +35,7 @@ from .data.images import Images, image_files, image_tokens, open_images
 from .data.readers import Sources, hub_names
 from .data.rows import Rows, check_data
 from .errors import DijiangError
-from .files import check_out, paths_of
+from .files import check_beside, check_out, paths_of, remove_leftovers, telling_full_disk
 from .measure.likeness import Likeness
 from .measure.probe import (
     PROBES,
@@ -51,9 +51,10 @@ from .measure.probe import (
 )
 from .measure.report import LOG, REPORT, write_report
 from .modeling.configuration_dijiang import read_section
-from .progress import console
+from .progress import console, say
 from .recipe import Recipe, Stage, parse_recipe
 from .training import processes
+from .training.checkpoints import GO_ON
 from .training.estimate import StageCost, free_memory, plan_costs, told, warning
 from .training.gather import corpus_of, fingerprint, gather
 from .training.log import TrainingLog
@@ -145,8 +146,10 @@ def finetune(
     section = config["dijiang"]
     whole = folder.resolve()
     target = Path(out).expanduser() if out is not None else whole.with_name(f"{whole.name}-finetuned")
+    check_beside(target, folder)
     if not section["layers"]:
         raise DijiangError(f"no layer of {folder} was converted: it is its original still, convert some with --layers")
+    check_links(folder)
     recipe = _recipe(section)
     seed, seq_len, settings = run.pop("seed", 0), run.get("seq_len"), run.get("settings", ())
     plan = make_plan(recipe, own_data=data is None, **run)  # type: ignore[misc]  # there is no seed in it any more
@@ -179,39 +182,43 @@ def finetune(
         check_out(target, force, [folder, *paths_of(data), *paths_of(teacher)])
         if warning(costs, free) is None:
             costs = timed(costs, plan, folder, copies)
-        console.print(*notes, sep="\n", soft_wrap=True, highlight=False, end="\n" if notes else "")
+        say(*notes)
         return FinetuneResult(str(target), [], time.perf_counter() - start, costs, free, dry_run=True)
     options = {
         "data": [fingerprint(corpus) for corpus in corpora], "seed": seed, "teacher": teacher, "report": report,
     }  # fmt: skip
+    if here.is_main_process:
+        remove_leftovers(target)
     kept = RunFolder(target, plan, options, resume, force)
     if not kept.finished:
         check_out(target, force, [folder, *paths_of(data), *paths_of(teacher)])
-    kept.begin()
     probes = dict[str, Probe | Likeness]()
     held: HeldOut | None = None
     rows: Sequence[Rows | Images]
     total = sum(stage.tokens for stage in plan)
     try:
-        if tokenizer is None:
-            rows = [open_images(corpus, folder, parsed) for corpus in corpora]
-            held = images_aside(open_images(corpora[-1], folder, parsed, held_out=True), total) if report else None
-        else:
-            rows = texts = gather(corpora, tokenizer, plan, seed, kept, whole=not of_language)
-            if report:
-                aside = kept.folder / "aside.pt"
-                kept.wait_for(aside)
-                held, rows = kept_aside(aside, corpora[-1], tokenizer, texts, total)
+        with telling_full_disk(kept.folder, "free some or choose another --out"):
+            kept.begin()
+            if tokenizer is None:
+                rows = [open_images(corpus, folder, parsed) for corpus in corpora]
+                held = images_aside(open_images(corpora[-1], folder, parsed, held_out=True), total) if report else None
+            else:
+                rows = texts = gather(corpora, tokenizer, plan, seed, kept, whole=not of_language)
+                if report:
+                    aside = kept.folder / "aside.pt"
+                    kept.wait_for(aside)
+                    held, rows = kept_aside(aside, corpora[-1], tokenizer, texts, total)
     except DijiangError:
         if not resume:
             kept.discard()
         raise
-    console.print(*told(costs, free), *notes, sep="\n", soft_wrap=True, highlight=False)
+    say(*told(costs, free), *notes)
     if held is not None and here.is_main_process:
         probes = read_probes(kept.folder / PROBES)
         if not probes and kept.latest is None:
             probes = first_probes(folder, tokenizer, held)
-            write_probes(kept.folder / PROBES, probes)
+            with telling_full_disk(kept.folder, GO_ON):
+                write_probes(kept.folder / PROBES, probes)
     here.wait_for_everyone()
     device = default_device() if here.num_processes == 1 else here.device
     if processes.is_sharded():  # the whole model may not fit a GPU
@@ -233,7 +240,8 @@ def finetune(
         del model, guide
     kept.finish(target, force)
     if report and here.is_main_process:  # the result is safe now
-        _report(target, folder, tokenizer, recipe, plan, probes, held, corpora[-1])
+        with telling_full_disk(target, GO_ON):
+            _report(target, folder, tokenizer, recipe, plan, probes, held, corpora[-1])
     kept.remove()
     here.wait_for_everyone()
     return FinetuneResult(str(target), results, time.perf_counter() - start, costs, free)
@@ -253,7 +261,7 @@ def _only_checkpoint() -> Path:
         names = f": {', '.join(map(str, found))}" if found else ""
         count = len(found) or "no"
         raise DijiangError(f"{count} converted checkpoints in the current folder{names}: name the one to finetune")
-    console.print(f"finetuning {found[0]}")
+    say(f"finetuning {found[0]}")
     return found[0]
 
 

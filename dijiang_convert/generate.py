@@ -128,10 +128,15 @@ def _continue(
     streamer = None if write is None else _Streamer(tokenizer, lambda text: write(next(before, "") + text))
     ids = ids.to(model.device)
     start = time.perf_counter()
-    output = model.eval().generate(  # type: ignore[operator]
-        input_ids=ids, attention_mask=torch.ones_like(ids), **options, streamer=streamer,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )[0, ids.shape[1] :]  # fmt: skip
+    try:
+        output = model.eval().generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=torch.ones_like(ids), **options, streamer=streamer, tokenizer=tokenizer,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            return_dict_in_generate=False,
+        )[0, ids.shape[1] :]  # fmt: skip
+    except (ValueError, ImportError) as error:  # what a generation_config.json asks for may not run
+        reason = " ".join(str(error).split())[:200]
+        raise DijiangError(f"this model's generate() refuses, by its generation_config.json: {reason}") from error
     seconds = time.perf_counter() - start
     text = str(tokenizer.decode(output, skip_special_tokens=True))
     return GenerateResult(prompt, text, len(output), len(output) / seconds)

@@ -73,7 +73,7 @@ def inspect(
     except Unsupported as error:
         return InspectResult(str(found), kind, False, str(error))
     shape = architecture.layers
-    new = sum(t.numel() for t in architecture.new_tensors(chosen.kernel).values())
+    new = architecture.new_parameters(chosen.kernel)
     half = str(config.get("dtype", config.get("torch_dtype"))) in ("float16", "bfloat16")
     dtype = torch.bfloat16 if half else torch.float32
     width = dtype.itemsize

@@ -14,7 +14,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .errors import printable
+
 console = Console(stderr=True)
+
+
+def say(*lines: str) -> None:
+    """Tells lines on stderr as they are: what would steer the terminal is escaped, and nothing in them is markup."""
+    for line in lines:
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True, emoji=False)
+
+
+def is_drawn() -> bool:
+    """Whether progress bars are: not in a file, nor in a terminal that can't move its cursor."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 @contextmanager
@@ -34,10 +47,10 @@ def count_bar(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def _bar(title: str, total: int | None, count: ProgressColumn) -> Iterator[Callable[[int], None]]:
     """Shows a bar if stderr is a terminal."""
-    if not console.is_terminal:
+    if not is_drawn():
         yield lambda done: None
         return
-    columns = TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), count, TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.advance(task, done)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from .errors import DijiangError
-from .files import read_index, read_json
+from .files import ADAPTER, check_link, read_index, read_json, telling_full_disk
 from .source.download import is_plain
-from .source.hub import TIMEOUT, hub_errors, patiently, wait_if_passing
+from .source.hub import TIMEOUT, hub_errors, own_token, patiently, wait_if_passing
 from .source.names import is_hub_id
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ SINGLE = "model.safetensors"
 ALLOWED = ("*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.png", "README.md", "LICENSE*")
 PLOTS = "plots/*.png"  # the card shows them
 INNER = (".png", ".json", ".safetensors", "pytorch_model.bin", ".txt")  # of plots and of sentence-transformers' modules
-REFUSED = (".*", "trainer_state.json")
+REFUSED = (".*", "trainer_state.json", ADAPTER)
 READ = (
     "*config.json",
     "README.md",
@@ -85,7 +86,9 @@ def push(
     """
     check_repo(repo)
     folder = Path(checkpoint).expanduser()
-    files = _checkpoint_files(folder)
+    again = "free some, then push again"
+    with telling_full_disk(folder, again):
+        files = _checkpoint_files(folder)
 
     from huggingface_hub import HfApi
 
@@ -99,7 +102,7 @@ def push(
             patiently(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
         refs = patiently(lambda: api.list_repo_refs(repo)) if tag is not None else None
     tagged = next((ref.target_commit for ref in refs.tags if ref.name == tag), None) if refs else None
-    with tempfile.TemporaryDirectory() as scratch:
+    with telling_full_disk("temporary files (TMPDIR)", again), tempfile.TemporaryDirectory() as scratch:
         commit, sent = _upload(api, repo, revision, files, tagged, Path(scratch))
     if tag is not None and tagged is None:
         with hub_errors(repo, revision):
@@ -198,9 +201,9 @@ def check_push(repo: str) -> None:
     """Whether there is anybody to push as, asked before anything that takes long. Raises DijiangError."""
     check_repo(repo)
 
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
-    if get_token() is None:
+    if own_token() is None:
         raise DijiangError(f"pushing to {repo} needs a token: run `hf auth login` or set HF_TOKEN")
     with hub_errors(repo):
         patiently(lambda: HfApi().whoami())
@@ -216,7 +219,8 @@ def push_result(checkpoint: str | Path, repo: str, private: bool) -> str:
         return push(checkpoint, repo, private=private).url
     except DijiangError as error:
         option = " --private" if private else ""
-        raise DijiangError(f"{error}; {checkpoint} is written: dijiang push {checkpoint} {repo}{option}") from error
+        command = f"dijiang push {shlex.quote(str(checkpoint))} {repo}{option}"
+        raise DijiangError(f"{error}; {checkpoint} is written: {command}") from error
 
 
 def _checkpoint_files(folder: Path) -> dict[str, Path]:
@@ -248,10 +252,14 @@ def _checkpoint_files(folder: Path) -> dict[str, Path]:
         and any(fnmatchcase(path.name, pattern) for pattern in ALLOWED)
         and not any(fnmatchcase(path.name, pattern) for pattern in REFUSED)
     }
+    for name in sorted(weights | companions):
+        check_link(folder / name, folder)
     for name in sorted(companions):
         if any(fnmatchcase(name, pattern) for pattern in READ):
             _check_text(folder / name)
     further = [*folder.glob(PLOTS), *(path for name in _modules(folder) for path in (folder / name).iterdir())]
+    for each in further:
+        check_link(each, folder)
     inner = {
         path.relative_to(folder).as_posix()
         for path in further
@@ -282,10 +290,8 @@ def _local_paths(record: Any) -> Iterator[str]:
 
 def _check_text(path: Path) -> None:
     """Raises DijiangError where a text holds a Hub token, or names a model by a path on this machine."""
-    from huggingface_hub import get_token
-
     text = path.read_text(encoding="utf-8", errors="replace")
-    own = get_token()
+    own = own_token()
     if TOKEN.search(text) or own and own in text:
         raise DijiangError(f"{path.name} of {path.parent} holds a Hub token: take it out, then push")
     if path.suffix == ".json":

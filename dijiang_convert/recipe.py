@@ -7,6 +7,7 @@ model can follow a recipe is checked elsewhere.
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 
 from .errors import DijiangError
-from .files import RECIPES
+from .files import RECIPES, read_yaml
 from .kernel_keys import OF_THE_STATE
 from .modeling.configuration_dijiang import Kernel
 
@@ -58,6 +59,8 @@ class Stage:
 
     def __post_init__(self) -> None:
         _check_types(self, f"stage {self.name}")
+        if not self.name.isprintable() or re.search(r"[/\\:]", self.name) or self.name in ("", ".", ".."):
+            raise DijiangError(f"stage {self.name}: its name is that of a folder, too: leave out / \\ and :")
         if self.data is not None:
             _check_data(self.data, f"stage {self.name}")
         if self.objective not in OBJECTIVES:
@@ -120,7 +123,7 @@ def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
         if not path.is_file():
             raise DijiangError(f"no recipe {name!r}{_nearest(name, recipe_names())}; or give a .yaml file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DijiangError(f"no such recipe file: {name}") from None
     except OSError as error:
@@ -170,7 +173,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         if not (key and equals and value):
             raise DijiangError(f"--set {setting!r} is not of the form key=value")
         try:
-            values[key.strip()] = _number(yaml.safe_load(value))
+            values[key.strip()] = _number(read_yaml(value))
         except (yaml.YAMLError, ValueError):
             raise DijiangError(f"--set {setting!r}: {value!r} is not a value") from None
     return values
@@ -244,5 +247,5 @@ def _check_data(data: Any, where: str) -> None:
 def _nearest(word: str, words: Iterable[str]) -> str:
     """The end of an error message: `: did you mean …?`, or all valid words."""
     words = list(words)
-    close = difflib.get_close_matches(word, words, 1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:100], words, 1, cutoff=0.5)  # the time grows with the square of its length
     return f": did you mean {close[0]}?" if close else f": valid are {', '.join(words)}"

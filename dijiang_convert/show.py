@@ -1,18 +1,39 @@
 """What the commands show a person in the terminal, of the results that the package's functions return."""
 
 import json
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .errors import DijiangError, printable, without_steering
 
 A100_SPEED = 0.3 * 312e12  # operations a second: training reaches some 30 % of what an A100 gives in bfloat16
 SHOWN = 12  # most layers of a calibration that are shown: those that matter fit on a screen
 
 
+@contextmanager
+def writing() -> Iterator[None]:
+    """Around what writes to stdout. Raises DijiangError where that takes no more."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise DijiangError(unwritten(error)) from error
+
+
+def unwritten(error: OSError) -> str:
+    return f"can't write the output ({error.strerror}): send it to a file or terminal that takes it"
+
+
 def inspection(r: Any) -> None:
     """What a conversion would do."""
     if not r.supported:
-        print(f"{r.source} ({r.architecture}) is not supported: {r.reason}")
+        _say(f"{r.source} ({r.architecture}) is not supported: {r.reason}")
         return
     from .training.estimate import duration
 
@@ -33,20 +54,23 @@ def inspection(r: Any) -> None:
 def conversion(r: Any) -> None:
     """What was written, or would be."""
     verb = "would write" if r.dry_run else "wrote"
-    print(
+    _say(
         f"{verb} {r.out}: {r.layers_converted} layers converted by recipe {r.recipe}, "
         f"{r.new_parameters:,} new parameters of {r.total_parameters:,}, {r.seconds:.1f} s"
     )
     if r.linked:
         note = ": change no weight file of either folder in place" if r.linked == "hard link" else ""
-        print(f"weights are {r.linked}s to the source's{note}")
+        _say(f"weights are {r.linked}s to the source's{note}")
+    if r.calibration_tokens:
+        _say(f"would calibrate on about {r.calibration_tokens:,} tokens, forwards and backwards")
     if r.calibration is not None:
         _show_calibration(r.calibration)
     _show_repo(r)
     if not r.dry_run:
-        print(f"next: dijiang eval {r.out} --baseline {r.source}, or dijiang finetune {r.out}")
+        out, source = shlex.quote(r.out), shlex.quote(r.source)
+        _say(f"next: dijiang eval {out} --baseline {source}, or dijiang finetune {out}")
         if r.calibration is None and r.recipe != "encoder":
-            print("(a conversion with --calibrate, which takes minutes, keeps more of the original)")
+            _say("(a conversion with --calibrate, which takes minutes, keeps more of the original)")
 
 
 def _show_calibration(c: Any) -> None:
@@ -55,7 +79,7 @@ def _show_calibration(c: Any) -> None:
     got = {i: "stays softmax" if i in c.softmax else ", ".join(f"{n:,}" for n in next(memory, ())) for i in c.worth}
     worth = {i: sum(heads) for i, heads in c.worth.items()}
     best = sorted(worth, key=lambda i: worth[i], reverse=True)[:SHOWN]
-    print(
+    _say(
         f"calibrated on {c.tokens:,} tokens, with small tables: KL {c.kl:.3f} nats a token, "
         f"{c.repeated_kl:.3f} where they repeat a passage; the layers that lose most of it:"
     )
@@ -68,17 +92,17 @@ def finetuning(r: Any) -> None:
     from .training.estimate import told
 
     if r.dry_run:
-        print(*told(r.plan, r.free_bytes), sep="\n")
+        _say(*told(r.plan, r.free_bytes))
         return
     for s in r.stages:
-        print(
+        _say(
             f"{s.name}: {s.tokens:,} tokens, loss {s.first_loss:.4f} to {s.last_loss:.4f}, "
             f"{s.tokens_per_second:,.0f} tokens/s, peak memory {s.peak_memory_bytes / 1e9:.1f} GB"
         )
     report = Path(r.out) / REPORT
-    print(f"wrote {r.out} in {r.seconds:.0f} s" + (f"; {report} shows how it went" if report.is_file() else ""))
+    _say(f"wrote {r.out} in {r.seconds:.0f} s" + (f"; {report} shows how it went" if report.is_file() else ""))
     _show_repo(r)
-    print(f"next: dijiang eval {r.out} --baseline ORIGINAL")
+    _say(f"next: dijiang eval {shlex.quote(r.out)} --baseline ORIGINAL")
 
 
 def evaluation(r: Any) -> None:
@@ -139,18 +163,18 @@ def benchmark(r: Any) -> None:
             _size(x.cache_bytes), _size(x.peak_memory_bytes),
         ])  # fmt: skip
     _table("model", "tokens", rows, "prefill /s", "decode /s", "1st token", "cache", "memory")
-    print(f"tokens a second, and times softmax's; {r.device}, {r.dtype}")
+    _say(f"tokens a second, and times softmax's; {r.device}, {r.dtype}")
 
 
 def pushed(r: Any) -> None:
     """Where a checkpoint was uploaded."""
-    print(f"{r.url}: {_size(r.bytes_uploaded)} in commit {r.commit[:12]}")
+    _say(f"{r.url}: {_size(r.bytes_uploaded)} in commit {r.commit[:12]}")
 
 
 def demonstration(r: Any) -> None:
     """All steps of the demo."""
     for name, text in r.generate.items():
-        print(f"--- {name} ---\n{text.prompt}{text.text}\n")
+        print(without_steering(f"--- {name} ---\n{text.prompt}{text.text}\n"))
     _table("step", "figures", [
         ["convert", f"{r.convert.layers_converted} layers, {r.convert.seconds:.1f} s"],
         ["before finetune", f"perplexity {r.untrained.perplexity:.2f}, ratio {r.untrained.perplexity_ratio:.3f}"],
@@ -160,21 +184,30 @@ def demonstration(r: Any) -> None:
         ["original", f"perplexity {r.eval.baseline_perplexity:.2f}"],
     ])  # fmt: skip
     benchmark(r.bench)
-    print(f"loss and speed: {r.plot}")
+    _say(f"loss and speed: {r.plot}")
+
+
+def _say(*lines: str) -> None:
+    """Prints lines as they are: what would steer the terminal is escaped."""
+    for line in lines:
+        print(printable(line))
 
 
 def _show_repo(r: Any) -> None:
     if r.pushed:
-        print(f"pushed to {r.pushed}")
+        _say(f"pushed to {r.pushed}")
 
 
 def _table(first: str, second: str, rows: list[list[str]], *more: str) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(first, second, *more, show_header=bool(first))
+    table = Table(show_header=bool(first))
+    for name in (first, second, *more):
+        table.add_column(name, overflow="fold")  # a long path goes on in the next line, and is not cut
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))  # as text, nothing in a cell is markup
     Console().print(table)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,14 @@ from dijiang_convert.checkpoint.shards import (
     INDEX,
 )
 from dijiang_convert.errors import DijiangError
-from dijiang_convert.files import check_out, new_folder, weight_files
+from dijiang_convert.files import (
+    check_out,
+    new_file,
+    new_folder,
+    remove_leftovers,
+    telling_full_disk,
+    weight_files,
+)
 from tests.checkpoint.tensors import tree
 from tests.refusals import message
 
@@ -200,3 +209,80 @@ def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
     fill(tmp_path / "out", force=True)
     assert not (tmp_path / "out").is_symlink()
     assert (tmp_path / "kept" / "old").read_text() == "old" and (tmp_path / "out" / "new").is_file()
+
+
+# --------------------------------------------------------------------------------- what killed processes leave behind
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    others = (
+        ".out.abc",
+        ".out.abcdefgh.part",
+        ".other.abcdefgh.partial",
+        ".out.b.abcdefgh.partial",
+        ".outabcdefgh.partial",
+    )
+    for name in (".out.abcdefgh.partial", ".out.run.partial", *others):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    with new_folder(out) as living:
+        remove_leftovers(out)
+        assert {path.name for path in tmp_path.iterdir()} == {living.name, *others}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *others}
+
+
+def test_a_folder_that_was_being_replaced_gets_its_name_back(tmp_path: Path) -> None:
+    """Unless its successor is in its place."""
+    out, aside = tmp_path / "out", tmp_path / ".out.abcdefgh.replaced"
+    checkpoint(aside)
+    remove_leftovers(out)
+    assert tree(tmp_path) == ["out", "out/config.json"]
+    (aside / "old").mkdir(parents=True)
+    remove_leftovers(out)
+    assert tree(tmp_path) == ["out", "out/config.json"]
+
+
+def test_leftovers_of_names_that_are_patterns_and_of_none(tmp_path: Path) -> None:
+    (tmp_path / ".o*t.abcdefgh.partial").mkdir()
+    (tmp_path / ".out.abcdefgh.partial").mkdir()
+    remove_leftovers(tmp_path / "o*t")
+    remove_leftovers(tmp_path / "nowhere" / "out")
+    assert tree(tmp_path) == [".out.abcdefgh.partial"]
+
+
+def test_a_file_appears_whole(tmp_path: Path) -> None:
+    path = tmp_path / "card"
+    path.write_text("old")
+    with pytest.raises(OSError), new_file(path) as partial:
+        partial.write_text("ne")
+        raise OSError(errno.ENOSPC, "full")
+    assert tree(tmp_path) == ["card"] and path.read_text() == "old"
+    with new_file(path) as partial:
+        partial.write_text("new")
+    assert tree(tmp_path) == ["card"] and path.read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "full"),
+        OSError(errno.EDQUOT, "full"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 60928 vs 60816"),
+        FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+    ],
+)
+def test_a_full_disk_is_told_whoever_met_it(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 0))  # type: ignore[attr-defined]
+    with pytest.raises(DijiangError) as call, telling_full_disk(tmp_path, "free some"):
+        raise error
+    assert message(call) == f"no space left on the disk of {tmp_path}: free some"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, os.strerror(errno.EIO)), RuntimeError("inline_container.cc:672"), DijiangError("full")]
+)
+def test_other_errors_stay_what_they_are(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as call, telling_full_disk(tmp_path, "free some"):
+        raise error
+    assert call.value is error

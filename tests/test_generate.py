@@ -104,6 +104,21 @@ def test_a_template_that_refuses_a_conversation(plain: str, tmp_path: Path) -> N
     assert message(call).endswith("the tokenizer's chat template refuses this conversation: no system")
 
 
+def test_what_a_generation_config_asks_for(plain: str, tmp_path: Path) -> None:
+    convert(str(MODEL), tmp_path / "out", settings=["window=16", "block=16", "memory=8"])
+    path = tmp_path / "out" / "generation_config.json"
+    ordinary = json.loads(path.read_text()) if path.is_file() else {}
+    expected = generate(plain, TURNS[0], **SHORT).text
+    path.write_text(json.dumps({**ordinary, "return_dict_in_generate": True}))
+    assert generate(tmp_path / "out", TURNS[0], **SHORT).text == expected
+    path.write_text(json.dumps({**ordinary, "stop_strings": [expected[3:6]]}))
+    assert generate(tmp_path / "out", TURNS[0], **SHORT).text == expected[:6]
+    path.write_text(json.dumps({**ordinary, "output_attentions": True}))
+    with pytest.raises(DijiangError) as call:
+        generate(tmp_path / "out", TURNS[0], **SHORT)
+    assert "refuses, by its generation_config.json: output_attentions" in message(call)
+
+
 def test_the_command_shows_answers_alone_or_a_text_with_what_follows(chatty: str) -> None:
     def run(*arguments: str) -> str:
         done = CliRunner().invoke(app, ["generate", chatty, *arguments, "--max-new-tokens", "12"])

@@ -36,9 +36,8 @@ def trap(tmp_path: Path) -> Path:
     pipelines = {"trap": {"impl": "generate.Trap", "pt": ["AutoModel"], "type": "text"}}
     auto_map = {"AutoConfig": "configuration_trap.Trap", "AutoModelForCausalLM": "other/repo--modeling_trap.Trap"}
     edit_config(folder, auto_map=auto_map, custom_pipelines=pipelines)
-    path = folder / "tokenizer_config.json"
-    content = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["tokenization_trap.Trap", None]}}
-    path.write_text(json.dumps(content))
+    processor = {"processor_class": "Trap", "auto_map": {"AutoProcessor": "modeling_trap.Trap"}}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
     return folder
 
 
@@ -46,7 +45,7 @@ def test_code_of_a_source_is_never_run(trap: Path, hub: Hub, tmp_path: Path, cap
     hub.add_repo("trust/trap", trap)
     for source in ("trust/trap", str(trap)):
         convert(source, tmp_path / "out", force=True)
-        assert "left out: code of the source's own that tokenizer_config.json names" in capsys.readouterr().err
+        assert "left out: code of the source's own that processor_config.json names" in capsys.readouterr().err
         load_any(source)
         load_tokenizer(source)
     assert not list(cache_folder("trust/trap").rglob("*.py"))  # not even fetched
@@ -58,6 +57,18 @@ def test_code_of_a_source_is_never_run(trap: Path, hub: Hub, tmp_path: Path, cap
     config = json.loads((out / "config.json").read_text())
     assert all(name.startswith(("configuration_dijiang.", "modeling_dijiang.")) for name in config["auto_map"].values())
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_tokenizer_that_needs_its_own_code_is_refused(trap: Path, hub: Hub, tmp_path: Path) -> None:
+    path = trap / "tokenizer_config.json"
+    content = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["tokenization_trap.Trap", None]}}
+    path.write_text(json.dumps(content))
+    hub.add_repo("trust/tokenizer", trap)
+    for source in ("trust/tokenizer", str(trap)):
+        with pytest.raises(DijiangError, match="names code of the model's own for its tokenizer, which is not run"):
+            convert(source, tmp_path / "out")
+        load_tokenizer(source)
+    assert not (tmp_path / "sprung").exists() and not (tmp_path / "out").exists()
 
 
 def test_a_model_that_needs_its_own_code_is_refused(trap: Path, hub: Hub, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ..errors import DijiangError, Unsupported
 from ..modeling.attention import DiJiangAttention
 from ..modeling.configuration_dijiang import Kernel, Layers
 from ..modeling.modeling_dijiang import attach
+from .config import check_config
 from .trace import FOLLOWERS, Notes, first_line, skeleton
 
 # Model classes by model type. Those of text come first; the others may also take images, sound or video, and convert by
@@ -53,6 +54,12 @@ class Architecture:
     def recipe(self) -> str:
         """The recipe by which the model is converted if none is asked for."""
         return "default" if self.layers.causal else "encoder"
+
+    def new_parameters(self, kernel: Kernel) -> int:
+        """How many numbers a conversion adds. None of them is made: a config.json may lie about the size of a model."""
+        with torch.device("meta"):
+            child = DiJiangAttention(kernel, self.layers, None)
+        return len(self.layers.layers) * sum(t.numel() for t in child.state_dict().values())
 
     def new_tensors(self, kernel: Kernel) -> dict[str, torch.Tensor]:
         """Every tensor that a conversion adds, initialised, by its name in the checkpoint. Random numbers follow the
@@ -104,12 +111,14 @@ def _classes(config: dict[str, Any]) -> tuple[type[PreTrainedModel], PreTrainedC
     if config.get("is_encoder_decoder"):
         raise Unsupported(f"{kind} is an encoder-decoder: only decoders and encoders are converted")
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+        section = config["quantization_config"]
+        method = section.get("quant_method", "unknown") if isinstance(section, dict) else section
         raise Unsupported(f"the weights are quantised ({method}): convert the unquantised model instead")
     if config.get("auto_map") and kind not in transformers.CONFIG_MAPPING:
         raise Unsupported(f"{kind} comes with its own code: only architectures that transformers has are converted")
     if kind not in transformers.CONFIG_MAPPING:
         raise Unsupported(f"transformers {transformers.__version__} knows no model type {kind!r}: a newer one may")
+    check_config(config)
     known = [names[kind] for names in (*LANGUAGE_MODELS, MODEL_MAPPING_NAMES) if isinstance(names.get(kind), str)]
     name = (config.get("architectures") or [*known, "none"])[0]
     model_class = getattr(transformers, str(name), None)

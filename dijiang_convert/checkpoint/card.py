@@ -6,13 +6,14 @@ is written under a temporary name and may be pushed under any. What a person wro
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..errors import DijiangError
-from ..files import read_json
+from ..errors import DijiangError, printable
+from ..files import new_file, read_json
 from ..kernel_keys import OF_THE_STATE
 from ..source.names import is_hub_id
 from .card_parts import Card, merge, parse, written
@@ -62,7 +63,8 @@ def write_card(folder: Path) -> None:
     card = written(_parts(folder))
     if path.is_file():
         card = merge(card, read_card(path), str(path))
-    path.write_text(card.text(), encoding="utf-8")
+    with new_file(path) as partial:
+        partial.write_text(card.text(), encoding="utf-8")
 
 
 def card_for(repo: str, path: Path, there: str | None) -> str:
@@ -161,11 +163,13 @@ def _quality(measured: list[dict[str, Any]]) -> list[str]:
     parts = ["## Quality"]
     for each in measured:
         text = each.get("dataset")
-        where = f"[{text}](https://huggingface.co/datasets/{text})" if text else "text that was held out"
+        is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(text or ""), re.ASCII)
+        where = f"[{text}](https://huggingface.co/datasets/{text})" if is_name else "text that was held out"
         rows = [(title, _figure(each["figures"][name])) for name, title in FIGURES.items() if name in each["figures"]]
         rows += _details(each)
-        rows += [(f"{task}: {metric}", _figure(value)) for task, metric, value in _scores(each)]
-        told = f"By `dijiang {each.get('by')}` on {each.get('tokens', 0):,} tokens of {where}:"
+        rows += [(_plain(f"{task}: {metric}"), _figure(value)) for task, metric, value in _scores(each)]
+        by, count = _code(f"dijiang {each.get('by')}"), each.get("tokens", 0)
+        told = f"By {by} on {count:,} tokens of {where}:"
         parts += [told, _table(("measured", "value"), rows)]
     return ["\n\n".join(parts)]
 
@@ -213,9 +217,9 @@ model = {auto_class}.from_pretrained(checkpoint, trust_remote_code=True)"""
 def _source(record: dict[str, Any]) -> str:
     """The source as a link, if it is on the Hub, with its commit, if that is known."""
     source = str(record.get("source") or "an unrecorded model")
-    name = f"[{source}](https://huggingface.co/{source})" if is_hub_id(source) else f"`{source}`"
+    name = f"[{source}](https://huggingface.co/{source})" if is_hub_id(source) else _code(source)
     revision = record.get("source_revision")
-    return f"{name} at commit `{revision}`" if revision else name
+    return f"{name} at commit {_code(revision)}" if revision else name
 
 
 def _title(record: dict[str, Any]) -> str:
@@ -228,7 +232,7 @@ def _title(record: dict[str, Any]) -> str:
     if not record.get("causal", True):
         cost = "Time and memory of a converted layer grow linearly with length."
     return f"""\
-# {_name(record) or "A model"} with {kind}
+# {_plain(_name(record)) or "A model"} with {kind}
 
 This is {_source(record)} with its softmax attention replaced by {kind}{chosen}
 ([paper]({PAPER})); all other weights start from the source's.
@@ -241,12 +245,12 @@ def _exact_alone(record: dict[str, Any]) -> bool:
 
 
 def _name(record: dict[str, Any]) -> str:
-    return str(record.get("source") or "").rstrip("/").split("/")[-1]
+    return printable(str(record.get("source") or "").rstrip("/").split("/")[-1])
 
 
 def _usage(example: str, record: dict[str, Any]) -> str:
     needed = record.get("requires_transformers")
-    version = f"transformers {needed} or later" if needed else "a recent transformers"
+    version = f"transformers {_plain(needed)} or later" if needed else "a recent transformers"
     return f"""\
 ## Use
 
@@ -338,7 +342,17 @@ def _layers(layers: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    return "not recorded" if value is None else f"`{value}`"
+    """A value as code, which ends only after more ` than the value has in a row."""
+    if value is None:
+        return "not recorded"
+    text = printable(str(value))
+    marks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    return f"{marks} {text} {marks}" if len(marks) > 1 else f"`{text}`"
+
+
+def _plain(value: Any) -> str:
+    """A value as text of which Markdown and HTML make nothing else."""
+    return re.sub(r"([\\`*<>\[\]&#])", r"\\\1", printable(str(value)))
 
 
 def _figure(value: Any) -> str:
@@ -350,7 +364,7 @@ def _figure(value: Any) -> str:
         case int():
             return f"{value:,}"
         case _:
-            return str(value)
+            return _plain(value)
 
 
 def _table(header: tuple[str, ...], rows: list[Any]) -> str:

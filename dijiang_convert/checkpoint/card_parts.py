@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ..errors import DijiangError
+from ..files import read_yaml
 
 MARKS = re.compile(r"\n*<!-- dijiang-convert wrote these parts, and leaves alone what was edited: (\{.*\}) -->\s*\Z")
 FRONT = re.compile(r"\A---\n(.*?)\n---\n?", re.DOTALL)
@@ -63,7 +64,7 @@ def parse(text: str) -> Card:
         marks, text = json.loads(found[1]), text[: found.start()]
     metadata: Any = {}
     if front := FRONT.match(text):
-        metadata, text = yaml.safe_load(front[1]), text[front.end() :]
+        metadata, text = read_yaml(front[1]), text[front.end() :]
     parts: dict[str, Any] = {f"{key}:": value for key, value in metadata.items()} if isinstance(metadata, dict) else {}
     heading, fenced = "", False
     sections: dict[str, list[str]] = {heading: []}

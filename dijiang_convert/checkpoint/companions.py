@@ -4,14 +4,16 @@ The model card is written in `card`, weights in `shards`.
 """
 
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from ..architecture.config import ATTENTION_KEYS
 from ..errors import DijiangError, Unsupported
-from ..progress import console
+from ..files import ADAPTER, check_link, read_any_json
+from ..progress import say
+from .quality import EVALUATION
 from .shards import write_json
 
 MODELING_FILES = (
@@ -38,8 +40,6 @@ LEFT_BEHIND = (
     ".safetensors", ".bin", ".index.json", ".py", ".md", ".h5", ".msgpack", ".pt", ".pth", ".ot", ".onnx", ".gguf",
 )  # fmt: skip
 
-# Keys by which a config chooses an attention function: they would choose another one than the kernel.
-ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")  # keys of a config that name a repository's code
 WITHOUT_FILES = ("Normalize",)  # modules of sentence-transformers that need no files
 LARGE_JSON = ("tokenizer.json", "vocab.json")  # large files that name no code, so they need no reading
@@ -56,28 +56,52 @@ def write_code(folder: Path) -> None:
         shutil.copyfile(Path(__file__).parents[1] / "modeling" / name, folder / name)
 
 
-def copy_companions(source: Path, target: Path, without: Collection[str] = ("config.json",)) -> None:
+def copy_companions(source: Path, target: Path, without: Collection[str] = ("config.json", EVALUATION)) -> None:
     """Copies what lies beside the source's weights: tokenizer, generation config, chat template, license and the like.
 
-    The folders of `module_folders` are copied as well. Keys that name code are left out of JSON files.
+    The folders of `module_folders` are copied as well. Keys that name code are left out of JSON files, and so is JSON
+    that can't be read, since another reader might find such keys in it.
 
     without: names of files that are not copied.
+    Raises DijiangError as `check_links`.
     """
-    for path in sorted(source.iterdir()):
-        wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND)
-        if not wanted or path.name in without:
+    for path in check_links(source):
+        if path.name in without:
             continue
-        shutil.copyfile(path, target / path.name)
-        if path.suffix == ".json" and path.name not in LARGE_JSON:
+        if path.name == ADAPTER:
+            say(f"left out: {ADAPTER}, since an adapter beside the weights is not converted")
+        elif path.suffix != ".json" or path.name in LARGE_JSON:
+            shutil.copyfile(path, target / path.name)
+        else:
             try:
-                content = json.loads(path.read_bytes())
-            except ValueError:  # a file that is no JSON names no code
+                content = read_any_json(path)
+            except DijiangError as error:
+                say(f"left out: {error}")
                 continue
+            shutil.copyfile(path, target / path.name)
             if (harmless := without_code(content)) != content:
                 write_json(target / path.name, harmless)
-                console.print(f"left out: code of the source's own that {path.name} names", soft_wrap=True)
+                say(f"left out: code of the source's own that {path.name} names")
+            if path.name == "generation_config.json" and "cache_implementation" in harmless:
+                write_json(target / path.name, {k: v for k, v in harmless.items() if k != "cache_implementation"})
+                say(f"left out: {path.name}'s cache, since converted layers have their own")
     for name in module_folders(source):
         shutil.copytree(source / name, target / name)
+
+
+def check_links(folder: Path) -> list[Path]:
+    """The files that lie beside the weights of a model, without those of `module_folders`.
+
+    Raises DijiangError where one of either is a link to a file elsewhere, see `check_link`.
+    """
+    files = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND)
+    ]
+    for path in (*files, *(path for name in module_folders(folder) for path in (folder / name).rglob("*"))):
+        check_link(path, folder)
+    return files
 
 
 def without_code(value: Any) -> Any:
@@ -107,9 +131,9 @@ def module_folders(folder: Path) -> list[str]:
     if not (folder / "modules.json").is_file():
         return []
     try:
-        modules = json.loads((folder / "modules.json").read_bytes())
+        modules: Any = read_any_json(folder / "modules.json")
         paths = {str(each["path"]): str(each["type"]) for each in modules}
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise DijiangError(f"{folder / 'modules.json'} can't be read ({reason}): get it again") from error
     own = [kind for kind in paths.values() if not kind.startswith("sentence_transformers.")]

@@ -3,6 +3,7 @@
 Code that lies in a repository or a folder is never run.
 """
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from ..architecture.config import check_config
 from ..architecture.trace import quiet
 from ..errors import DijiangError
 from ..files import read_json
@@ -98,6 +101,20 @@ def check_weights(folder: Path, source: object) -> None:
         ) from error
 
 
+def check_generation_config(folder: Path) -> None:
+    """Raises DijiangError where the folder has a generation_config.json that transformers can't load."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    read_json(path)
+    try:
+        with quiet():
+            GenerationConfig.from_pretrained(str(folder))
+    except Exception as error:  # transformers compares and merges the values of any type that the file may hold
+        reason = " ".join(str(error).split())[:200]
+        raise DijiangError(f"{path} is not valid ({reason}): get it again, or take it away") from error
+
+
 def softmax_implementation(model_class: Any) -> str:
     """The attention function that runs a converted model as the softmax model it was.
 
@@ -121,6 +138,7 @@ def load_any(
     assert found is not None
     if "dijiang" in read_json(found / "config.json"):  # a converted checkpoint on the Hub
         return load_converted(found, device=device, dtype=dtype)
+    check_config(read_json(found / "config.json"))
     try:
         with quiet():
             model: Any = _class_of(found).from_pretrained(str(found), dtype=dtype or "auto", trust_remote_code=False)
@@ -148,7 +166,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # `tokenizers` raises no other class for a bad tokenizer.json, transformers any
         reason = " ".join(str(error).split())[:200]
         raise DijiangError(f"can't load the tokenizer of {source}: {reason}") from error
 
@@ -161,6 +179,7 @@ def converted_config(folder: str | Path, **options: Any) -> Any:
 
 def silence() -> None:
     """Turns off progress bars and notes of the libraries. This package's own tell what a user needs."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it notes that a home folder can't be written
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()

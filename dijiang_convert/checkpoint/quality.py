@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..files import new_file
+
 EVALUATION = "evaluation.json"
 
 # Single figures, by their names in `EvalResult` and `Likeness`, and their names in the card.
@@ -54,7 +56,8 @@ def add_quality(
     made |= {name: figures[name] for name in DETAILS if figures.get(name)}
     others = [each for each in read_quality(folder) if (each.get("by"), each.get("dataset")) != (by, dataset)]
     text = json.dumps([*others, made], indent=2, ensure_ascii=False)
-    (folder / EVALUATION).write_text(text + "\n", encoding="utf-8")
+    with new_file(folder / EVALUATION) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def _known(figures: dict[str, Any]) -> dict[str, float]:

@@ -6,6 +6,7 @@ Models are built in `loading`.
 
 import hashlib
 import json
+import shlex
 import struct
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
@@ -23,18 +24,22 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PART = 2**23  # numbers that are read at a time where all are looked at
 SAMPLE = 1024  # numbers of each tensor that `digest` looks at
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that is not loaded yet. load: reads it. start: reads at most so many of its first numbers, as [n]."""
+    """A tensor that is not loaded yet.
+
+    load: reads it. part: reads some of its numbers as [n], given where they start and how many they are at most.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     load: Callable[[], torch.Tensor]
-    start: Callable[[int], torch.Tensor]
+    part: Callable[[int, int], torch.Tensor]
 
     @property
     def nbytes(self) -> int:
@@ -61,8 +66,11 @@ def _read_safetensors(path: Path) -> list[Tensor]:
         if not 0 < length <= size - 8:
             raise DijiangError(broken)
         try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            header.pop("__metadata__", None)
+            text = file.read(length)
+            header: dict[str, Any] = json.loads(text)
+            # The library of that name, which loads the file later, takes no other start, and no other metadata.
+            if not (text.startswith(b"{") and _are_texts(header.pop("__metadata__", None))):
+                raise DijiangError(broken)
             tensors, spans = [], []
             for name, entry in header.items():
                 dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -85,19 +93,24 @@ def _read_safetensors(path: Path) -> list[Tensor]:
     return tensors
 
 
+def _are_texts(metadata: Any) -> bool:
+    """Whether a header's metadata is missing, or texts by name."""
+    return metadata is None or (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()))
+
+
 def _unread(name: str, dtype: torch.dtype, shape: tuple[int, ...], path: Path, offset: int) -> Tensor:
     """The tensor whose bytes start at ``offset`` in a file."""
 
-    def start(count: int) -> torch.Tensor:
-        count = min(count, _product(shape))
+    def part(start: int, count: int) -> torch.Tensor:
+        count = min(count, _product(shape) - start)
         if count == 0:
             return torch.empty(0, dtype=dtype)
         with path.open("rb") as file:
-            file.seek(offset)
+            file.seek(offset + start * dtype.itemsize)
             data = bytearray(file.read(count * dtype.itemsize))
         return torch.frombuffer(data, dtype=dtype)
 
-    return Tensor(name, dtype, shape, lambda: start(_product(shape)).reshape(shape), start)
+    return Tensor(name, dtype, shape, lambda: part(0, _product(shape)).reshape(shape), part)
 
 
 def _read_pickle(path: Path) -> list[Tensor]:
@@ -124,12 +137,26 @@ def check_finite(shard: Path, progress: Callable[[int], None]) -> None:
     progress: is called with the bytes of each tensor.
     """
     for t in read_shard(shard):
-        if t.dtype.is_floating_point and t.nbytes:
-            low, high = t.load().aminmax()  # as fast as reading; a NaN is both
+        for start in range(0, _product(t.shape) * t.dtype.is_floating_point, PART):
+            low, high = t.part(start, PART).aminmax()  # as fast as reading; a NaN is both
             if not (low.isfinite() and high.isfinite()):
                 kind = "NaN" if low.isnan() else "infinity"
                 raise DijiangError(f"{t.name} in {shard} holds {kind}: the model is broken, get it again")
         progress(t.nbytes)
+
+
+def check_size(shards: Iterable[Path], parameters: int, source: object) -> None:
+    """Raises DijiangError where the weight files hold less than half of the numbers that the config speaks of.
+
+    What the kernel adds is as large as the config says, so that this must be known before it is made. `check_weights`
+    compares tensor by tensor, afterwards.
+    """
+    held = sum(_product(t.shape) for shard in shards for t in read_shard(shard))
+    if 2 * held < parameters:
+        raise DijiangError(
+            f"the weights of {source} are not those of its config.json (it speaks of {parameters:,} numbers, and they "
+            f"are {held:,}): get it again"
+        )
 
 
 def digest(folder: Path) -> str:
@@ -141,7 +168,7 @@ def digest(folder: Path) -> str:
     tensors = [t for path in weight_files(folder) for t in read_shard(path) if ".dijiang." not in t.name]
     for t in sorted(tensors, key=lambda t: t.name):
         found.update(f"{t.name} {NAMES[t.dtype]} {t.shape}".encode())
-        found.update(t.start(SAMPLE).view(torch.uint8).numpy().data)
+        found.update(t.part(0, SAMPLE).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -184,7 +211,7 @@ def in_memory(state: dict[str, torch.Tensor]) -> list[Tensor]:
     """Loaded tensors as `write_safetensors` takes tensors."""
 
     def unread(name: str, tensor: torch.Tensor) -> Tensor:
-        return Tensor(name, tensor.dtype, tuple(tensor.shape), lambda: tensor, lambda n: tensor.flatten()[:n])
+        return Tensor(name, tensor.dtype, tuple(tensor.shape), lambda: tensor, lambda i, n: tensor.flatten()[i : i + n])
 
     return [unread(name, tensor) for name, tensor in state.items()]
 
@@ -327,7 +354,7 @@ def read_checkpoint(folder: str | Path) -> dict[str, Any]:
         raise DijiangError(f"{folder} has no config.json: it is not a checkpoint")
     config = read_json(path / "config.json")
     if "dijiang" not in config:
-        raise DijiangError(f"{folder} is not converted yet: run dijiang convert {folder}")
+        raise DijiangError(f"{folder} is not converted yet: run dijiang convert {shlex.quote(str(folder))}")
     return config
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..architecture.trace import first_line
 from ..errors import DijiangError, Unsupported
 from ..files import read_json
-from ..progress import console
+from ..progress import say
 from .loading import load_tokenizer
 
 # Texts at which tokenizers differ: case, accents in one code point and in two, scripts, emoji of several code points,
@@ -73,9 +74,12 @@ def check_tokenizer(copied: PreTrainedTokenizerBase, source: PreTrainedTokenizer
     beyond = sorted((number, token) for token, number in source.get_added_vocab().items() if size and number >= size)
     if beyond:
         told = f"{len(beyond)} tokens of the tokenizer have no embedding in the model, the first is {beyond[0][1]!r}"
-        console.print(told, soft_wrap=True, highlight=False, markup=False)
+        say(told)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    found: Any = tokenizer(text, verbose=False)["input_ids"]
+    try:
+        found: Any = tokenizer(text, verbose=False)["input_ids"]
+    except Exception as error:  # a value of tokenizer_config.json is of a type that nothing checks before its use
+        raise DijiangError(f"the tokenizer can't take {text[:20]!r}… ({first_line(error)}): get it again") from error
     return found

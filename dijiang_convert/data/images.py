@@ -108,7 +108,7 @@ def _processor(folder: Path) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(str(folder))
+        return AutoImageProcessor.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:160]
         raise DijiangError(f"can't load the image processor of {folder}: {reason}") from error

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DijiangError
-from ..progress import console
+from ..progress import say
 from .chat import chat_tokens
 from .readers import Chat, Piece, Source
 
@@ -92,7 +92,7 @@ class Stream:
         if self.silent:
             notes.append(f"{self.silent:,} chats without an answer to learn from are left out")
         if notes:
-            console.print(f"{self.source.name}: {'; '.join(notes)}", markup=False, highlight=False, soft_wrap=True)
+            say(f"{self.source.name}: {'; '.join(notes)}")
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ..errors import DijiangError
-from ..progress import console
+from ..progress import say
 from ..source.hub import TIMEOUT, hub_errors
 
 HELD_OUT = {"valid", "validation", "val", "test", "dev", "eval", "evaluation"}  # words of names
@@ -271,7 +271,7 @@ def _documents(rows: Iterable[Any], where: str, size: int | None) -> Iterator[Pi
         else:
             empty += 1
     if empty:
-        console.print(f"{where}: {empty:,} rows without a text are left out", highlight=False, soft_wrap=True)
+        say(f"{where}: {empty:,} rows without a text are left out")
 
 
 def _chat(messages: list[dict[str, Any]], tools: Any, where: str, number: int) -> Chat:

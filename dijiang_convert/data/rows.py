@@ -8,6 +8,7 @@ starts a row of its own. Rows that are kept on disk are written one by one, so m
 
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from .readers import Source, Sources, parse_source
 
 PIECE_ROWS = 4  # a piece of text is about as long as 4 rows
 CHARS_PER_TOKEN = 4  # a rough mean, which only the length of pieces depends on
+LONGEST_ROW = 2**24  # tokens, so that a row takes 80 MB at most
 LOST_ROWS = 10_000  # after as many rows in succession without a target, the data is taken to have none
 
 
@@ -109,7 +111,8 @@ def token_rows(
             each with ``@weight`` behind it if it should give more or fewer tokens than others; or the documents.
         held_out: whether to take the files or the split set aside for evaluation, if there are any.
         shuffle_seed: decides the order of everything. None is for evaluation: it keeps the order of the corpus, gives
-            every document rows of its own, and ends with the corpus.
+            every document rows of its own, and ends with the corpus; without ``folder``, rows are no longer than the
+            longest text.
         whole: for encoders. Every row is one text between the tokens that the tokenizer puts around a text, and a
             text that is longer than a row becomes several.
         folder: where the rows are kept, and mapped into memory from. If the folder already has rows of the same
@@ -120,6 +123,8 @@ def token_rows(
     """
     if seq_len < 2:
         raise DijiangError(f"seq_len is {seq_len}: a row needs at least 2 tokens to have one to predict")
+    if seq_len > LONGEST_ROW:
+        raise DijiangError(f"seq_len is {seq_len}: a row has at most {LONGEST_ROW:,} tokens, give a shorter --seq-len")
     names = [data] if isinstance(data, str) else list(data) if isinstance(data, Sources) else "documents"
     request = {"data": names, "held_out": held_out, "tokens": tokens, "seq_len": seq_len, "seed": shuffle_seed}
     request["whole"] = whole
@@ -132,7 +137,7 @@ def token_rows(
         contexts = itertools.chain.from_iterable(stream.once(None) for stream in streams)
     else:
         contexts = mixed(streams, seq_len, shuffle_seed)
-    wanted = max(-(-tokens // seq_len), 1)
+    wanted = min(max(-(-tokens // seq_len), 1), sys.maxsize)
     if whole:
         packed = _whole(contexts, tokenizer, seq_len)
     else:
@@ -140,7 +145,11 @@ def token_rows(
     with count_bar("reading text (tokens)", wanted * seq_len) as advance:
         rows = _counted(itertools.islice(packed, wanted), advance)
         if folder is None:
-            found = _rows(list(rows), seq_len, whole)
+            kept = list(rows)
+            width = seq_len
+            if shuffle_seed is None:  # no text may be as long as the rows, whose ends would only be padding
+                width = max((int(np.count_nonzero(row.marks)) for row in kept), default=seq_len)
+            found = _rows(kept, width, whole)
         else:
             with new_folder(folder) as new:
                 _write(rows, new, request)
@@ -237,9 +246,10 @@ def _counted(rows: Iterable[Tokens], progress: Callable[[int], None]) -> Iterato
         yield row
 
 
-def _rows(rows: Sequence[Tokens], seq_len: int, whole: bool = False) -> Rows:
-    ids = np.array([row.ids for row in rows], np.int32).reshape(-1, seq_len)
-    marks = np.array([row.marks for row in rows], np.uint8).reshape(-1, seq_len)
+def _rows(rows: Sequence[Tokens], width: int, whole: bool = False) -> Rows:
+    """The first ``width`` tokens of rows."""
+    ids = np.array([row.ids[:width] for row in rows], np.int32).reshape(-1, width)
+    marks = np.array([row.marks[:width] for row in rows], np.uint8).reshape(-1, width)
     return Rows(torch.from_numpy(ids), torch.from_numpy(marks), whole)
 
 

@@ -39,6 +39,7 @@ from ..training.logits import counted, distillation_loss, live_teacher
 from ..training.plan import source_context
 
 ROW = 2048  # tokens of a text at most
+TOKENS = 2 * ROW  # about how many tokens of text are measured on
 SEEN = 16  # the longest documents are chosen from this many times as much text as is measured on
 REPEATED = 1 / 8  # share of a text, at its end, that repeats a passage of it
 # Shares of softmax at which derivatives are taken, with their weights in the trapezoidal rule. At share 1 the
@@ -73,7 +74,7 @@ class Calibration:
     memory: tuple[tuple[int, ...], ...]
 
 
-def calibrate(folder: Path, data: str | Sequence[str], softmax: int = 0, tokens: int = 2 * ROW) -> Calibration:
+def calibrate(folder: Path, data: str | Sequence[str], softmax: int = 0, tokens: int = TOKENS) -> Calibration:
     """Measures the converted checkpoint in ``folder``, whose heads all have the same memory.
 
     Args:

@@ -23,6 +23,7 @@ from ..checkpoint.shards import write_json
 from ..data.images import Images
 from ..data.rows import Rows, token_rows
 from ..errors import DijiangError
+from ..files import new_file
 from ..training.attention_transfer import attention
 from .fidelity import measure
 from .likeness import Likeness, likeness
@@ -222,7 +223,8 @@ def first_probes(folder: Path, tokenizer: PreTrainedTokenizerBase | None, held: 
 
 def write_probes(path: Path, probes: Mapping[str, Probe | Likeness]) -> None:
     """Keeps what was measured before training, for the run that resumes this one."""
-    write_json(path, {name: dataclasses.asdict(each) for name, each in probes.items()})
+    with new_file(path) as partial:
+        write_json(partial, {name: dataclasses.asdict(each) for name, each in probes.items()})
 
 
 def read_probes(path: Path) -> dict[str, Probe | Likeness]:

@@ -20,6 +20,7 @@ import yaml
 
 from .. import __version__
 from ..checkpoint.shards import read_checkpoint
+from ..files import new_file
 from ..training.log import read_log
 from .likeness import Likeness
 from .probe import Probe
@@ -101,7 +102,8 @@ def write_report(
     parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(yaml.safe_dump(dict(recipe), sort_keys=False))}</pre>"]
     parts += ["<h2>Made with</h2>", _table(("", ""), [*facts.items(), *_versions()])]
     title = html.escape(f"{Path(str(record['source'])).name} with DiJiang attention: finetune")
-    (folder / REPORT).write_text(PAGE.substitute(title=title, body="\n".join(parts)), encoding="utf-8")
+    with new_file(folder / REPORT) as partial:
+        partial.write_text(PAGE.substitute(title=title, body="\n".join(parts)), encoding="utf-8")
 
 
 def _summary(record: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
@@ -143,7 +145,8 @@ def _versions() -> list[tuple[str, str]]:
 def _stages(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
     """The stages that ran, as (title, lines of the log)."""
     groups = [list(group) for _, group in groupby(lines, key=lambda line: line["index"])]
-    return [(f"{group[0]['index'] + 1}. {group[0]['stage']}", group) for group in groups]
+    names = [group[0]["stage"].replace("$", r"\$") for group in groups]  # matplotlib reads formulas between two $
+    return [(f"{group[0]['index'] + 1}. {name}", group) for name, group in zip(names, groups, strict=True)]
 
 
 def _draw_losses(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -159,7 +162,7 @@ def _draw_losses(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set(title=title, xlabel="tokens", ylabel="loss")
         _scale(axes, losses)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _draw_transfer(lines: Sequence[Mapping[str, Any]], layers: Sequence[int], path: Path) -> None:
@@ -183,7 +186,7 @@ def _draw_transfer(lines: Sequence[Mapping[str, Any]], layers: Sequence[int], pa
         axes.set(title=title, xlabel="tokens", ylabel="layer")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.colorbar(mesh, ax=panels, label="squared error over the squared norm\nof softmax attention's output")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _draw_perplexity(probes: Mapping[str, Probe], path: Path) -> None:
@@ -198,7 +201,12 @@ def _draw_perplexity(probes: Mapping[str, Probe], path: Path) -> None:
     axes.set(title="held-out text", xlabel="position in the row (tokens)", ylabel="perplexity")
     _scale(axes, values)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _scale(axes: Any, values: Sequence[float]) -> None:

@@ -39,6 +39,15 @@ if [int(n) for n in transformers.__version__.split(".")[:2]] < [int(n) for n in 
     )
 
 
+# The least and the most of a kernel's numbers. Beyond these, a text of a few tokens takes gigabytes.
+RANGES = {
+    "window": (0, 2**16), "sinks": (0, 2**16), "memory": (0, 2**20), "block": (1, 2**10), "decay_rank": (0, 2**12),
+    "seed": (-(2**63), 2**63 - 1),
+}  # fmt: skip
+MOST_BLOCKS = 2**10  # of a window, since each takes a step of its own
+MOST_SCORES = 2**22  # of a block's queries and the window's keys, in each head
+
+
 @dataclass(frozen=True)
 class Kernel:
     """The attention that replaces softmax in every converted layer: a recipe's kernel. Sizes are in tokens.
@@ -89,17 +98,24 @@ class Kernel:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "float | str" or field.name == "frequency":
-                good = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+                good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e6
                 if not (good or value == "quasi-random"):
-                    raise ValueError(f"kernel.frequency is {value!r}: give a positive number or quasi-random")
+                    raise ValueError(f"kernel.frequency is {value!r}: give a positive number up to 1e6 or quasi-random")
             elif type(value) is not type(field.default):
                 raise ValueError(f"kernel.{field.name} is {value!r}: give a {type(field.default).__name__}")
-        for name, least in (("window", 0), ("sinks", 0), ("memory", 0), ("block", 1)):
+        for name, (least, most) in RANGES.items():
             if getattr(self, name) < least:
                 raise ValueError(f"kernel.{name} is {getattr(self, name)}: give {least} or more")
+            if getattr(self, name) > most:
+                raise ValueError(f"kernel.{name} is {getattr(self, name)}: give {most} or less")
         if self.window % self.block:
             raise ValueError(
                 f"kernel.window is {self.window}, no whole multiple of kernel.block, {self.block}: change one of them"
+            )
+        if self.window > min(MOST_BLOCKS * self.block, MOST_SCORES // self.block):
+            raise ValueError(
+                f"kernel.window is {self.window} and kernel.block {self.block}: a window has at most {MOST_BLOCKS} "
+                f"blocks, and window x block is at most {MOST_SCORES}"
             )
         if self.window == 0 and (self.sinks or self.memory):
             raise ValueError("kernel.window is 0, which keeps no exact keys: set kernel.sinks and kernel.memory to 0")
@@ -111,8 +127,6 @@ class Kernel:
             raise ValueError("kernel.far is false and kernel.window is 0: nothing is left to attend to")
         if self.selective and not (self.learned_features and self.decay == "learned"):
             raise ValueError("kernel.selective needs learned_features and decay learned: set kernel.selective false")
-        if self.decay_rank < 0:
-            raise ValueError(f"kernel.decay_rank is {self.decay_rank}: give 0 or more")
         if self.decay_rank and self.decay != "learned":
             raise ValueError(f"kernel.decay_rank needs decay learned, not {self.decay}: set kernel.decay_rank 0")
         if not self.normalize and self.window > 0:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DijiangError
-from ..progress import console
+from ..progress import is_drawn, say
 from .hub import hub_errors, one_line, patiently
 
 if TYPE_CHECKING:
@@ -41,8 +41,11 @@ def list_files(repo_id: str, revision: str) -> dict[str, RepoFile]:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name that a repository gives is that of a file in a folder and stays there, on any system."""
-    return re.fullmatch(r"[^/\\:\0]+", name) is not None and name not in (".", "..")
+    """Whether a name that a repository gives is that of a file in a folder and stays there, on any system.
+
+    Names that would steer a terminal are not plain either: progress bars and errors show them.
+    """
+    return re.fullmatch(r"[^/\\:]+", name) is not None and name.isprintable() and name not in (".", "..")
 
 
 def cache_folder(repo_id: str) -> Path:
@@ -80,7 +83,7 @@ def fetch(repo_id: str, revision: str, files: list[RepoFile], check: bool = Fals
     if new:
         total, left = sum(file.size for file in new), bytes_left(repo_id, revision, new)
         have = f", {_size(total - left)} of it here already" if left < total else ""
-        console.print(f"downloading {repo_id}: {len(new)} files, {_size(total)}{have}", highlight=False, soft_wrap=True)
+        say(f"downloading {repo_id}: {len(new)} files, {_size(total)}{have}")
         names = [glob.escape(file.path) for file in new]
         with hub_errors(repo_id, revision):
             patiently(lambda: snapshot_download(repo_id, revision=revision, allow_patterns=names, tqdm_class=_bar()))
@@ -133,7 +136,7 @@ def _bar() -> type[tqdm]:
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "disable": not console.is_terminal})
+            super().__init__(*args, **{**options, "disable": not is_drawn()})
 
     return Bar
 

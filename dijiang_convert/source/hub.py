@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from ..errors import DijiangError
-from ..progress import console
+from ..files import FULL
+from ..progress import say
 
 TIMEOUT = 30  # seconds; the client's own default for look-ups is to wait for ever
 WAITS = (1, 2, 4, 8)  # seconds between tries, where the Hub does not say how long
@@ -42,7 +43,7 @@ def wait_if_passing(error: BaseException, wait: int = WAITS[-1]) -> bool:
     pause = _pause(error, wait)
     if pause is not None:
         told = f"{one_line(error, 100)}: trying again in {pause} s"
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        say(told)
         time.sleep(pause)
     return pause is not None
 
@@ -62,11 +63,19 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
         raise DijiangError(_explain(error, repo_id, revision)) from error
 
 
-def redact(text: str) -> str:
-    """`text` without tokens that a server or proxy may have echoed, nor what addresses hide or sign."""
+def own_token() -> str | None:
+    """The user's token, None where there is none or its file can't be read."""
     from huggingface_hub import get_token
 
-    if token := get_token():
+    try:
+        return get_token()
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
+def redact(text: str) -> str:
+    """`text` without tokens that a server or proxy may have echoed, nor what addresses hide or sign."""
+    if token := own_token():
         text = text.replace(token, "***")
     text = re.sub(r"\bhf_(oauth_\S+|[A-Za-z0-9]{16,})|(?<=Bearer )\S+", "***", text)
     text = re.sub(r"(?<=://)[^/\s@]+@", "***@", text)
@@ -134,6 +143,8 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
                 )
             case errors.RevisionNotFoundError():
                 return f"{repo_id} has no revision {revision}: choose a branch, tag or commit from {page}"
+            case OSError() if cause.errno in FULL:
+                return f"no space left for what the Hub sends of {repo_id}: free some, or set HF_HOME elsewhere"
             case errors.OfflineModeIsEnabled():
                 return f"cannot reach the Hub for {repo_id}: offline mode is on; unset HF_HUB_OFFLINE"
             case errors.BadRequestError():  # the client's error around it says more
@@ -145,6 +156,11 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
                     f"cannot reach {endpoint} for {repo_id} ({type(cause).__name__}):"
                     " check the connection, any proxy and HF_ENDPOINT, then try again"
                 )
+            case OSError(errno=int(), filename=str() as path):  # the client's cache, or the file of its token
+                reason = f"can't use {one_line(path)} for {repo_id} ({cause.strerror})"
+                return f"{reason}: free some space there, or set HF_HOME to a folder that can be written"
+            case RuntimeError() if "home directory" in str(cause):
+                return f"there is no home folder to keep {repo_id} in: set HF_HOME to a folder that can be written"
     return f"the Hub client failed on {repo_id}: {one_line(error)}"
 
 

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import yaml
 
 from ..errors import DijiangError
-from ..files import read_index, read_json
+from ..files import ADAPTER, new_file, read_index, read_json, read_yaml
 from .download import GIT_HASH, bytes_left, cache_folder, check_blob, fetch, is_plain, list_files
 from .hub import TIMEOUT, hub_errors, one_line, patiently
 from .names import ALIASES, is_hub_id, parse_name
@@ -38,6 +39,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 MODULE_FILES = (".json", ".safetensors", ".bin", ".txt")  # of sentence-transformers
 
+FRONT = re.compile(r"\A\s*---\n(.*?)\n---", re.DOTALL)  # the metadata of a model card
 # What of a source's model card is true of the converted model, too.
 INHERITED = ("license", "license_name", "license_link", "language")
 
@@ -156,8 +158,10 @@ def download(source: Source, out: Path | None = None, linked: bool = False) -> S
     folder = fetch(source.repo_id, source.revision, wanted, check=out is not None)
     if source.asked != source.revision:  # so that it is found offline
         ref = cache / "refs" / source.asked
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(source.revision)
+        with suppress(OSError):  # a cache that others share may be read-only
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(ref) as partial:
+                partial.write_text(source.revision)
     return dataclasses.replace(source, folder=folder)
 
 
@@ -176,13 +180,15 @@ def check_space(needed: Mapping[Path, int]) -> None:
 
 
 def _companions(names: Collection[str]) -> set[str]:
-    """The files beside the weights; an index belongs to its weights, and to those of other formats."""
+    """The files beside the weights; an index belongs to its weights, and to those of other formats, and an adapter's
+    config to an adapter, which is not converted."""
     return {
         name
         for name in names
         if is_plain(name)
         and any(fnmatchcase(name, pattern) for pattern in COMPANIONS)
         and not name.endswith(".index.json")
+        and name != ADAPTER
     }
 
 
@@ -263,10 +269,10 @@ def _cached_commit(repo_id: str, asked: str) -> str:
 
 def _read_card(readme: Path) -> dict[str, Any]:
     """What a model card on disk says that is inherited; nothing where there is none to read."""
-    from huggingface_hub import metadata_load
-
     try:
-        return _inherited(metadata_load(readme) or {})
+        front = FRONT.match(readme.read_text(encoding="utf-8").replace("\r\n", "\n"))
+        card = read_yaml(front[1]) if front else {}
+        return _inherited(card) if isinstance(card, Mapping) else {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
 

@@ -16,8 +16,9 @@ import torch.distributed
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from ..progress import console
+from ..progress import say
 
+GO_ON = "free some and go on with --resume"  # what to do about a full disk
 WHOLE = "whole"  # An empty file that marks a whole checkpoint. It comes last: the Trainer writes folders in place.
 
 
@@ -68,7 +69,7 @@ class StopOnSignal(TrainerCallback):
 
     def _note(self, number: int, frame: Any) -> None:
         if not self.asked:
-            console.print("stopping after this step, to save it; Ctrl-C again stops at once")
+            say("stopping after this step, to save it; Ctrl-C again stops at once")
         self.asked = True
         # A launcher passes the same Ctrl-C on as SIGTERM, so a SIGTERM is no second Ctrl-C.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

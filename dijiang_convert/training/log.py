@@ -8,11 +8,17 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..files import new_file
 from ..recipe import Stage
 
 
 class StageCallback(TrainerCallback):
-    """A callback of the Trainer that also gets the error of every layer in attention transfer."""
+    """A callback of the Trainer that also gets the error of every layer in attention transfer.
+
+    keeps: whether a signal lets the current step end, for its checkpoint to be kept.
+    """
+
+    keeps = True
 
     def note_errors(self, errors: Tensor) -> None:
         """errors: [layers], the `normalized_error` of each converted layer on one batch of this process."""
@@ -45,7 +51,8 @@ class TrainingLog(StageCallback):
         before = max((line["seconds"] for line in kept if line["index"] == self.index), default=0.0)
         self.start = time.perf_counter() - before
         if state.is_world_process_zero:
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            with new_file(self.path) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any

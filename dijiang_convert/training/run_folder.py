@@ -4,7 +4,6 @@ What a checkpoint of the Trainer or a result folder holds is decided elsewhere.
 """
 
 import dataclasses
-import glob
 import json
 import os
 import shutil
@@ -18,9 +17,9 @@ from accelerate import PartialState
 from ..checkpoint.shards import write_json
 from ..errors import DijiangError
 from ..files import new_folder
-from ..progress import console
+from ..progress import say
 from ..recipe import Stage
-from .checkpoints import remove_broken
+from .checkpoints import GO_ON, remove_broken
 from .trainer import StageResult
 
 PLAN, RESULTS = "plan.json", "results.json"  # files of the run's folder, and of the folder of a model after a stage
@@ -47,7 +46,7 @@ class RunFolder:
         self.latest: Path | None = None
         self.resumed = resume
         if resume:
-            before = self._read()
+            before = self._read(force)
             last = max((i for i in range(len(plan)) if self._after(i).is_dir()), default=-1)
             if last >= 0:
                 self.latest = self._after(last)
@@ -58,11 +57,11 @@ class RunFolder:
                 f"{self.folder} holds an unfinished run: go on with --resume, or start anew with --force"
             )
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, force: bool) -> dict[str, Any]:
         try:
             return json.loads((self.folder / PLAN).read_text())
         except (FileNotFoundError, json.JSONDecodeError):
-            if (self.target / "config.json").is_file():
+            if (self.target / "config.json").is_file() and not force:
                 raise DijiangError(f"nothing to resume: {self.target} is finished") from None
             raise DijiangError(f"nothing to resume: no {self.folder}; run without --resume") from None
 
@@ -77,7 +76,7 @@ class RunFolder:
         for stage, now in zip(before["stages"][to_do], self.content["stages"][to_do], strict=True):
             for key in MAY_CHANGE:
                 if stage[key] != now[key]:
-                    console.print(f"stage {now['name']}: {key} is {now[key]} from here on, it was {stage[key]}")
+                    say(f"stage {now['name']}: {key} is {now[key]} from here on, it was {stage[key]}")
 
     @property
     def finished(self) -> bool:
@@ -94,8 +93,7 @@ class RunFolder:
                 (self.folder / PLAN).unlink(missing_ok=True)
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.folder.mkdir(parents=True)
-            beside = self.target.parent.glob(f".{glob.escape(self.target.name)}.*.partial")
-            for folder in [*self.folder.glob(".*.partial"), *beside]:
+            for folder in self.folder.glob(".*.partial"):
                 shutil.rmtree(folder, ignore_errors=True)
             for i in range(len(self.content["stages"])):
                 remove_broken(self.stage(i))
@@ -129,7 +127,7 @@ class RunFolder:
         """Keeps the model after a stage, which ``write`` writes, and removes the model and checkpoints from before."""
         here = PartialState()
         if here.is_main_process:
-            with new_folder(self._after(index), force=True) as folder:
+            with new_folder(self._after(index), force=True, remedy=GO_ON) as folder:
                 write(folder)
                 write_json(folder / RESULTS, [dataclasses.asdict(result) for result in results])
             shutil.rmtree(self._after(index - 1), ignore_errors=True)
@@ -143,7 +141,7 @@ class RunFolder:
         here = PartialState()
         if here.is_main_process and not self.finished:
             assert self.latest is not None
-            with new_folder(target, force) as new:
+            with new_folder(target, force, GO_ON) as new:
                 shutil.copytree(
                     self.latest, new, copy_function=_link, ignore=shutil.ignore_patterns(RESULTS), dirs_exist_ok=True
                 )

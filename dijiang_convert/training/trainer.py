@@ -29,13 +29,14 @@ from ..checkpoint.loading import generates, hidden_size
 from ..data.images import Images
 from ..data.rows import Rows
 from ..errors import DijiangError
-from ..progress import console
+from ..files import telling_full_disk
+from ..progress import console, is_drawn, say
 from ..recipe import Stage
 from ..training import nonfinite, processes
 from .adapters import lora_targets
 from .attention import original, recomputing
 from .attention_transfer import attention_transfer_loss, transferring
-from .checkpoints import Checkpoints, StopOnSignal, last_checkpoint
+from .checkpoints import GO_ON, Checkpoints, StopOnSignal, last_checkpoint
 from .log import StageCallback
 from .logits import cross_entropy_loss, distillation_loss, inner_model, live_teacher
 from .outputs import output_loss
@@ -102,9 +103,7 @@ def run_stage(
     trained = _prepare(model, stage, seed)
     batches, alone = share_out(stage, count), share_out(stage)
     if batches.rows != alone.rows:
-        console.print(
-            f"{stage.name}: {alone.rows} rows a step can't be shared by {count} processes, so it has {batches.rows}"
-        )
+        say(f"{stage.name}: {alone.rows} rows a step can't be shared by {count} processes, so it has {batches.rows}")
     step_tokens = batches.rows * stage.seq_len
     progress, stop = _ProgressCallback(stage, batches.steps, step_tokens), StopOnSignal()
     trainer = _StageTrainer(
@@ -117,7 +116,9 @@ def run_stage(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     latest = last_checkpoint(folder)
-    with stop.listening(), _attention(stage, inner_model(trained), trainer.args, log):
+    attention, full_disk = _attention(stage, inner_model(trained), trainer.args, log), telling_full_disk(folder, GO_ON)
+    listening = stop.listening() if log is None or log.keeps else nullcontext()  # a trial stops at once
+    with listening, attention, full_disk:
         try:
             trainer.train(resume_from_checkpoint=str(latest) if latest else None)
         finally:
@@ -360,8 +361,8 @@ class _ProgressCallback(TrainerCallback):
         self.losses = [
             (e["step"] * self.step_tokens, e["loss"]) for e in state.log_history if "loss" in e and "step" in e
         ]
-        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}")
-        shown = console.is_terminal and state.is_world_process_zero
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[note]}")
+        shown = is_drawn() and state.is_world_process_zero
         self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown)
         self.task = self.bar.add_task(self.stage.name, total=self.steps, completed=self.first_step, note="")
         self.bar.start()

@@ -69,6 +69,8 @@ def random_rows(model: PreTrainedModel, seq_len: int, count: int) -> Rows | Imag
 class Stopwatch(StageCallback):
     """Times the second optimizer step, stops training after it, and keeps the Trainer from saving."""
 
+    keeps = False
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start = _now()
 

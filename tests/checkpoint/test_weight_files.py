@@ -15,8 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dijiang_convert.checkpoint import shards
 from dijiang_convert.checkpoint.shards import (
     DTYPES,
+    check_finite,
+    digest,
     in_memory,
     read_shard,
     write_safetensors,
@@ -225,3 +228,40 @@ def test_pickled_types_without_a_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DijiangError) as call:
         read_shard(tmp_path / "a.bin")
     assert "a in a.bin is complex64" in message(call)
+
+
+def test_parts_of_tensors(tmp_path: Path) -> None:
+    state = {name: tensor.contiguous() for name, tensor in sample().items()}
+    save_file(state, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    for read in (read_shard(tmp_path / "a.safetensors"), in_memory(state)):
+        for t in read:
+            flat = state[t.name].flatten()
+            assert same(t.part(0, 4), flat[:4]) and same(t.part(len(flat) // 2, 99), flat[len(flat) // 2 :])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none(value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "PART", 4)
+    state = {"first": torch.ones(3, 5), "second": torch.arange(11).to(torch.bfloat16), "ids": torch.arange(9)}
+    save_file(state, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    seen: list[int] = []
+    check_finite(tmp_path / "a.safetensors", seen.append)
+    assert sum(seen) == sum(tensor.nbytes for tensor in state.values())
+    state["second"][9] = value  # in the last of its parts
+    save_file(state, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DijiangError) as call:
+        check_finite(tmp_path / "a.safetensors", seen.append)
+    kind = "NaN" if value != value else "infinity"
+    assert message(call) == f"second in {tmp_path / 'a.safetensors'} holds {kind}: the model is broken, get it again"
+
+
+def test_a_digest_tells_what_was_trained(tmp_path: Path) -> None:
+    state = {"b.weight": torch.ones(30, 50), "a.weight": torch.zeros(4), "a.dijiang.map": torch.ones(2)}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    before = digest(tmp_path)
+    state["a.dijiang.map"] += 1
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert digest(tmp_path) == before
+    state["b.weight"] += 1e-3
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert digest(tmp_path) != before

@@ -31,6 +31,7 @@ from tests.sources_on_disk import edit_config
         ["convert", "a", "--no-such-option"],
         ["push", "a"],
         ["finetune", "--tokens", "0"],
+        ["finetune", "--recipe", "pure"],
         ["finetune", "--tokens", "many"],
         ["eval", "a", "--max-tokens", "1"],
         ["bench", "a", "--lengths", "long"],
@@ -99,6 +100,15 @@ def test_help_is_light(arguments: list[str]) -> None:
     assert not modules & {"torch", "transformers", "numpy", "huggingface_hub", *TRAINING}
 
 
+@pytest.mark.parametrize("arguments", [["bench", "a", "--lengths", "long"], ["finetune", "--recipe", "pure"]])
+def test_wrong_usage_is_light(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "dijiang_convert", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "Usage:" in done.stderr and " torch\n" not in done.stderr
+    assert arguments[0] == "bench" or "the checkpoint has its recipe from" in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["inspect"], ["convert", "--dry-run"]])
 def test_what_does_not_train_imports_nothing_that_does(arguments: list[str], source: Path) -> None:
     """transformers' own model class imports much, and no more is needed."""
@@ -147,6 +157,14 @@ def test_convert_json(source: Path) -> None:
 def test_dry_run_json(source: Path) -> None:
     assert json_of("convert", "source", "--dry-run").keys() >= CONVERT
     assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+def test_a_dry_run_tells_of_the_calibration(source: Path) -> None:
+    Path("text.txt").write_text("The sea. " * 100)
+    options = ["convert", "source", "--dry-run", "--data", "text.txt"]
+    for more in (["--calibrate"], ["--layers", "auto:1"]):
+        assert "would calibrate on about 4,096 tokens, forwards and backwards" in run(*options, *more).stdout
+    assert "calibrate on" not in run("convert", "source", "--dry-run").stdout
 
 
 def test_link(source: Path) -> None:

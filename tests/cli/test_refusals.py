@@ -108,15 +108,23 @@ def test_spoiled_sources(case: str, source: Path) -> None:
         (["--revision", "main"], "only the Hub has revisions"),
         (["--push", "no-owner"], "'no-owner' is not a repository name"),
         (["--out", "source"], "source exists and is not empty: choose another --out, or --force to replace it"),
-        (["--out", "source/config.json"], "exists and is not empty"),
-        (["--out", "source/config.json/out"], "can't write beside"),
+        (["--out", "source/new"], "source/new lies in source, which is read: give another --out, as /"),
+        (["--out", "source/config.json"], "source/config.json lies in source, which is read"),
+        (["--out", "file/out"], "can't write beside"),
     ],
 )
 def test_bad_options(options: list[str], expected: str, source: Path) -> None:
     (source / "own.yaml").write_text("kernel: {windw: 3}\nstages: []\n")
-    before = tree(source)
+    Path("file").write_text("")
+    before = tree(source.parent)
     assert expected in refusal("convert", "source", *options)
-    assert [path.name for path in source.parent.iterdir()] == ["source"] and tree(source) == before
+    assert tree(source.parent) == before
+
+
+def test_no_checkpoint_is_written_into_another(sources: Path) -> None:
+    checkpoint = sources / "converted"
+    told = refusal("finetune", str(checkpoint), "--out", str(checkpoint / "new"))
+    assert f"{checkpoint}/new lies in {checkpoint}, which is read: give another --out, as {sources}/new" in told
 
 
 def test_no_space_is_seen_before(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

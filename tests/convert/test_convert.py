@@ -18,6 +18,7 @@ from dijiang_convert.checkpoint.companions import LEFT_BEHIND, MODELING_FILES
 from dijiang_convert.checkpoint.loading import load_any, load_converted, load_tokenizer
 from dijiang_convert.convert import ConvertResult, convert
 from dijiang_convert.errors import DijiangError
+from dijiang_convert.generate import generate
 from dijiang_convert.recipe import load_recipe
 from tests.convert.converting import CPU, INDEX, digests, read_json, written
 from tests.sources_on_disk import edit_config
@@ -250,6 +251,18 @@ def test_an_attention_function_that_the_source_chose_is_left_out(
     convert(str(source), tmp_path / "out")
     assert key not in read_json(tmp_path / "out" / "config.json")
     assert load_any(str(tmp_path / "out")).config._attn_implementation == "dijiang"
+
+
+def test_a_cache_that_the_source_chose_is_left_out(sources: Path, tmp_path: Path, capsys: Any) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sources / "llama", source)
+    path = source / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cache_implementation": "offloaded", "top_k": 7}))
+    convert(str(source), tmp_path / "out")
+    assert "generation_config.json's cache, since converted layers have their own" in capsys.readouterr().err
+    written_config = read_json(tmp_path / "out" / "generation_config.json")
+    assert "cache_implementation" not in written_config and written_config["top_k"] == 7
+    assert generate(tmp_path / "out", "hello " * 9, chat=False, max_new_tokens=8).tokens == 8
 
 
 def test_a_layer_that_runs_another_attention_function_is_refused(

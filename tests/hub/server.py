@@ -283,7 +283,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.rfile.readline()
             self.rfile.readline()
             return b"".join(chunks)
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        if len(body) < length:
+            raise ConnectionResetError("the client was killed in the middle of a request")
+        return body
 
     def answer(self, data: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         path, fault = unquote(urlsplit(self.path).path), self.fault

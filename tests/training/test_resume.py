@@ -294,3 +294,16 @@ def test_a_run_killed_before_its_report_is_there_is_resumed_for_it(
     assert (tmp_path / "out" / "report.html").is_file()
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")} != {}
     assert not (tmp_path / "out.run").exists()
+
+
+def test_a_run_that_was_killed_at_its_start_over_an_older_result_is_not_called_finished(
+    tuned: Callable[..., Any], tmp_path: Path
+) -> None:
+    options = {"tokens": 64, "stages": ["transfer"], "force": True}
+    tuned(**options)
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / ".out.run.partial").mkdir()
+    with pytest.raises(DijiangError, match="nothing to resume: no .*out.run; run without --resume"):
+        tuned(**options, resume=True)
+    tuned(**options)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
