@@ -74,11 +74,12 @@ def build(args: argparse.Namespace, row: str, folder: Path, seed: int) -> tuple[
     of_kernel, of_stages = ([s for s in settings if ("." in s.partition("=")[0]) == dot] for dot in (False, True))
     if name == "teacher":
         stage = Stage("train", "cross_entropy", 1, "full", learning_rate=1e-5, seq_len=args.seq_len)
-        return load_any(args.model), adjust_stages([stage], of_stages)
+        return load_any(args.model, dtype="float32"), adjust_stages([stage], of_stages)
     recipe, own = RECIPES.get(name, (name, []))
     if name in BASELINES:
         recipe = "frequency" if any(s.startswith("window=") for s in of_kernel) else "pure"
-    convert(args.model, folder, recipe=recipe, settings=[*of_kernel, *own])
+    # Most CPUs have no instructions for bfloat16, and train in it up to sixty times more slowly.
+    convert(args.model, folder, recipe=recipe, settings=[*of_kernel, *own], dtype="float32")
     model: Any = load_converted(folder)
     if name in BASELINES:
         torch.manual_seed(seed)
