@@ -24,7 +24,7 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PART = 2**23  # numbers that are read at a time where all are looked at
+PART = 2**20  # numbers that are read at a time where all are looked at
 SAMPLE = 1024  # numbers of each tensor that `digest` looks at
 
 
@@ -107,7 +107,8 @@ def _unread(name: str, dtype: torch.dtype, shape: tuple[int, ...], path: Path, o
             return torch.empty(0, dtype=dtype)
         with path.open("rb") as file:
             file.seek(offset + start * dtype.itemsize)
-            data = bytearray(file.read(count * dtype.itemsize))
+            data = bytearray(count * dtype.itemsize)
+            file.readinto(data)
         return torch.frombuffer(data, dtype=dtype)
 
     return Tensor(name, dtype, shape, lambda: part(0, _product(shape)).reshape(shape), part)

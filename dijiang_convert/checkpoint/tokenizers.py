@@ -30,8 +30,8 @@ PROBES = (
 
 
 def source_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model to convert. Raises DijiangError if it can't be loaded, Unsupported if code of the
-    model's own makes its tokens: that code is not run, so nobody could tell whether others are the same."""
+    """The tokenizer of a model to convert. Raises DijiangError if there is none or it can't be loaded, Unsupported if
+    code of the model's own makes its tokens: that code is not run, so nobody could tell whether others are the same."""
     path = folder / "tokenizer_config.json"
     if path.is_file():
         if path.read_bytes().startswith(codecs.BOM_UTF8):
@@ -42,7 +42,11 @@ def source_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
                 f"{path} names code of the model's own for its tokenizer, which is not run: if a tokenizer of "
                 "transformers gives the same tokens, save that there, without auto_map"
             )
-    return load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    # Without its files, transformers makes some tokenizers of nothing but special tokens.
+    if tokenizer.get_vocab().keys() <= {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}:
+        raise DijiangError(f"no tokenizer in {folder}: it needs tokenizer.json or the files of a slow tokenizer")
+    return tokenizer
 
 
 def check_tokenizer(copied: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase, name: object, size: int) -> None:
