@@ -302,6 +302,16 @@ def _reflink(source: Path, target: Path) -> None:
         fcntl.ioctl(writing.fileno(), FICLONE, reading.fileno())
 
 
+def bytes_text(count: int) -> str:
+    """A number of bytes as people read it: 271.6 kB."""
+    size, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DijiangError, printable, without_steering
+from .files import bytes_text
 
 A100_SPEED = 0.3 * 312e12  # operations a second: training reaches some 30 % of what an A100 gives in bfloat16
 SHOWN = 12  # most layers of a calibration that are shown: those that matter fit on a screen
@@ -37,16 +38,16 @@ def inspection(r: Any) -> None:
         return
     from .training.estimate import duration
 
-    kept = f"{_size(r.state_bytes)} at any length"
+    kept = f"{bytes_text(r.state_bytes)} at any length"
     kept += f"; softmax's cache is larger from {r.smaller_from:,} tokens on" if r.smaller_from else ""
-    caches = ", ".join(f"{_size(n)} at {length:,}" for length, n in (r.kv_cache_bytes_at or {}).items())
+    caches = ", ".join(f"{bytes_text(n)} at {length:,}" for length, n in (r.kv_cache_bytes_at or {}).items())
     _table("", "", [
         ["model", f"{r.source} ({r.architecture})"],
         ["layers", f"{r.layers_converted} of {r.layers}: {r.heads} heads of {r.head_dim}, {r.kv_heads} for keys"],
         ["new parameters", f"{r.new_parameters:,} beside {r.parameters:,}"],
         *([["cache", kept], ["softmax's cache", caches]] if caches else []),
-        ["to convert", f"{_size(r.weights_bytes)} of weights, and as much on disk for the copy"],
-        ["to finetune", f"{r.finetune_tokens:,} tokens, {_size(r.finetune_bytes)} of memory; one A100 takes about "
+        ["to convert", f"{bytes_text(r.weights_bytes)} of weights, and as much on disk for the copy"],
+        ["to finetune", f"{r.finetune_tokens:,} tokens, {bytes_text(r.finetune_bytes)} of memory; one A100 takes about "
          f"{duration(r.finetune_operations / A100_SPEED)} by its operations (not timed)"],
     ])  # fmt: skip
 
@@ -160,7 +161,7 @@ def benchmark(r: Any) -> None:
         rows.append([
             x.model, tokens(x), f"{x.prefill_tokens_per_second:,.0f}{prefill_ratio}",
             "" if decode is None else f"{decode:,.1f}{decode_ratio}", "" if first is None else _duration(first),
-            _size(x.cache_bytes), _size(x.peak_memory_bytes),
+            bytes_text(x.cache_bytes), bytes_text(x.peak_memory_bytes),
         ])  # fmt: skip
     _table("model", "tokens", rows, "prefill /s", "decode /s", "1st token", "cache", "memory")
     _say(f"tokens a second, and times softmax's; {r.device}, {r.dtype}")
@@ -168,7 +169,7 @@ def benchmark(r: Any) -> None:
 
 def pushed(r: Any) -> None:
     """Where a checkpoint was uploaded."""
-    _say(f"{r.url}: {_size(r.bytes_uploaded)} in commit {r.commit[:12]}")
+    _say(f"{r.url}: {bytes_text(r.bytes_uploaded)} in commit {r.commit[:12]}")
 
 
 def demonstration(r: Any) -> None:
@@ -213,12 +214,3 @@ def _table(first: str, second: str, rows: list[list[str]], *more: str) -> None:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
-
-
-def _size(count: int) -> str:
-    size, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

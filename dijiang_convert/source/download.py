@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DijiangError
+from ..files import bytes_text
 from ..progress import is_drawn, say
 from .hub import hub_errors, one_line, patiently
 
@@ -82,8 +83,8 @@ def fetch(repo_id: str, revision: str, files: list[RepoFile], check: bool = Fals
     fetched = [file for file in new if not _is_here(cache, revision, file)]
     if new:
         total, left = sum(file.size for file in new), bytes_left(repo_id, revision, new)
-        have = f", {_size(total - left)} of it here already" if left < total else ""
-        say(f"downloading {repo_id}: {len(new)} files, {_size(total)}{have}")
+        have = f", {bytes_text(total - left)} of it here already" if left < total else ""
+        say(f"downloading {repo_id}: {len(new)} files, {bytes_text(total)}{have}")
         names = [glob.escape(file.path) for file in new]
         with hub_errors(repo_id, revision):
             patiently(lambda: snapshot_download(repo_id, revision=revision, allow_patterns=names, tqdm_class=_bar()))
@@ -139,7 +140,3 @@ def _bar() -> type[tqdm]:
             super().__init__(*args, **{**options, "disable": not is_drawn()})
 
     return Bar
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from ..errors import DijiangError
-from ..files import ADAPTER, new_file, read_index, read_json, read_yaml
+from ..files import ADAPTER, bytes_text, new_file, read_index, read_json, read_yaml
 from .download import GIT_HASH, bytes_left, cache_folder, check_blob, fetch, is_plain, list_files
 from .hub import TIMEOUT, hub_errors, one_line, patiently
 from .names import ALIASES, is_hub_id, parse_name
@@ -175,7 +175,7 @@ def check_space(needed: Mapping[Path, int]) -> None:
         disk = there.stat().st_dev
         disks[disk] = path, size + (disks[disk][1] if disk in disks else 0)
         if (free := shutil.disk_usage(there).free) < disks[disk][1]:
-            total = f"{disks[disk][1] / 1e9:.1f} GB on the disk of {path}, which has {free / 1e9:.1f} GB"
+            total = f"{bytes_text(disks[disk][1])} on the disk of {path}, which has {bytes_text(free)}"
             raise DijiangError(f"no space left for {total}: free some, choose another --out, or set HF_HOME elsewhere")
 
 

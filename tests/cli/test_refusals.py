@@ -130,7 +130,7 @@ def test_no_checkpoint_is_written_into_another(sources: Path) -> None:
 def test_no_space_is_seen_before(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(".")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert "no space left for 0.0 GB on the disk of source-dijiang" in refusal("convert", "source")
+    assert "on the disk of source-dijiang, which has 1.0 kB" in refusal("convert", "source")
     assert [path.name for path in source.parent.iterdir()] == ["source"]
 
 
