@@ -154,7 +154,7 @@ def fill_and_run_again(case: Case, run: Runner, disk: Path, free: int) -> dict[s
     with filler.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, max(shutil.disk_usage(disk).free - free, 1))
     code = run(case.arguments(), case.place)
-    error, log = run.error, run.log
+    error, log = run.error.replace(f"{disk}{os.sep}", ""), run.log
     standing, faults = case.standing(), set[str]()
     if code not in (0, 1) or (code == 1 and (not error or "unexpected" in error)):
         faults.add("untold")

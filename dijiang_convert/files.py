@@ -30,7 +30,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a pointer file 
 DEEPEST = 100  # levels of a JSON file: deeper ones exceed the recursion limit of whoever walks through them
 FICLONE = 0x40049409  # the request of ioctl_ficlone(2), which makes a reflink
 FULL = (errno.ENOSPC, errno.EDQUOT)
-HARDLY_ANY = 16 << 20  # bytes: a disk with less free space is full, where a library does not say why it can't write
+UNTOLD = ("inline_container", "iostream error")  # what torch.save says, whyever it can't write
+HARDLY_ANY = 16 << 20  # bytes: a disk with less free space is full, where torch does not say why it can't write
 
 
 @contextmanager
@@ -130,7 +131,7 @@ def is_of_full_disk(error: Exception, what: Path | str = ".") -> bool:
         return True
     if any(text in str(error) for text in (*map(os.strerror, FULL), "No usable temporary directory")):
         return True
-    if "inline_container" not in str(error):  # torch.save says where it failed, and not why
+    if not any(text in str(error) for text in UNTOLD):
         return False
     there = Path(what).absolute()
     while not there.exists():

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import DijiangError
 from .files import ADAPTER, check_link, read_index, read_json, telling_full_disk
-from .source.download import is_plain
 from .source.hub import TIMEOUT, hub_errors, own_token, patiently, wait_if_passing
+from .source.modules import module_folders
 from .source.names import is_hub_id
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def _checkpoint_files(folder: Path) -> dict[str, Path]:
     for name in sorted(companions):
         if any(fnmatchcase(name, pattern) for pattern in READ):
             _check_text(folder / name)
-    further = [*folder.glob(PLOTS), *(path for name in _modules(folder) for path in (folder / name).iterdir())]
+    further = [*folder.glob(PLOTS), *(path for name in module_folders(folder) for path in (folder / name).iterdir())]
     for each in further:
         check_link(each, folder)
     inner = {
@@ -266,17 +266,6 @@ def _checkpoint_files(folder: Path) -> dict[str, Path]:
         if path.is_file() and path.name.endswith(INNER) and not path.name.startswith(".")
     }
     return {name: folder / name for name in sorted(weights | companions | inner)}
-
-
-def _modules(folder: Path) -> list[str]:
-    """Folders with the further modules of a sentence-transformers model. Raises DijiangError for others."""
-    if not (folder / "modules.json").is_file():
-        return []
-    names = [each["path"] for each in json.loads((folder / "modules.json").read_bytes()) if each["path"]]
-    for name in names:
-        if not is_plain(name) or not (folder / name).is_dir():
-            raise DijiangError(f"modules.json of {folder} names {name}, no folder in it: convert again")
-    return names
 
 
 def _local_paths(record: Any) -> Iterator[str]:

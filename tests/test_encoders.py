@@ -112,6 +112,18 @@ def test_every_head_and_further_module_comes_along(converted: Path) -> None:
     assert (converted / "2_Dense/model.safetensors").is_file()
 
 
+def test_a_module_without_files_has_no_folder(tmp_path: Path) -> None:
+    """Git and the Hub keep no empty folders."""
+    folder = write_bert(tmp_path / "bert")
+    normalize = {"idx": 3, "name": "3", "path": "3_Normalize", "type": "sentence_transformers.models.Normalize"}
+    (folder / "modules.json").write_text(json.dumps([*MODULES, normalize]))
+    convert(str(folder), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "modules.json").read_text())[3] == normalize
+    (folder / "modules.json").write_text(json.dumps([*MODULES, {**normalize, "type": MODULES[1]["type"]}]))
+    with pytest.raises(DijiangError, match="names 3_Normalize, no folder of"):
+        convert(str(folder), tmp_path / "again")
+
+
 def test_an_encoder_gets_a_recipe_of_its_own(source: Path, converted: Path, tmp_path: Path) -> None:
     section = read_checkpoint(converted)["dijiang"]
     assert section["recipe"] == "encoder" and section["kernel"]["rotary"] == "keep"

@@ -269,6 +269,7 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
         OSError(errno.EDQUOT, "full"),
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 60928 vs 60816"),
+        RuntimeError("basic_ios::clear: iostream error"),
         FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
     ],
 )

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..architecture.config import ATTENTION_KEYS
-from ..errors import DijiangError, Unsupported
+from ..errors import DijiangError
 from ..files import ADAPTER, check_link, read_any_json
 from ..progress import say
+from ..source.modules import module_folders
 from .quality import EVALUATION
 from .shards import write_json
 
@@ -41,7 +42,6 @@ LEFT_BEHIND = (
 )  # fmt: skip
 
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")  # keys of a config that name a repository's code
-WITHOUT_FILES = ("Normalize",)  # modules of sentence-transformers that need no files
 LARGE_JSON = ("tokenizer.json", "vocab.json")  # large files that name no code, so they need no reading
 
 
@@ -119,33 +119,3 @@ def without_attention(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_attention(each) for key, each in value.items() if key not in ATTENTION_KEYS}
     return value
-
-
-def module_folders(folder: Path) -> list[str]:
-    """The folders of a sentence-transformers model, from its modules.json; none for other models.
-
-    They hold what follows the Transformer: pooling, dense layers, normalisation. Git and the Hub keep no empty folder,
-    so that of a module without files may be missing. Raises DijiangError if another is missing or outside of the
-    model's, and Unsupported for modules with code of their own.
-    """
-    if not (folder / "modules.json").is_file():
-        return []
-    try:
-        modules: Any = read_any_json(folder / "modules.json")
-        paths = {str(each["path"]): str(each["type"]) for each in modules}
-    except (KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise DijiangError(f"{folder / 'modules.json'} can't be read ({reason}): get it again") from error
-    own = [kind for kind in paths.values() if not kind.startswith("sentence_transformers.")]
-    if own:
-        raise Unsupported(f"modules.json names {own[0]}, code of the model's own: only sentence-transformers' modules")
-    found = []
-    for name, kind in paths.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise DijiangError(f"modules.json names {name}, outside of {folder}: get the model again")
-        if not name or (kind.rpartition(".")[2] in WITHOUT_FILES and not (folder / name).exists()):
-            continue
-        if not (folder / name).is_dir():
-            raise DijiangError(f"modules.json names {name}, no folder of {folder}: get the model again")
-        found.append(name)
-    return found

@@ -59,15 +59,17 @@ def test_only_allowed_files_leave(checkpoint: Path, hub: Hub) -> None:
 
 
 def test_modules_of_sentence_transformers_come_along(checkpoint: Path, hub: Hub) -> None:
-    (checkpoint / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}  # the last has no files
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (checkpoint / "modules.json").write_text(json.dumps(modules))
     (checkpoint / "1_Pooling").mkdir()
     (checkpoint / "1_Pooling" / "config.json").write_text("{}")
     (checkpoint / "1_Pooling" / ".hidden.json").write_text("{}")
     push(checkpoint, "push/modules")
     assert set(hub.files("push/modules")) == ALLOWED | {".gitattributes", "modules.json", "1_Pooling/config.json"}
-    (checkpoint / "modules.json").write_text('[{"path": "../secrets"}]')
+    (checkpoint / "modules.json").write_text(json.dumps([{**modules[1], "path": "../secrets"}]))
     (checkpoint.parent / "secrets").mkdir()
-    with pytest.raises(DijiangError, match="names ../secrets, no folder in it"):
+    with pytest.raises(DijiangError, match="names ../secrets, no folder of"):
         push(checkpoint, "push/modules")
 
 
