@@ -365,9 +365,9 @@ def read_index(path: Path) -> set[str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DijiangError(f"{path} names no weights: get it again")
-    other = next((name for name in weight_map.values() if not isinstance(name, str)), None)
-    if other is not None:
-        raise DijiangError(f"{path} names {other!r:.80}, which is no name of a file: get it again")
+    others = [name for name in weight_map.values() if not isinstance(name, str)]
+    if others:
+        raise DijiangError(f"{path} names {others[0]!r:.80}, which is no name of a file: get it again")
     names = set(weight_map.values())
     for name in sorted(names):
         if Path(name).is_absolute() or ".." in re.split(r"[/\\]", name):
