@@ -43,12 +43,13 @@ IMPORTS = "import transformers.models.llama.modeling_llama"
 
 
 def make_source(folder: Path, shape: dict[str, Any]) -> None:
-    """A model of random bytes, written one tensor at a time, with a tokenizer file."""
+    """A model of random numbers, written one tensor at a time, with the demo model's tokenizer."""
     config = LlamaConfig(**shape, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
     folder.mkdir()
-    shards = list(_shards([Tensor(n, torch.bfloat16, s, partial(_random, s)) for n, s in shapes.items()]))
+    tensors = [Tensor(n, torch.bfloat16, s, partial(_random, s), lambda _, n: _random((n,))) for n, s in shapes.items()]
+    shards = list(_shards(tensors))
     weight_map: dict[str, str] = {}
     for i, tensors in enumerate(shards, start=1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -56,7 +57,8 @@ def make_source(folder: Path, shape: dict[str, Any]) -> None:
         weight_map |= {t.name: name for t in tensors}
     write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
     config.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
+    for path in MODEL.glob("tokenizer*"):
+        shutil.copy(path, folder)
 
 
 def _shards(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -71,6 +73,7 @@ def _shards(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def _random(shape: tuple[int, ...]) -> torch.Tensor:
     numbers = torch.empty(-(-torch.Size(shape).numel() // 4), dtype=torch.int64).random_()
+    numbers.view(torch.int16).bitwise_and_(-(2**14) - 1)  # the exponent's first bit: all numbers are below 4
     return numbers.view(torch.bfloat16)[: torch.Size(shape).numel()].reshape(shape)
 
 

@@ -69,7 +69,7 @@ class Sizes:
 
     @classmethod
     def tiny(cls) -> "Sizes":
-        return cls((32, 64), (16, 40), (1, 2), 4, (1, 32), (50, 20), (10, 8, 1, 31), 1, 512)
+        return cls((32, 64), (16, 40), (1, 2), 4, (1, 32), (50, 20), (10, 8, 1, 31), 1, 1024)
 
 
 @dataclass

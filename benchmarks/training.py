@@ -28,6 +28,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -46,6 +47,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 import dijiang_convert
 from dijiang_convert import convert
 from dijiang_convert.checkpoint.loading import default_device, load_converted
+from dijiang_convert.demo import MODEL
 from dijiang_convert.training.adapters import lora_targets
 from dijiang_convert.training.attention import original, recomputing
 from dijiang_convert.training.attention_transfer import attention_transfer_loss, transferring
@@ -67,7 +69,8 @@ def make_models(folder: Path, args: argparse.Namespace, vocabulary: int) -> tupl
     )  # fmt: skip
     torch.manual_seed(0)
     GPTNeoXForCausalLM(config).save_pretrained(source)
-    (source / "tokenizer.json").write_text("{}")
+    for path in MODEL.glob("tokenizer*"):
+        shutil.copy(path, source)
     convert(str(source), converted, recipe=args.recipe, settings=args.set)
     return source, converted
 

@@ -30,7 +30,7 @@ from .checkpoint.companions import (
     without_code,
     write_code,
 )
-from .checkpoint.loading import check_generation_config, check_weights, load_tokenizer, silence
+from .checkpoint.loading import check_generation_config, check_weights, silence
 from .checkpoint.shards import (
     check_finite,
     check_size,
@@ -40,7 +40,7 @@ from .checkpoint.shards import (
     write_json,
     write_shards,
 )
-from .checkpoint.tokenizers import check_tokenizer, source_tokenizer
+from .checkpoint.tokenizers import settle_tokenizer, source_tokenizer
 from .errors import DijiangError, Unsupported
 from .files import (
     check_beside,
@@ -193,7 +193,7 @@ def convert(
             write_json(folder / "config.json", content)
             if tokenizer is not None:
                 known = getattr(architecture.config.get_text_config(), "vocab_size", None) or 0
-                check_tokenizer(load_tokenizer(folder), tokenizer, found, known)
+                settle_tokenizer(folder, tokenizer, found, known)
             with bytes_bar("converting", size) as advance:
                 linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link, wrapper)
             check_weights(folder, found)

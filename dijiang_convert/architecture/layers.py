@@ -74,4 +74,4 @@ def select_layers(spec: str, count: int, full: list[int], local: list[int], kind
 
 def _is_number(text: str) -> bool:
     """Whether a text is a number that a layer may have: `int` refuses thousands of digits."""
-    return text.isascii() and text.isdecimal() and len(text) < 10
+    return text.isascii() and text.isdecimal() and len(text) < 100

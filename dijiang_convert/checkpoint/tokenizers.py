@@ -14,6 +14,7 @@ from ..errors import DijiangError, Unsupported
 from ..files import read_json
 from ..progress import say
 from .loading import load_tokenizer
+from .shards import write_json
 
 # Texts at which tokenizers differ: case, accents in one code point and in two, scripts, emoji of several code points,
 # white space at the start, within and at the end, digits, code, control characters, and a word that no vocabulary has.
@@ -47,6 +48,21 @@ def source_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.get_vocab().keys() <= {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}:
         raise DijiangError(f"no tokenizer in {folder}: it needs tokenizer.json or the files of a slow tokenizer")
     return tokenizer
+
+
+def settle_tokenizer(folder: Path, source: PreTrainedTokenizerBase, name: object, size: int) -> None:
+    """Checks the tokenizer that was copied into a converted checkpoint as `check_tokenizer` does.
+
+    AutoTokenizer has its own class for some types of models, whatever their tokenizer_config.json says, as for qwen2,
+    and a converted model has another type. Where that makes another class of the copied files, the source's is named.
+    """
+    copied = load_tokenizer(folder)
+    if type(copied) is not type(source):
+        path = folder / "tokenizer_config.json"
+        content = read_json(path) if path.is_file() else {}
+        write_json(path, {**content, "tokenizer_class": type(source).__name__})
+        copied = load_tokenizer(folder)
+    check_tokenizer(copied, source, name, size)
 
 
 def check_tokenizer(copied: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase, name: object, size: int) -> None:

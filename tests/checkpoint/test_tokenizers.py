@@ -126,6 +126,20 @@ def test_no_tokenizer(config: Any, expected: str, tmp_path: Path) -> None:
     assert expected in refused(source)
 
 
+def test_a_class_that_transformers_has_for_a_type_of_model_stays(tmp_path: Path) -> None:
+    """Of qwen2 AutoTokenizer makes a Qwen2Tokenizer, which composes accents, whatever class the files name."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes)
+    write_source(tmp_path / "source", config)
+    convert(str(tmp_path / "source"), tmp_path / "out")
+    original = AutoTokenizer.from_pretrained(tmp_path / "source")
+    assert type(original) is transformers.Qwen2Tokenizer
+    assert original("e\u0301")["input_ids"] == original("\u00e9")["input_ids"]
+    alone = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    for found in (alone, load_tokenizer(tmp_path / "out")):
+        assert all(found(text)["input_ids"] == original(text)["input_ids"] for text in PROBES)
+
+
 def test_a_slow_tokenizers_files(tmp_path: Path) -> None:
     """vocab.json and merges.txt, from which transformers makes a fast one."""
     config = transformers.GPT2Config(

@@ -244,9 +244,9 @@ def test_rows_of_another_request_are_refused(
     assert "holds rows of another run" in message and "drop --resume" in message
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, DijiangError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), DijiangError("stopped")], ids=repr)
 def test_half_a_set_of_rows_is_never_taken_for_a_whole_one(
-    error: type[BaseException], two: Sources, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, two: Sources, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"seq_len": 32, "tokens": 3000, "folder": tmp_path / "run" / "rows"}
     count = 0
@@ -257,7 +257,7 @@ def test_half_a_set_of_rows_is_never_taken_for_a_whole_one(
         if count == 20:
             raise error
 
-    with monkeypatch.context() as patch, pytest.raises(error):
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
         patch.setattr(data_module, "count_bar", lambda title, total: nullcontext(stop))
         token_rows(two, tokenizer, **options)
     assert list((tmp_path / "run").iterdir()) == []

@@ -289,7 +289,7 @@ def test_size_is_told_before_it_starts(repo: str, hub: Hub, capsys: pytest.Captu
     source = resolve(repo)
     download(source)
     told = capsys.readouterr().err
-    assert told == f"downloading {repo}: 4 files, 0.0 MB\n"
+    assert told == f"downloading {repo}: 4 files, 20.1 kB\n"
     download(source)
     assert capsys.readouterr().err == ""
 
