@@ -1,7 +1,8 @@
 """`dijiang convert`: a softmax model in, a checkpoint with DiJiang attention out.
 
 Conversion moves bytes and loads no model: base weights are copied as they are, one small shard of kernel parameters is
-added, and the code that runs them. It takes about as long as copying the folder.
+added, and the code that runs them. It takes as long as reading the weights once, to see that all are numbers, and
+copying the folder.
 """
 
 import dataclasses

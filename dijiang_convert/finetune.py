@@ -122,7 +122,7 @@ def finetune(
         out: by default CHECKPOINT-finetuned.
         data: a file (.txt, .md, .jsonl, .json, .csv, .parquet), a folder or glob of them, or a Hub data set; `Sources`
             of several; or the documents themselves. None takes the recipe's and its stages' own.
-        teacher: the original model, needed only where the checkpoint was trained before and its source is a folder.
+        teacher: the original model, needed only where the base weights were trained or changed, and it was a folder.
         resume: go on where a run with the same ``out`` stopped.
         force: replace ``out`` if it exists.
         report: sets a little text aside, measures the model on it before and after, and leaves report.html and plots.

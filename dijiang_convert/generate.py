@@ -136,7 +136,9 @@ def _continue(
         )[0, ids.shape[1] :]  # fmt: skip
     except (ValueError, ImportError) as error:  # what a generation_config.json asks for may not run
         reason = " ".join(str(error).split())[:200]
-        raise DijiangError(f"this model's generate() refuses, by its generation_config.json: {reason}") from error
+        raise DijiangError(
+            f"this model's generate() refuses: {reason}; its generation_config.json may ask for it"
+        ) from error
     seconds = time.perf_counter() - start
     text = str(tokenizer.decode(output, skip_special_tokens=True))
     return GenerateResult(prompt, text, len(output), len(output) / seconds)

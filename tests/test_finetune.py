@@ -263,11 +263,11 @@ def test_base_weights_that_something_else_trained_are_not_the_original(
     name = next(name for name in state if name.endswith("dense.weight"))
     state[name] += 1e-3
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(DijiangError, match="has other base weights than `dijiang` wrote") as call:
+    with pytest.raises(DijiangError, match="were trained or changed") as call:
         finetune(folder, tmp_path / "out", data=text, stages=["distill"], **SHORT)
     assert "--teacher (it was demo_model)" in str(call.value)
     finetune(folder, tmp_path / "out", data=text, stages=["transfer"], **SHORT)  # its own attention, whatever that is
-    with pytest.raises(DijiangError, match="has other base weights than `dijiang` wrote"):
+    with pytest.raises(DijiangError, match="were trained or changed"):
         finetune(tmp_path / "out", tmp_path / "again", data=text, stages=["distill"], **SHORT)
     finetune(folder, tmp_path / "told", data=text, stages=["distill"], teacher=str(MODEL), **SHORT)
 

@@ -116,7 +116,7 @@ def test_what_a_generation_config_asks_for(plain: str, tmp_path: Path) -> None:
     path.write_text(json.dumps({**ordinary, "output_attentions": True}))
     with pytest.raises(DijiangError) as call:
         generate(tmp_path / "out", TURNS[0], **SHORT)
-    assert "refuses, by its generation_config.json: output_attentions" in message(call)
+    assert "this model's generate() refuses: output_attentions" in message(call)
 
 
 def test_the_command_shows_answers_alone_or_a_text_with_what_follows(chatty: str) -> None:

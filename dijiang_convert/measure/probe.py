@@ -25,6 +25,7 @@ from ..data.rows import Rows, token_rows
 from ..errors import DijiangError
 from ..files import new_file
 from ..training.attention_transfer import attention
+from ..training.teachers import holds_original
 from .fidelity import measure
 from .likeness import Likeness, likeness
 
@@ -194,15 +195,11 @@ def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held: Held
 def probe_likeness(model: PreTrainedModel, folder: Path, held: HeldOut) -> Likeness | None:
     """The likeness of a model to its original, which is the checkpoint in ``folder`` with softmax attention.
 
-    None if a stage has trained that checkpoint's base weights, so that the original is not in it any more.
+    None if that checkpoint no longer holds the original's weights.
     """
-    other = load_converted(folder, attention="softmax").eval()
-    return None if was_trained(other) else likeness(model.eval(), other, held.rows)
-
-
-def was_trained(model: Any) -> bool:
-    """Whether a stage has trained the base weights of a converted model, so that they are not the original's."""
-    return any(step["train"] != "kernel" for step in model.config.dijiang["history"])
+    if not holds_original(folder):
+        return None
+    return likeness(model.eval(), load_converted(folder, attention="softmax").eval(), held.rows)
 
 
 def first_probes(folder: Path, tokenizer: PreTrainedTokenizerBase | None, held: HeldOut) -> dict[str, Probe | Likeness]:
@@ -215,7 +212,7 @@ def first_probes(folder: Path, tokenizer: PreTrainedTokenizerBase | None, held: 
         like = probe_likeness(model, folder, held)
         return {} if like is None else {"before": like}
     probes: dict[str, Probe | Likeness] = {"before": probe(model, tokenizer, held)}
-    if not was_trained(model):
+    if holds_original(folder):
         with attention(model, "softmax"):
             probes["original"] = probe(model, tokenizer, held)
     return probes

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoint.loading import load_any, load_converted
-from ..checkpoint.shards import digest
+from ..checkpoint.shards import digest, read_checkpoint
 from ..errors import DijiangError
 from ..recipe import Stage
 from ..source.names import is_hub_id
@@ -23,6 +23,14 @@ def is_its_own_teacher(stage: Stage, trained: set[str]) -> bool:
     trained: what the stages before trained: "kernel", "lora" or "full".
     """
     return stage.train != "full" and trained <= {"kernel"}
+
+
+def holds_original(folder: Path) -> bool:
+    """Whether a converted checkpoint's base weights are still its original's: no stage has trained them, and nothing
+    but `convert` and `finetune` has written them."""
+    section = read_checkpoint(folder)["dijiang"]
+    untrained = all(step["train"] == "kernel" for step in section["history"])
+    return untrained and digest(folder) == section.get("base_weights")
 
 
 @dataclass(frozen=True)
@@ -47,33 +55,27 @@ def find_teachers(
     """The model that each stage learns from, None where there is none to load.
 
     folder, section: the converted checkpoint and the section ``dijiang`` of its config. given: a source that the user
-    names as the teacher. Raises DijiangError where the original can't be told: the checkpoint's base weights may be
-    the teacher only as long as nothing but `convert` and `finetune` has written them.
+    names as the teacher. Raises DijiangError where the original can't be told.
     """
-    before = {step["train"] for step in section["history"]}
-    distills = any(stage.objective == "distillation" for stage in plan)
-    if distills and given is None and before <= {"kernel"} and digest(folder) != section.get("base_weights"):
-        raise DijiangError(
-            f"{folder} has other base weights than `dijiang` wrote, so they may not be the original's: "
-            f"give that model with --teacher (it was {section['source']})"
-        )
+    original = holds_original(folder)
     return [
-        _find_teacher(stage, folder, section, before | {each.train for each in plan[:i]}, given)
+        _find_teacher(stage, folder, section, {each.train for each in plan[:i]} if original else None, given)
         for i, stage in enumerate(plan)
     ]
 
 
 def _find_teacher(
-    stage: Stage, folder: Path, section: dict[str, Any], trained: set[str], given: str | None
+    stage: Stage, folder: Path, section: dict[str, Any], trained: set[str] | None, given: str | None
 ) -> Teacher | None:
+    """trained: what the stages before it train, None where the checkpoint no longer holds its original's weights."""
     if stage.objective != "distillation":
         return None
     if given is not None:
         return Teacher(given)
-    if any(step["train"] != "kernel" for step in section["history"]):
+    if trained is None:
         if not is_hub_id(str(section["source"])):
             raise DijiangError(
-                f"{folder} was trained before, so its base weights are not the original's: "
+                f"the base weights of {folder} were trained or changed, so they are not the original's: "
                 f"give that model with --teacher (it was {section['source']})"
             )
         return Teacher(section["source"], revision=section.get("source_revision"))

@@ -201,7 +201,7 @@ def test_a_token_that_cannot_be_read(hub: Hub, monkeypatch: pytest.MonkeyPatch) 
     """Errors are searched for the user's token, so its file is read where everything else went wrong already."""
 
     def unreadable() -> str:
-        raise PermissionError(13, "Permission denied", "/root/token")
+        raise PermissionError(13, "Permission denied", "token")
 
     monkeypatch.setattr(huggingface_hub, "get_token", unreadable)
     assert "no such folder: ./nowhere" in refusal("inspect", "./nowhere")
