@@ -29,6 +29,17 @@ GIVEN = {
     "frequency": "`--recipe frequency --calibrate`",
     "pure": "`--recipe pure`",
 }
+# What the rows of fidelity-smollm2.jsonl are, and their cache as a share of the original's at 8,192 tokens: of ours as
+# `dijiang inspect` has it; of others a row of 16 bits is 1 of 8192, and Hedgehog's state takes the bytes of 130 rows.
+PEERS = {
+    "default": ("`default`, equal shares", 0.081),
+    "lolcats:window=512,memory=0": ("LoLCATs, window 512", 642 / 8192),
+    "lola:window=256,memory=256": ("LoLCATs with LoLA's memory: window 256, memory 256", 642 / 8192),
+    "sinks:window=640,memory=0": ("StreamingLLM: the last 640 tokens and 4 sinks", 644 / 8192),
+    "gsa": ("gated slot attention, 64 slots", 128 / 8192),
+    "pure": ("`pure`, the state alone", 0.016),
+    "paper": ("`paper`", 0.024),
+}
 Rows = list[dict[str, Any]]
 Speeds = dict[str, dict[int, float]]  # tokens a second, by model and length
 
@@ -49,6 +60,7 @@ def parts() -> dict[tuple[str, str], str]:
         ("README.md", "first"): first_table(read("smollm2.json")["rows"]),
         ("README.md", "sizes"): sizes_table(read("sizes.json")),
         **{("README.md", f"real-{length}"): real_table(length) for length in (2048, 8192)},
+        ("README.md", "peers"): peers_table(report.load([RESULTS / "fidelity-smollm2.jsonl"])),
         ("README.md", "speed"): f"{setting(speed)}\n\n{speed_table(speed)}",
         ("docs/speed.md", "cpu"): f"{setting(speed)}\n\n{speed_table(speed)}\n{growth_table(speed)}",
         ("docs/speed.md", "conversion"): conversion_table(read("conversion.json")),
@@ -76,20 +88,29 @@ def fidelity(runs: Rows, columns: tuple[str, ...]) -> str:
 
 
 def first_table(rows: Rows) -> str:
-    """What a user wants to know first: a calibrated model, not trained, beside the original."""
-    found = {row["length"]: row for row in rows if row["way"] == "calibrated" and not row["tokens"]}
+    """What a user wants to know first: models converted in two ways, not trained, beside the original."""
+    found = {(row["way"], row["length"]): row for row in rows if not row["tokens"]}
+    lengths = sorted({length for way, length in found if way == "auto:5"})
+    whole, part = ([found[way, length] for length in lengths] for way in ("calibrated", "auto:5"))
+    held = f"{part[0]['cache_share']:.0%}, and that of {len(part[0]['softmax'])} layers grows"
     lines = [
-        ["bytes of the cache of 8,192 tokens", "100%, and it grows", f"{found[2048]['cache_share']:.0%}, at any length"]
+        [
+            "bytes of the cache of 8,192 tokens",
+            "100%, and it grows",
+            f"{whole[0]['cache_share']:.0%}, at any length",
+            held,
+        ]
     ]
-    for length, row in sorted(found.items()):
-        lines.append([f"perplexity on texts of {length:,} tokens", "100%", f"{row['perplexity_ratio']:.1%}"])
-    for length, row in sorted(found.items()):
+    for length, *both in zip(lengths, whole, part, strict=True):
+        ratios = (f"{row['perplexity_ratio']:.1%}" for row in both)
+        lines.append([f"perplexity on texts of {length:,} tokens", "100%", *ratios])
+    for length, *both in zip(lengths, whole, part, strict=True):
         for distance in ("256", "1024", "1900", "4000"):
-            if distance in row["recall"]:
-                of_both = (row[key][distance]["accuracy"] for key in ("baseline_recall", "recall"))
+            if distance in both[0]["recall"]:
+                accuracies = [both[0]["baseline_recall"][distance], *(row["recall"][distance] for row in both)]
                 told = f"repeats random tokens read {int(distance):,} before, in a text of {length:,}"
-                lines.append([told, *(f"{accuracy:.0%}" for accuracy in of_both)])
-    return markdown(["", "softmax", "converted, not trained"], lines)
+                lines.append([told, *(f"{each['accuracy']:.0%}" for each in accuracies)])
+    return markdown(["", "softmax", "`--calibrate`", "`--layers auto:5`"], lines)
 
 
 def sizes_table(found: dict[str, Any]) -> str:
@@ -124,6 +145,22 @@ def real_table(length: int) -> str:
             GIVEN[row["way"]], f"{row['cache_share']:.3f}", f"{row['tokens'] // 1000}K" if row["tokens"] else "nothing",
             f"{row['perplexity_ratio']:.3f}", f"{row['ratio_by_position'][-1]:.3f}", f"{row['kl_divergence']:.4f}",
             *(told(row["recall"][d]) for d in distances),
+        ])  # fmt: skip
+    return markdown(header, lines)
+
+
+def peers_table(runs: Rows) -> str:
+    """Ours and what others have published, on a real model, trained on the same text. The nearest comes first."""
+    distances = list(runs[0]["recall"])
+    header = ["layer", "cache at 8,192", "untrained", "trained", "in the last eighth", "KL a token"]
+    header += [f"repeats, {int(distance):,} ago" for distance in distances]
+    lines = []
+    for run in sorted(runs, key=lambda run: run["kl"]):
+        name, share = PEERS[run["row"]]
+        figures = [run["untrained"]["ratio"], run["ratio"], run["ratio_by_position"][-1]]
+        lines.append([
+            name, f"{share:.3f}", *(f"{x:,.0f}" if x >= 100 else f"{x:.3f}" for x in figures), f"{run['kl']:.4f}",
+            *(told(run["recall"][d]) for d in distances),
         ])  # fmt: skip
     return markdown(header, lines)
 

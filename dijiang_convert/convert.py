@@ -13,24 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
-import transformers
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+from transformers import GenerationMixin, PreTrainedTokenizerBase
 
-from . import __version__
 from .architecture.examine import Architecture, check_kernel, examine
 from .architecture.layers import staying_softmax
-from .architecture.trace import skeleton
 from .checkpoint.card import write_card
-from .checkpoint.companions import (
-    check_links,
-    copy_companions,
-    made_with,
-    without_attention,
-    without_code,
-    write_code,
-)
+from .checkpoint.companions import check_links, copy_companions, write_code
+from .checkpoint.config import config_content
 from .checkpoint.loading import check_generation_config, check_weights, silence
 from .checkpoint.shards import (
     check_finite,
@@ -53,8 +42,6 @@ from .files import (
     remove_leftovers,
     weight_files,
 )
-from .modeling.configuration_dijiang import REQUIRES_TRANSFORMERS, Kernel
-from .modeling.modeling_dijiang import attach
 from .progress import bytes_bar, say
 from .recipe import Recipe, load_recipe
 from .source.resolve import Source, check_space, download, read_config, resolve
@@ -165,48 +152,13 @@ def convert(
     linked, calibration = None, None
     if not dry_run:
         found = download(found, target, linked=link)
-        assert found.folder is not None
-        check_pointers(found.folder)
-        tokenizer = None
-        if architecture.model_class.main_input_name == "input_ids":
-            tokenizer = source_tokenizer(found.folder)
-        check_generation_config(found.folder)
-        check_links(found.folder)
-        shards = weight_files(found.folder)
-        size = sum(shard.stat().st_size for shard in shards)
-        with bytes_bar("checking", size) as advance:
-            for shard in shards:
-                check_finite(shard, advance)
-        check_size(shards, architecture.parameters, found)
-        new = architecture.new_tensors(plan.recipe.kernel)
-        wrapper = wrapper_prefix(shards)
-        if link and shards[0].suffix != ".safetensors":
-            raise DijiangError(f"--link keeps the source's files, and {shards[0].name} must be rewritten: leave it out")
-        if link and wrapper:
-            raise DijiangError(f"--link keeps the source's files, whose tensors are named {wrapper}…: leave it out")
-        if wrapper:
-            say(f"tensors are written without {wrapper} before their names, as transformers names them")
-        check_space({target: 0 if link else size})
+        weights = _checked_weights(found, architecture, link)
+        check_space({target: 0 if link else weights.size})
         with new_folder(target, force) as folder:
-            copy_companions(found.folder, folder)
-            write_code(folder)
             content = config_content(config, architecture, plan.recipe, found, dtype)
-            write_json(folder / "config.json", content)
-            if tokenizer is not None:
-                known = getattr(architecture.config.get_text_config(), "vocab_size", None) or 0
-                settle_tokenizer(folder, tokenizer, found, known)
-            with bytes_bar("converting", size) as advance:
-                linked = write_shards(folder, shards, new, DTYPES.get(dtype or ""), advance, link, wrapper)
-            check_weights(folder, found)
-            content["dijiang"]["base_weights"] = digest(folder)
+            linked = _write(folder, found, weights, plan, content, DTYPES.get(dtype or ""), link)
             if plan.corpus is not None:
-                from .measure.calibrate import calibrate  # it needs more libraries than the rest
-
-                calibration = calibrate(folder, plan.corpus, softmax)
-                architecture = _refined(folder, config, architecture, plan.recipe.kernel, calibration)
-                changed = config_content(config, architecture, plan.recipe, found, dtype)
-                content["dijiang"] |= changed["dijiang"] | {"calibration": dataclasses.asdict(calibration)}
-            write_json(folder / "config.json", content)
+                calibration = _calibrate(folder, plan, config, content)
             write_card(folder)
     return dataclasses.replace(result, seconds=time.perf_counter() - start, linked=linked, calibration=calibration)
 
@@ -280,90 +232,86 @@ def _check_calibration(recipe: Recipe, architecture: Architecture, softmax: int)
         raise Unsupported("auto:N chooses layers one by one, and some here share keys and values: name them yourself")
 
 
-def _refined(
-    folder: Path, config: dict[str, Any], architecture: Architecture, kernel: Kernel, found: "Calibration"
-) -> Architecture:
-    """What a calibration makes of an architecture of which all layers were converted. The checkpoint in ``folder``
-    loses the kernels of layers that stay softmax."""
-    if found.softmax:
+@dataclass(frozen=True)
+class _Weights:
+    """A source's weights and tokenizer, found to be whole and readable.
+
+    size: in bytes, of all shards. wrapper: what stands before all tensors' names and is left out. tokenizer: None for
+    a model that doesn't read tokens.
+    """
+
+    shards: list[Path]
+    size: int
+    wrapper: str
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def _checked_weights(found: Source, architecture: Architecture, link: bool) -> _Weights:
+    """What a downloaded source has. Raises DijiangError where it can't be copied, before anything is written."""
+    assert found.folder is not None
+    check_pointers(found.folder)
+    reads_tokens = architecture.model_class.main_input_name == "input_ids"
+    tokenizer = source_tokenizer(found.folder) if reads_tokens else None
+    check_generation_config(found.folder)
+    check_links(found.folder)
+    shards = weight_files(found.folder)
+    size = sum(shard.stat().st_size for shard in shards)
+    with bytes_bar("checking", size) as advance:
+        for shard in shards:
+            check_finite(shard, advance)
+    check_size(shards, architecture.parameters, found)
+    wrapper = wrapper_prefix(shards)
+    if link and shards[0].suffix != ".safetensors":
+        raise DijiangError(f"--link keeps the source's files, and {shards[0].name} must be rewritten: leave it out")
+    if link and wrapper:
+        raise DijiangError(f"--link keeps the source's files, whose tensors are named {wrapper}…: leave it out")
+    if wrapper:
+        say(f"tensors are written without {wrapper} before their names, as transformers names them")
+    return _Weights(shards, size, wrapper, tokenizer)
+
+
+def _write(
+    folder: Path,
+    found: Source,
+    weights: _Weights,
+    plan: _Plan,
+    content: dict[str, Any],
+    dtype: torch.dtype | None,
+    link: bool,
+) -> str | None:
+    """Writes a checkpoint, but for its card. ``content``, its config.json, gets the hash of the base weights. Returns
+    how they were linked, or None."""
+    assert found.folder is not None
+    architecture = plan.architecture
+    copy_companions(found.folder, folder)
+    write_code(folder)
+    write_json(folder / "config.json", content)
+    if weights.tokenizer is not None:
+        known = getattr(architecture.config.get_text_config(), "vocab_size", None) or 0
+        settle_tokenizer(folder, weights.tokenizer, found, known)
+    new = architecture.new_tensors(plan.recipe.kernel)
+    with bytes_bar("converting", weights.size) as advance:
+        linked = write_shards(folder, weights.shards, new, dtype, advance, link, weights.wrapper)
+    check_weights(folder, found)
+    content["dijiang"]["base_weights"] = digest(folder)
+    write_json(folder / "config.json", content)
+    return linked
+
+
+def _calibrate(folder: Path, plan: _Plan, config: dict[str, Any], content: dict[str, Any]) -> "Calibration":
+    """Measures the checkpoint in ``folder``, of which all layers were converted, and makes of it what that chooses:
+    layers that stay softmax lose their kernels, and config.json tells each head's memory."""
+    from .measure.calibrate import calibrate  # it needs more libraries than the rest
+
+    assert plan.corpus is not None
+    kernel, architecture = plan.recipe.kernel, plan.architecture
+    calibration = calibrate(folder, plan.corpus, plan.softmax)
+    if calibration.softmax:
         before = architecture.new_tensors(kernel).keys()
-        rest = [str(layer) for layer in architecture.layers.layers if layer not in found.softmax]
+        rest = [str(layer) for layer in architecture.layers.layers if layer not in calibration.softmax]
         architecture = examine(config, ",".join(rest))
         drop_tensors(folder, before - architecture.new_tensors(kernel).keys())
-    return dataclasses.replace(architecture, layers=dataclasses.replace(architecture.layers, memory=found.memory))
-
-
-def config_content(
-    config: dict[str, Any], architecture: Architecture, recipe: Recipe, source: Source, dtype: str | None
-) -> dict[str, Any]:
-    """The source's config.json, with the classes that run the checkpoint and the section ``dijiang``."""
-    config = without_attention(without_code(config))
-    kind, model = config["model_type"], class_name(architecture.model_class, architecture.config)
-    result = {**config, "architectures": [model], "model_type": f"dijiang_{kind}"}
-    result["auto_map"] = {
-        "AutoConfig": f"configuration_dijiang.DiJiang{type(architecture.config).__name__}",
-        **{auto: f"modeling_dijiang.{name}" for auto, name in auto_classes(kind, architecture).items()},
-    }
-    if "AutoModelForCausalLM" in result["auto_map"]:  # `transformers serve` asks for custom code by this name alone
-        result["auto_map"].setdefault("AutoModelForDecision", result["auto_map"]["AutoModelForCausalLM"])
-    if dtype is not None:
-        result.pop("torch_dtype", None)
-        result["dtype"] = dtype
-    tokenizer = TOKENIZER_MAPPING_NAMES.get(kind)  # AutoTokenizer asks by model type, and ours is new to it
-    if "tokenizer_class" not in config and isinstance(tokenizer, str):
-        result["tokenizer_class"] = tokenizer
-    details = recipe.to_dict()
-    result["dijiang"] = {
-        "version": __version__,
-        "requires_transformers": REQUIRES_TRANSFORMERS,
-        "source": source.repo_id or source.name,
-        "source_revision": source.revision,
-        "license": None,
-        **source.card,
-        "made_with": made_with(),
-        "recipe": recipe.name,
-        "kernel": details["kernel"],
-        "stages": details["stages"],
-        "data": details["data"],
-        **dataclasses.asdict(architecture.layers),
-        "history": [],
-    }
-    return result
-
-
-def class_name(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
-    """What `modeling_dijiang` calls a converted model class: with its config's name, where that is not its own."""
-    config_class, own = type(config), model_class.config_class
-    return f"DiJiang{model_class.__name__}" + ("" if config_class is own else f"Of{config_class.__name__}")
-
-
-def auto_classes(kind: str, architecture: Architecture) -> dict[str, str]:
-    """The Auto classes that know a model type, with the class that each gives for it: one for every kind of head."""
-    parts = [type(getattr(architecture.config, name)) for name in architecture.config.sub_configs]
-    found = {}
-    for auto, value in vars(modeling_auto).items():
-        names = getattr(getattr(value, "_model_mapping", None), "_model_mapping", {})
-        if not auto.startswith("AutoModel") or kind not in names:
-            continue
-        model_class = getattr(transformers, names[kind] if isinstance(names[kind], str) else names[kind][0])
-        if model_class.config_class in parts:  # the class is of a part, whose weights have other names in the whole
-            if auto != "AutoModelForCausalLM":
-                continue
-            model_class = architecture.model_class
-        if architecture.layers.causal or _has_the_layers(model_class, architecture):
-            found[auto] = class_name(model_class, architecture.config)
-    if not architecture.layers.causal:
-        found.pop("AutoModelForCausalLM", None)
-    if getattr(type(architecture.config)(), "is_encoder_decoder", False):  # its decoder alone was converted
-        found = {auto: name for auto, name in found.items() if auto == "AutoModelForCausalLM"}
-    return found
-
-
-def _has_the_layers(model_class: type[PreTrainedModel], architecture: Architecture) -> bool:
-    """Whether the converted layers are in this class too, with its head and this config. (Encoders have many kinds of
-    head, and some of them a body of their own.)"""
-    try:
-        attach(skeleton(model_class, architecture.config), Kernel(), architecture.layers)
-    except Exception:  # the source's class refuses a config that is not for this head
-        return False
-    return True
+    layers = dataclasses.replace(architecture.layers, memory=calibration.memory)
+    content["dijiang"] |= {**dataclasses.asdict(layers), "calibration": dataclasses.asdict(calibration)}
+    write_json(folder / "config.json", content)
+    return calibration

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint.card import write_card
 from .checkpoint.companions import check_links, copy_companions, made_with, write_code
@@ -150,24 +150,11 @@ def finetune(
     if not section["layers"]:
         raise DijiangError(f"no layer of {folder} was converted: it is its original still, convert some with --layers")
     check_links(folder)
-    recipe = _recipe(section)
-    seed, seq_len, settings = run.pop("seed", 0), run.get("seq_len"), run.get("settings", ())
-    plan = make_plan(recipe, own_data=data is None, **run)  # type: ignore[misc]  # there is no seed in it any more
-    parsed = converted_config(folder)
-    of_language, of_images = predicts(parsed), takes_images(parsed)
+    recipe, parsed = _recipe(section), converted_config(folder)
+    of_images = takes_images(parsed)
     tokenizer = None if of_images else load_tokenizer(folder)
-    follows_recipe = seq_len is None and not any("seq_len" in each for each in settings)
-    if of_language and follows_recipe:
-        plan = tuple(s if s.objective == "cross_entropy" else fit_rows([s], source_context(parsed))[0] for s in plan)
-    if not of_language:
-        check_objectives(plan)
-        if tokenizer is None and seq_len is not None:
-            raise DijiangError(f"--seq-len {seq_len} is of no use here: an image has {image_tokens(parsed)} tokens")
-        if tokenizer is None:
-            plan = tuple(dataclasses.replace(stage, seq_len=image_tokens(parsed)) for stage in plan)
-        elif follows_recipe:
-            plan = fit_rows(plan, min(source_context(parsed), tokenizer.model_max_length))
-    check_context(plan, parsed)
+    seed = run.pop("seed", 0)
+    plan = _plan(recipe, parsed, tokenizer, data is None, run)
     teachers = find_teachers(plan, folder, section, teacher)
     check_teachers(teachers, teacher, getattr(parsed.get_text_config(), "vocab_size", 0))
     corpora = [corpus_of(stage.data, data, recipe) for stage in plan]
@@ -193,7 +180,6 @@ def finetune(
     if not kept.finished:
         check_out(target, force, [folder, *paths_of(data), *paths_of(teacher)])
     probes = dict[str, Probe | Likeness]()
-    held: HeldOut | None = None
     rows: Sequence[Rows | Images]
     total = sum(stage.tokens for stage in plan)
     try:
@@ -203,7 +189,8 @@ def finetune(
                 rows = [open_images(corpus, folder, parsed) for corpus in corpora]
                 held = images_aside(open_images(corpora[-1], folder, parsed, held_out=True), total) if report else None
             else:
-                rows = texts = gather(corpora, tokenizer, plan, seed, kept, whole=not of_language)
+                texts = gather(corpora, tokenizer, plan, seed, kept, whole=not predicts(parsed))
+                rows, held = texts, None
                 if report:
                     aside = kept.folder / "aside.pt"
                     kept.wait_for(aside)
@@ -268,6 +255,36 @@ def _only_checkpoint() -> Path:
 def _recipe(section: dict[str, Any]) -> Recipe:
     keys = ("kernel", "stages", "data")
     return parse_recipe({"name": section["recipe"], **{key: section[key] for key in keys if key in section}})
+
+
+def _plan(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    own_data: bool,
+    run: Run,
+) -> tuple[Stage, ...]:
+    """The recipe's stages as ``run`` changes them, with rows that the model can read.
+
+    own_data: whether stages train on their own text, and not on one that was given.
+    """
+    plan = make_plan(recipe, own_data=own_data, **run)  # type: ignore[misc]  # there is no seed in it any more
+    seq_len = run.get("seq_len")
+    follows_recipe = seq_len is None and not any("seq_len" in each for each in run.get("settings", ()))
+    if predicts(config):
+        if follows_recipe:
+            most = source_context(config)
+            plan = tuple(s if s.objective == "cross_entropy" else fit_rows([s], most)[0] for s in plan)
+    else:
+        check_objectives(plan)
+        if tokenizer is None and seq_len is not None:
+            raise DijiangError(f"--seq-len {seq_len} is of no use here: an image has {image_tokens(config)} tokens")
+        if tokenizer is None:
+            plan = tuple(dataclasses.replace(stage, seq_len=image_tokens(config)) for stage in plan)
+        elif follows_recipe:
+            plan = fit_rows(plan, min(source_context(config), tokenizer.model_max_length))
+    check_context(plan, config)
+    return plan
 
 
 def _report(

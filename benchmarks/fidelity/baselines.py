@@ -89,6 +89,47 @@ class LoLCATs(Hedgehog):
         return weights / weights.sum(-1, keepdim=True) @ v
 
 
+class LoLA(LoLCATs):
+    """LoLCATs as it is trained; when it is read, keys that leave the window stay exact, as many as ``kernel.memory`` a
+    key/value head, where the state recalls them worst (arXiv 2505.23666). The others enter the state. Both move in
+    blocks: a window has up to a block more than LoLCATs'."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, x: Tensor) -> Tensor:
+        if self.training:
+            return super().attend(q, k, v, scaling, x)
+        group, block = self.layers.heads // self.layers.kv_heads, self.kernel.block
+        keys, values = k[:, ::group], v[:, ::group]
+        fq, fk = self.features(q, self.q_map), self.features(keys, self.k_map)
+        state = fk.new_zeros(*fk.shape[:2], fk.shape[-1], v.shape[-1] + 1)  # the last column is the denominator
+        kept = [y[:, :, :0] for y in (keys, values, fk)]
+        outputs, first = [], 0  # the window's first token
+        for start in range(0, q.shape[2], block):
+            leaving = slice(first, max(first, start - self.window))
+            new = (y[:, :, leaving] for y in (keys, values, fk))
+            kept, state = self.choose([torch.cat(pair, 2) for pair in zip(kept, new, strict=True)], state)
+            first, end = leaving.stop, min(start + block, q.shape[2])
+            near = self.shared(torch.cat([kept[0], keys[:, :, first:end]], 2))
+            scores = q[:, :, start:end] @ near.mT * scaling
+            later = torch.ones_like(scores).triu(near.shape[2] - (end - start) + 1).bool()
+            scores = scores.masked_fill(later, -torch.inf)
+            weights = (scores - scores.amax(-1, keepdim=True)).exp() * self.window_factor.sigmoid()[:, None, None]
+            far = fq[:, :, start:end] @ self.shared(state)
+            exact = self.shared(torch.cat([kept[1], values[:, :, first:end]], 2))
+            outputs.append((weights @ exact + far[..., :-1]) / (weights.sum(-1, keepdim=True) + far[..., -1:]))
+        return torch.cat(outputs, 2)
+
+    def choose(self, rows: list[Tensor], state: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Of keys [B, G, n, D], values and features, those that stay, and the state with the others in it."""
+        _, values, features = rows
+        recalled = features @ state
+        errors = (recalled[..., :-1] / recalled[..., -1:].clamp_min(1e-9) - values).square().sum(-1)
+        order = errors.argsort(dim=-1, descending=True, stable=True)[..., None]
+        ordered = [y.gather(2, order.expand(-1, -1, -1, y.shape[-1])) for y in rows]
+        _, gone_values, gone_features = (y[:, :, self.kernel.memory :] for y in ordered)
+        summands = torch.cat([gone_values, torch.ones_like(gone_values[..., :1])], -1)
+        return [y[:, :, : self.kernel.memory] for y in ordered], state + gone_features.mT @ summands
+
+
 class T2R(Baseline):
     """φ(x) = relu(W x + b) (arXiv 2103.13076). W starts as the signed identity, b at a small positive number."""
 
@@ -295,6 +336,7 @@ BASELINES: dict[str, Any] = {
     "sinks": Sinks,
     "hedgehog": Hedgehog,
     "lolcats": LoLCATs,
+    "lola": LoLA,
     "t2r": T2R,
     "performer": Performer,
     "retnet": RetNet,

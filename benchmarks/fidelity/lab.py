@@ -13,6 +13,7 @@ repeated. See report.py for tables.
 """
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import time
@@ -26,11 +27,12 @@ from dijiang_convert import convert
 from dijiang_convert.checkpoint.loading import load_any, load_converted, load_tokenizer, silence
 from dijiang_convert.checkpoint.shards import read_checkpoint
 from dijiang_convert.data.rows import Rows, token_rows
+from dijiang_convert.measure.recall import recall as repeated_passages
 from dijiang_convert.recipe import Stage, adjust_stages, parse_recipe, scale_tokens
 from dijiang_convert.training.trainer import run_stage
 
 from .baselines import BASELINES
-from .measures import fidelity, recall, transfer_errors
+from .measures import fidelity, planted_pairs, transfer_errors
 
 # Recipes of the lab alone: what they start from, and their settings.
 RECIPES = {"bare-window": ("window-only", ["sinks=0", "memory=0"])}
@@ -65,6 +67,14 @@ def run(args: argparse.Namespace, row: str, tokens: int, seed: int, data: tuple[
         "recall": recall(model, held_out, args.distances),
         "seconds": time.perf_counter() - start,
     }
+
+
+def recall(model: Any, held_out: Rows, distances: list[int]) -> dict[str, dict[str, float]]:
+    """Of pairs of tokens at these distances; without distances, of a passage as `dijiang eval --recall` measures it."""
+    if distances:
+        return planted_pairs(model, held_out, distances)
+    full = held_out.ids[held_out.lengths == held_out.ids.shape[1]]
+    return {str(at): dataclasses.asdict(found) for at, found in repeated_passages(model, full).items()}
 
 
 def build(args: argparse.Namespace, row: str, folder: Path, seed: int) -> tuple[Any, tuple[Stage, ...]]:
@@ -118,7 +128,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[300_000])
     parser.add_argument("--eval-tokens", type=int, default=60_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--distances", type=int, nargs="+", default=[8, 32, 96, 192])
+    parser.add_argument(
+        "--distances", type=int, nargs="*", default=[8, 32, 96, 192],
+        help="tokens between a planted pair and its first half; none for a passage, as dijiang eval --recall has it",
+    )  # fmt: skip
     parser.add_argument("--set", action="append", default=[], help="of the stages of all rows")
     args = parser.parse_args()
     silence()

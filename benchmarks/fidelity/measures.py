@@ -55,7 +55,7 @@ def transfer_errors(model: Any, rows: Rows, batch: int = 8) -> list[float]:
 
 
 @torch.no_grad()
-def recall(model: Any, rows: Rows, distances: list[int], samples: int = 100) -> dict[str, dict[str, float]]:
+def planted_pairs(model: Any, rows: Rows, distances: list[int], samples: int = 100) -> dict[str, dict[str, float]]:
     """Whether a pair of tokens planted ``distance`` tokens ago is remembered: "… a b … a" should go on with b.
 
     The pairs are drawn from the corpus' own tokens and planted into its text. By distance: accuracy (b is the first

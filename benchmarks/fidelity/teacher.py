@@ -27,7 +27,7 @@ from dijiang_convert import convert, evaluate, finetune
 from dijiang_convert.checkpoint.loading import load_any
 from dijiang_convert.data.rows import Rows, token_rows
 
-from .measures import recall
+from .measures import planted_pairs
 
 PAIRS = 24  # planted into a document, each repeated once
 DOCUMENT_WORDS = 1200
@@ -160,7 +160,7 @@ def main() -> None:
             result[key] = dataclasses.asdict(found)
         for key, checkpoint in (("teacher", teacher), ("untrained", converted), ("converted", trained)):
             model = load_any(str(checkpoint)).eval()
-            result[key]["recall"] = recall(model, held_out, list(size.distances))
+            result[key]["recall"] = planted_pairs(model, held_out, list(size.distances))
             print(key, json.dumps(result[key].get("recall")), flush=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"perplexity ratio {result['converted']['perplexity_ratio']:.4f}")

@@ -4,6 +4,7 @@ Shape legend: B batch, H query heads, G key/value heads, N tokens, D head_dim, V
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -101,14 +102,14 @@ def test_delta_rule_is_its_recurrence(length: int) -> None:
 # -------------------------------------------------------------------------------------------------- every baseline
 
 
-def baseline(name: str, window: int = WINDOW) -> Baseline:
+def baseline(name: str, window: int = WINDOW, block: int | None = None, memory: int = 2) -> Any:
     """A baseline whose parameters have moved from their start."""
     torch.manual_seed(0)
-    module = BASELINES[name](Kernel(window=window, block=window), LAYERS)
+    module = BASELINES[name](Kernel(window=window, block=block or window, memory=memory), LAYERS)
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
             parameter += 0.2 * normal(*parameter.shape, seed=i)
-    return module
+    return module.eval()  # LoLA has its memory when it is read alone
 
 
 def inputs() -> list[Tensor]:
@@ -162,11 +163,42 @@ def test_all_but_sinks_remember_beyond_the_window(name: str) -> None:
         assert change[-1] > 1e-4
 
 
-@pytest.mark.parametrize("name", ["sinks", "lolcats"])
+@pytest.mark.parametrize("name", ["sinks", "lolcats", "lola"])
 def test_a_window_over_everything_is_softmax(name: str) -> None:
     q, k, v, x = inputs()
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(attend(baseline(name, window=LENGTH), q, k, v, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_lola_is_lolcats_with_the_worst_recalled_keys_exact() -> None:
+    """Token by token, with rows of the window, of the memory and of the state told apart by hand."""
+    q, k, v, _ = inputs()
+    block = memory = 4
+    module = baseline("lola", block=block, memory=memory)
+    fq, fk = module.features(q, module.q_map), module.features(k, module.k_map)
+    expected = torch.zeros(*q.shape[:3], LAYERS.value_dim)
+    for row, head in itertools.product(range(2), range(LAYERS.heads)):
+        group = head // (LAYERS.heads // LAYERS.kv_heads)
+        keys, values, features = k[row, group], v[row, group], fk[row, group]
+        exact: list[int] = []
+        state: list[int] = []
+        for i in range(LENGTH):
+            start = i // block * block
+            if i == start:
+                eligible = [*exact, *(j for j in range(start - WINDOW - block, start - WINDOW) if j >= 0)]
+                weights = features[eligible] @ features[state].T
+                error = weights @ values[state] / weights.sum(-1, keepdim=True).clamp_min(1e-9) - values[eligible]
+                worst = error.square().sum(-1).argsort(dim=-1, descending=True, stable=True).tolist()
+                exact = [eligible[n] for n in worst[:memory]]
+                state += [eligible[n] for n in worst[memory:]]
+            near = [*exact, *range(max(0, start - WINDOW), i + 1)]
+            scores = keys[near] @ q[row, head, i] * LAYERS.head_dim**-0.5
+            weights = (scores - scores.max()).exp() * module.window_factor[head].sigmoid()
+            far = features[state] @ fq[row, head, i]
+            total = weights.sum() + far.sum()
+            expected[row, head, i] = (weights @ values[near] + far @ values[state]) / total
+    with torch.no_grad():
+        torch.testing.assert_close(attend(module, *inputs()), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BASELINES)
