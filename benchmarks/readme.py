@@ -16,13 +16,14 @@ from dijiang_convert.training.estimate import duration
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import encoders
 from benchmarks.fidelity import beyond, positions, report
+from benchmarks.tasks import LENGTHS, SAME
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # What `dijiang convert` is given for each way of benchmarks/real.py.
 GIVEN = {
     "calibrated": "`--calibrate`",
-    "equal": "",
+    "equal": "no option",
     "auto:3": "`--layers auto:3`",
     "auto:5": "`--layers auto:5`",
     "small": "`--set window=64 --set memory=64`",
@@ -40,6 +41,8 @@ PEERS = {
     "pure": ("`pure`, the state alone", 0.016),
     "paper": ("`paper`", 0.024),
 }
+# What the folders that tasks.py was given are.
+TASKED = {"smollm2": "softmax", "calibrated": "`--calibrate`", "auto-5": "`--layers auto:5`"}
 Rows = list[dict[str, Any]]
 Speeds = dict[str, dict[int, float]]  # tokens a second, by model and length
 
@@ -60,6 +63,7 @@ def parts() -> dict[tuple[str, str], str]:
         ("README.md", "first"): first_table(read("smollm2.json")["rows"]),
         ("README.md", "sizes"): sizes_table(read("sizes.json")),
         **{("README.md", f"real-{length}"): real_table(length) for length in (2048, 8192)},
+        ("README.md", "tasks"): tasks_table(read("smollm2-tasks.json")),
         ("README.md", "peers"): peers_table(report.load([RESULTS / "fidelity-smollm2.jsonl"])),
         ("README.md", "speed"): f"{setting(speed)}\n\n{speed_table(speed)}",
         ("docs/speed.md", "cpu"): f"{setting(speed)}\n\n{speed_table(speed)}\n{growth_table(speed)}",
@@ -165,8 +169,20 @@ def peers_table(runs: Rows) -> str:
     return markdown(header, lines)
 
 
+def tasks_table(found: dict[str, Any]) -> str:
+    """What tasks.py has measured, of the original first."""
+    lines = []
+    for task, words in (("pass_key", "finds a pass key"), ("pairs", "finds the number of a name")):
+        for length in LENGTHS:
+            right = [f"{each[f'{task} {length}']:.0%}" for each in found.values()]
+            lines.append([f"{words} in {length:,} tokens", *right])
+    same = (f"{each['same answers']:.0%}" for each in found.values())
+    lines.append([f"answers as the original, for {SAME} tokens", *same])
+    return markdown(["", *(TASKED[name] for name in found)], lines)
+
+
 def told(recall: dict[str, float]) -> str:
-    return f"{recall['gain']:.1f} nats, {recall['accuracy']:.0%}"
+    return f"{round(recall['gain'], 1) + 0:.1f} nats, {recall['accuracy']:.0%}"  # + 0: there is no −0
 
 
 def setting(content: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@
 - instructions: `INSTRUCTIONS`, through the chat template where there is one, answered greedily. How many answers begin
   with the same `SAME` tokens as the original's, and how many tokens they have in common on average.
 
-Rows that OUT has are not measured again. No figures of a real model are recorded yet.
+Rows that OUT has are not measured again.
 """
 
 import argparse
@@ -75,13 +75,15 @@ def main() -> None:
         if Path(name).name in content:
             continue
         model = load_any(name).eval()
-        found: dict[str, Any] = {"answers": [answer(model, tokenizer, asked(tokenizer, x), SAME) for x in INSTRUCTIONS]}
+        found: dict[str, Any] = {}
         for length in LENGTHS:
             for task in (pass_key, pairs):
                 prompts = [task(random.Random(sample), tokenizer, texts, length) for sample in range(SAMPLES)]
                 right = [number in tokenizer.decode(answer(model, tokenizer, x, 8)) for x, number in prompts]
                 found[f"{task.__name__} {length}"] = fmean(right)
                 print(name, task.__name__, length, fmean(right), flush=True)
+        model.float()  # rounding to bfloat16 alone would change a third of the answers
+        found["answers"] = [answer(model, tokenizer, asked(tokenizer, x), SAME) for x in INSTRUCTIONS]
         original = found["answers"] if i == 0 else content[Path(args.models[0]).name]["answers"]
         common = [in_common(own, theirs) for own, theirs in zip(found["answers"], original, strict=True)]
         found["same answers"] = fmean(count >= min(SAME, len(x)) for count, x in zip(common, original, strict=True))
