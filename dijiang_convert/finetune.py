@@ -150,11 +150,12 @@ def finetune(
     if not section["layers"]:
         raise DijiangError(f"no layer of {folder} was converted: it is its original still, convert some with --layers")
     check_links(folder)
-    recipe, parsed = _recipe(section), converted_config(folder)
+    recipe, seed = _recipe(section), run.pop("seed", 0)
+    plan = make_plan(recipe, own_data=data is None, **run)  # type: ignore[misc]  # there is no seed in it any more
+    parsed = converted_config(folder)
     of_images = takes_images(parsed)
     tokenizer = None if of_images else load_tokenizer(folder)
-    seed = run.pop("seed", 0)
-    plan = _plan(recipe, parsed, tokenizer, data is None, run)
+    plan = _fitted(plan, parsed, tokenizer, run)
     teachers = find_teachers(plan, folder, section, teacher)
     check_teachers(teachers, teacher, getattr(parsed.get_text_config(), "vocab_size", 0))
     corpora = [corpus_of(stage.data, data, recipe) for stage in plan]
@@ -257,18 +258,10 @@ def _recipe(section: dict[str, Any]) -> Recipe:
     return parse_recipe({"name": section["recipe"], **{key: section[key] for key in keys if key in section}})
 
 
-def _plan(
-    recipe: Recipe,
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    own_data: bool,
-    run: Run,
+def _fitted(
+    plan: tuple[Stage, ...], config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, run: Run
 ) -> tuple[Stage, ...]:
-    """The recipe's stages as ``run`` changes them, with rows that the model can read.
-
-    own_data: whether stages train on their own text, and not on one that was given.
-    """
-    plan = make_plan(recipe, own_data=own_data, **run)  # type: ignore[misc]  # there is no seed in it any more
+    """The stages with rows that the model can read, where the recipe says how long they are and not ``run``."""
     seq_len = run.get("seq_len")
     follows_recipe = seq_len is None and not any("seq_len" in each for each in run.get("settings", ()))
     if predicts(config):

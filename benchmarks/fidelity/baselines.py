@@ -90,12 +90,15 @@ class LoLCATs(Hedgehog):
 
 
 class LoLA(LoLCATs):
-    """LoLCATs as it is trained; when it is read, keys that leave the window stay exact, as many as ``kernel.memory`` a
-    key/value head, where the state recalls them worst (arXiv 2505.23666). The others enter the state. Both move in
-    blocks: a window has up to a block more than LoLCATs'."""
+    """LoLCATs as it is trained; with ``remembers``, keys that leave the window stay exact, as many as ``kernel.memory``
+    a key/value head, where the state recalls them worst (arXiv 2505.23666). The others enter the state. Both move in
+    blocks: a window has up to a block more than LoLCATs'. Keys in memory weigh against the window's largest score, as
+    the window's own do, since that is the scale that training has seen."""
+
+    remembers = False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, x: Tensor) -> Tensor:
-        if self.training:
+        if not self.remembers:
             return super().attend(q, k, v, scaling, x)
         group, block = self.layers.heads // self.layers.kv_heads, self.kernel.block
         keys, values = k[:, ::group], v[:, ::group]
@@ -112,7 +115,8 @@ class LoLA(LoLCATs):
             scores = q[:, :, start:end] @ near.mT * scaling
             later = torch.ones_like(scores).triu(near.shape[2] - (end - start) + 1).bool()
             scores = scores.masked_fill(later, -torch.inf)
-            weights = (scores - scores.amax(-1, keepdim=True)).exp() * self.window_factor.sigmoid()[:, None, None]
+            largest = scores[..., kept[0].shape[2] :].amax(-1, keepdim=True)
+            weights = (scores - largest).exp() * self.window_factor.sigmoid()[:, None, None]
             far = fq[:, :, start:end] @ self.shared(state)
             exact = self.shared(torch.cat([kept[1], values[:, :, first:end]], 2))
             outputs.append((weights @ exact + far[..., :-1]) / (weights.sum(-1, keepdim=True) + far[..., -1:]))

@@ -5,7 +5,7 @@
         frequency:window=16,block=16,memory=16 pure hedgehog retnet delta paper
 
 A row is a recipe or one of `baselines.BASELINES`, with settings of the kernel after a colon, and of the stages too
-where they have a dot (``pure:distill.learning_rate=3e-4``). Baselines train by the stages of `pure`, or of `default`
+where they have a dot (``pure:distill.learning_rate=3e-4``). Baselines train by the stages of `pure`, or of `frequency`
 where they have a window; of the sizes they follow that alone, and the others name the rows that they are compared with.
 ``bare-window`` is window-only without the first tokens. ``teacher`` is the original trained on as many tokens by
 cross-entropy: what the tokens alone are worth. Every run is a line of RUNS.jsonl; runs that are there already are not
@@ -31,7 +31,7 @@ from dijiang_convert.measure.recall import recall as repeated_passages
 from dijiang_convert.recipe import Stage, adjust_stages, parse_recipe, scale_tokens
 from dijiang_convert.training.trainer import run_stage
 
-from .baselines import BASELINES
+from .baselines import BASELINES, LoLA
 from .measures import fidelity, planted_pairs, transfer_errors
 
 # Recipes of the lab alone: what they start from, and their settings.
@@ -44,8 +44,10 @@ def run(args: argparse.Namespace, row: str, tokens: int, seed: int, data: tuple[
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         model, stages = build(args, row, Path(folder) / "converted", seed)
+        remember(model, True)
         before = fidelity(model, held_out, original)
         errors_before = transfer_errors(model, held_out)
+        remember(model, False)
         stages = scale_tokens([s for s in stages if trains(model, s)], tokens)
         for i, stage in enumerate(stages):
             guide = original if stage.train == "full" else None
@@ -53,6 +55,7 @@ def run(args: argparse.Namespace, row: str, tokens: int, seed: int, data: tuple[
                 model, stage, train_rows, teacher=guide, folder=Path(folder) / str(i), seed=seed
             )  # fmt: skip
             print(f"  {stage.name} {result.first_loss:.4f} to {result.last_loss:.4f} in {result.seconds:.0f} s")
+    remember(model, True)
     after = fidelity(model, held_out, original)
     return {
         "row": row,
@@ -102,6 +105,13 @@ def build(args: argparse.Namespace, row: str, folder: Path, seed: int) -> tuple[
     stages = parse_recipe({"name": recipe, "kernel": section["kernel"], "stages": section["stages"]}).stages
     stages = adjust_stages(stages, [f"seq_len={args.seq_len}", *args.set])
     return model, adjust_stages(stages, of_stages)
+
+
+def remember(model: Any, on: bool) -> None:
+    """Turns LoLA's memory on to measure, and off to train."""
+    for module in model.modules():
+        if isinstance(module, LoLA):
+            module.remembers = on
 
 
 def trains(model: Any, stage: Stage) -> bool:

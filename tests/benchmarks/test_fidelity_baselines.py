@@ -109,7 +109,8 @@ def baseline(name: str, window: int = WINDOW, block: int | None = None, memory: 
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
             parameter += 0.2 * normal(*parameter.shape, seed=i)
-    return module.eval()  # LoLA has its memory when it is read alone
+    lab.remember(module, True)
+    return module
 
 
 def inputs() -> list[Tensor]:
@@ -193,12 +194,19 @@ def test_lola_is_lolcats_with_the_worst_recalled_keys_exact() -> None:
                 state += [eligible[n] for n in worst[memory:]]
             near = [*exact, *range(max(0, start - WINDOW), i + 1)]
             scores = keys[near] @ q[row, head, i] * LAYERS.head_dim**-0.5
-            weights = (scores - scores.max()).exp() * module.window_factor[head].sigmoid()
+            weights = (scores - scores[len(exact) :].max()).exp() * module.window_factor[head].sigmoid()
             far = features[state] @ fq[row, head, i]
             total = weights.sum() + far.sum()
             expected[row, head, i] = (weights @ values[near] + far @ values[state]) / total
     with torch.no_grad():
         torch.testing.assert_close(attend(module, *inputs()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_lola_trains_as_lolcats() -> None:
+    lola, lolcats = baseline("lola", block=4), baseline("lolcats", block=4)
+    assert (attend(lola, *inputs()) - attend(lolcats, *inputs())).abs().max() > 1e-3
+    lab.remember(lola, False)
+    torch.testing.assert_close(attend(lola, *inputs()), attend(lolcats, *inputs()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", BASELINES)
