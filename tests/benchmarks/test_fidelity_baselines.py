@@ -4,6 +4,7 @@ Shape legend: B batch, H query heads, G key/value heads, N tokens, D head_dim, V
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -23,7 +24,9 @@ from benchmarks.fidelity.positions import lengths, shifts
 from dijiang_convert import convert
 from dijiang_convert.checkpoint.loading import load_any, load_tokenizer
 from dijiang_convert.data.demo_text import documents
+from dijiang_convert.data.rows import Rows
 from dijiang_convert.demo import MODEL
+from dijiang_convert.measure.recall import recall
 from dijiang_convert.modeling.attention import Call
 from dijiang_convert.modeling.configuration_dijiang import Kernel, Layers
 from dijiang_convert.modeling.table import Logits
@@ -320,6 +323,14 @@ def held_out(length: int) -> Tensor:
     """Three rows of tokens."""
     ids = load_tokenizer(str(MODEL))(documents("validation")[0][:4000], return_tensors="pt").input_ids
     return ids[:, : 3 * length].view(3, length)
+
+
+def test_without_distances_the_lab_measures_a_repeated_passage_as_eval_does() -> None:
+    ids = held_out(320)
+    rows = Rows(ids, torch.ones_like(ids))
+    found = lab.recall(load_any(str(MODEL)).eval(), rows, [])
+    assert found.keys() == {"256"}  # of the distances of `dijiang eval --recall`, the one that fits
+    assert found["256"] == dataclasses.asdict(recall(load_any(str(MODEL)).eval(), ids)[256])
 
 
 def test_only_rotated_features_notice_that_positions_are_shifted(tmp_path: Path) -> None:
